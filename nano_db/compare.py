@@ -1,0 +1,63 @@
+"""Runs side by side: `python -m nano_db.compare out/a out/b ...` prints a Markdown table, ratios to the first run in brackets,
+and draws compare.png (or --picture FILE)."""
+
+import argparse
+import json
+from pathlib import Path
+
+from nano_db.errors import UsageError
+from nano_db.settings import command
+
+
+def read_result(folder):
+    path = Path(folder) / "result.json"
+    try:
+        result = json.loads(path.read_text())
+        assert {"script", "method", "blocks", "steps", "metrics", "memory_bytes", "seconds_per_step_all_blocks"} <= result.keys()
+        return result
+    except OSError:
+        raise UsageError(f"{folder} holds no result.json: finish that run first") from None
+    except (ValueError, AttributeError, AssertionError):
+        raise UsageError(f"{path} is damaged or no result of nano_db: run its command again") from None
+
+
+def columns(results):
+    """Rows of plain numbers a run, by name: the metrics that every run has, then cost."""
+    shared = [k for k, v in results[0]["metrics"].items() if isinstance(v, (int, float)) and all(k in r["metrics"] for r in results)]
+    for result in results:
+        row = {name: result["metrics"][name] for name in shared}
+        row["parameters"] = result["parameters"]
+        row["training MiB"] = result["memory_bytes"]["total"] / 2**20
+        row["ms per step, all blocks"] = 1000 * result["seconds_per_step_all_blocks"]
+        yield row
+
+
+def markdown_table(names, results):
+    rows = list(columns(results))
+    lines = ["| run | blocks | steps | " + " | ".join(rows[0]) + " |", "|---|---|---|" + "---|" * len(rows[0])]
+    for name, result, row in zip(names, results, rows, strict=True):
+        cells = [f"{value:,.4g} ({value / first:.3f})" if first else f"{value:,.4g}" for value, first in zip(row.values(), rows[0].values(), strict=True)]
+        lines.append(f"| {name} | {result['blocks']} | {result['steps']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m nano_db.compare", description=__doc__)
+    parser.add_argument("folders", nargs="+", help="output folders of finished runs; ratios are to the first")
+    parser.add_argument("--picture", default="compare.png", help="where to draw (default compare.png)")
+    args = parser.parse_args()
+    results = [read_result(folder) for folder in args.folders]
+    scripts = {result["script"] for result in results}
+    if len(scripts) > 1:
+        raise UsageError(f"runs of different scripts cannot be compared: {', '.join(sorted(scripts))}")
+    names = [Path(folder).name for folder in args.folders]
+    print(markdown_table(names, results))
+
+    from nano_db.plots import draw_comparison  # matplotlib is slow to import, and errors above should not wait for it
+
+    draw_comparison(args.picture, names, list(columns(results)))
+    print(f"\n{args.picture} drawn")
+
+
+if __name__ == "__main__":
+    command(main)

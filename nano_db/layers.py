@@ -1,0 +1,130 @@
+"""Transformer layers shared by all architectures: pre-norm, RMSNorm without weights, rotary positions, optional modulation.
+
+A layer is conditioned on the noise level by adaLN-Zero (Peebles & Xie 2023): shift, scale and gate of both residual branches
+are linear in a conditioning vector, and zero at the start, so that a new layer is the identity. Unconditioned layers (the
+baseline's, or a block's that is not shown z) are the identity at the start by zero output projections.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def rms_norm(h):
+    return F.rms_norm(h, h.shape[-1:])
+
+
+def rotary_angles(positions, head_width, base=10_000.0):
+    """Cosines and sines of rotary position embedding (Su et al. 2021): two (T, head_width / 2) tensors."""
+    frequencies = base ** (-torch.arange(0, head_width, 2, device=positions.device) / head_width)
+    angles = positions[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(heads, rotary):
+    """Turn pairs of channels of (B, H, T, head_width) by their position's angles."""
+    cos, sin = (part.to(heads.dtype) for part in rotary)
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+class Cache:
+    """Keys and values of earlier positions, for generation: one pair (B, H, T, head_width) a layer, in the order of the calls."""
+
+    def __init__(self):
+        self.pairs = {}
+
+    @property
+    def length(self):
+        return self.pairs[0][0].shape[2] if self.pairs else 0
+
+    def extend(self, layer, keys, values, keep):
+        """Append to `layer`'s pair; return all keys and values, but remember only the first `keep` of the new ones."""
+        if layer in self.pairs:
+            old_keys, old_values = self.pairs[layer]
+            keys, values = torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
+            keep += old_keys.shape[2]
+        self.pairs[layer] = keys[:, :, :keep], values[:, :, :keep]
+        return keys, values
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, h, rotary, mask, causal, remember):
+        B, T, D = h.shape
+        q, k, v = self.qkv(h).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each (B, H, T, D/H)
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        if remember is not None:
+            k, v = remember(k, v)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.out(h.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    """GELU with a hidden width of 4d, or SwiGLU (Shazeer 2020) of 8d/3: the same number of weights."""
+
+    def __init__(self, width, kind="gelu"):
+        super().__init__()
+        self.gated = kind == "swiglu"
+        hidden = 8 * width // 3 if self.gated else 4 * width
+        self.up = nn.Linear(width, 2 * hidden if self.gated else hidden, bias=False)
+        self.out = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, h):
+        h = self.up(h)
+        if self.gated:
+            h, gate = h.chunk(2, dim=-1)
+            return self.out(h * F.silu(gate))
+        return self.out(F.gelu(h))
+
+
+class Layer(nn.Module):
+    """h <- h + attention(norm(h)); h <- h + mlp(norm(h)). With cond_width, both branches are modulated (adaLN-Zero)."""
+
+    def __init__(self, width, heads, mlp="gelu", cond_width=0, dropout=0.0):
+        super().__init__()
+        self.attention, self.mlp = Attention(width, heads), MLP(width, mlp)
+        self.dropout = nn.Dropout(dropout)
+        self.modulation = nn.Linear(cond_width, 6 * width) if cond_width else None
+        if cond_width:
+            nn.init.zeros_(self.modulation.weight)
+            nn.init.zeros_(self.modulation.bias)
+        else:
+            nn.init.zeros_(self.attention.out.weight)
+            nn.init.zeros_(self.mlp.out.weight)
+
+    def forward(self, h, rotary, cond=None, mask=None, causal=False, remember=None):
+        """h (B, T, D); cond (B, cond_width) where the layer is conditioned; mask (T, keys), True where to look."""
+        attend = (rotary, mask, causal, remember)
+        if self.modulation is None:
+            h = h + self.dropout(self.attention(rms_norm(h), *attend))
+            return h + self.dropout(self.mlp(rms_norm(h)))
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(cond))[:, None].chunk(6, dim=-1)
+        h = h + gate_a * self.dropout(self.attention(rms_norm(h) * (1 + scale_a) + shift_a, *attend))
+        return h + gate_m * self.dropout(self.mlp(rms_norm(h) * (1 + scale_m) + shift_m))
+
+
+class NoiseEmbedding(nn.Module):
+    """c_noise (B,) -> conditioning vector (B, width): sines and cosines, then a small MLP.
+
+    Keep the width narrow (d/6, as in the released code): at full width the modulations would add 6 d^2 weights to a layer's
+    12 d^2, and eat half of what training by blocks saves.
+    """
+
+    def __init__(self, width, features=32):
+        super().__init__()
+        # c_noise = ln(sigma)/4 spans about 3 units: wavelengths from 25 units down to 0.1 tell its values apart.
+        frequencies = torch.logspace(math.log10(0.25), math.log10(64), features // 2)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, c_noise):
+        angles = c_noise[:, None] * self.frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))

@@ -1,0 +1,70 @@
+"""Where the training memory goes: weights, gradients, optimizer state, and activations kept for the backward pass, in bytes."""
+
+import sys
+from contextlib import nullcontext
+
+import torch
+
+PARTS = ("weights", "gradients", "optimizer", "activations")
+
+
+def training_bytes(module, batch, optimizer, context=None):
+    """Take one training step of `module` and count. Returns {part: bytes} for PARTS and their "total".
+
+    Activations are the tensors that autograd saves in the forward pass, each storage once, weights excluded. Codebooks and
+    other fixed buffers count as weights. On CUDA "allocator_peak" is added: the most the allocator held during the step,
+    which also has the temporaries. `context`: the autocast to compute in.
+    """
+    fixed = [*module.parameters(), *module.buffers()]
+    fixed_storages = {tensor.untyped_storage().data_ptr() for tensor in fixed}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in fixed_storages:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    on_cuda = fixed[0].is_cuda
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), context or nullcontext():
+        loss = module.loss(batch)
+    loss.backward()
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    optimizer.step()
+    state = [v for per_weight in optimizer.state.values() for v in per_weight.values() if torch.is_tensor(v)]
+    count = {
+        "weights": _bytes(fixed),
+        "gradients": _bytes(gradients),
+        "optimizer": _bytes(state),
+        "activations": sum(saved.values()),
+    }
+    count["total"] = sum(count[part] for part in PARTS)
+    if on_cuda:
+        count["allocator_peak"] = torch.cuda.max_memory_allocated()
+    return count
+
+
+def _bytes(tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def peak_resident_bytes():
+    """The most physical memory this process has held so far (the operating system's own count); None on Windows."""
+    if sys.platform == "win32":
+        return None
+    import resource  # a Unix module
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in kilobytes
+
+
+def memory_table(columns):
+    """Lines of a text table: a row a part in MiB, a column for each {name: training_bytes}; ratios to the last column."""
+    *_, last = columns.values()
+    lines = [f"{'MiB':12}" + "".join(f"{name:>20}" for name in columns)]
+    for part in (*PARTS, "total"):
+        cells = [f"{count[part] / 2**20:9.2f} ({count[part] / max(1, last[part]):6.3f})" for count in columns.values()]
+        lines.append(f"{part:12}" + "".join(f"{cell:>20}" for cell in cells))
+    return lines

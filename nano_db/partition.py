@@ -1,0 +1,85 @@
+"""Who owns which noise levels: the edges between blocks, their overlap in training, routing, and the split of the layers.
+
+Block 0 is the noisiest, runs first, and stands nearest the input. Edges descend: edges[0] = sigma_max, edges[B] = sigma_min,
+and block b owns (edges[b+1], edges[b]].
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from nano_db.errors import UsageError
+from nano_db.schedule import quantiles
+
+
+@dataclass(frozen=True)
+class Partition:
+    """edges: B + 1 descending noise levels. overlap: the paper's gamma, how far training reaches over the edges."""
+
+    edges: tuple[float, ...]
+    overlap: float = 0.0
+
+    @property
+    def blocks(self):
+        return len(self.edges) - 1
+
+    def interval(self, b):
+        """(low, high) of the noise levels that block b serves."""
+        return self.edges[b + 1], self.edges[b]
+
+    def route(self, sigma):
+        """Index of the block that serves noise level(s) sigma: an int for a float, else a tensor of sigma's shape.
+
+        Levels above the range belong to block 0, levels below it to the last block.
+        """
+        sigma = torch.as_tensor(sigma, dtype=torch.float64)
+        inner = torch.tensor(self.edges[1:-1], dtype=torch.float64)
+        block = (sigma[..., None] <= inner).sum(-1)  # one edge passed, one block further
+        return block if block.dim() else int(block)
+
+    def training_range(self, b, upward=False):
+        """(low, high) of the noise levels that block b trains on, inside the whole range.
+
+        The interval is stretched by a = (high / low)^overlap at both ends (paper, section 3.3). With `upward` it reaches
+        up to sigma_max instead: right for a posterior head, where one and the same p(y|x) is the answer at every sigma.
+        """
+        low, high = self.interval(b)
+        a = (high / low) ** self.overlap
+        top, bottom = self.edges[0], self.edges[-1]
+        return max(low / a, bottom), top if upward else min(high * a, top)
+
+
+def make_partition(noise, blocks, kind="probability", overlap=0.0):
+    """Cut the range of `noise` into blocks: "probability" gives every block the same mass of p_noise (paper, section 3.2),
+    "uniform" the same width in ln sigma (its ablation)."""
+    if kind == "probability":
+        edges = quantiles(noise, blocks).tolist()
+    elif kind == "uniform":
+        top, bottom = math.log(noise.sigma_max), math.log(noise.sigma_min)
+        edges = [math.exp(top + (bottom - top) * b / blocks) for b in range(blocks + 1)]
+        edges[0], edges[-1] = noise.sigma_max, noise.sigma_min
+    else:
+        raise ValueError(f"unknown partition {kind!r}")
+    return Partition(tuple(edges), overlap)
+
+
+def split_layers(layers, blocks, split=""):
+    """Layers of each block, noisiest first: as even as possible, or as `split` says ("3,6,3").
+
+    An uneven remainder goes to the first blocks, one layer each. Raises UsageError where the numbers do not add up.
+    """
+    if blocks > layers:
+        raise UsageError(f"--blocks {blocks} is more than --layers {layers}: every block needs a layer of its own")
+    if not split:
+        return [layers // blocks + (b < layers % blocks) for b in range(blocks)]
+    try:
+        parts = [int(part) for part in split.split(",")]
+    except ValueError:
+        raise UsageError(f"--layer-split {split!r} is not a list of whole numbers like 3,6,3") from None
+    if len(parts) != blocks or sum(parts) != layers or min(parts) < 1:
+        raise UsageError(
+            f"--layer-split {split} must name {blocks} blocks (--blocks) of at least one layer, "
+            f"{layers} in all (--layers); it names {len(parts)} with {sum(parts)} in all"
+        )
+    return parts

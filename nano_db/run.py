@@ -1,0 +1,141 @@
+"""The output folder of a run: its settings, its metrics, and one file a block.
+
+    config.json      settings, versions, data checksum       block_<b>.pt   weights, optimizer state, step, settings of one block
+    metrics.jsonl    a line per logging interval/evaluation  result.json    the figures at the end
+
+A folder belongs to one set of settings. Every file but metrics.jsonl is written aside, flushed to the disk and renamed, so that at any
+moment, whatever happens to the process, the file that stands there is whole.
+"""
+
+import json
+import os
+import platform
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nano_db.errors import UsageError
+
+FORMAT = "nano_db block 1"
+
+
+def versions():
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+
+
+def write_atomically(path, write):
+    """Call write(file) on a temporary neighbour of `path`, then put it in the path's place."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
+        aside.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or "the disk may be full"
+        raise UsageError(
+            f"cannot write {path} ({reason}); what it held before is untouched: make room or choose another --out, then run again"
+        ) from error
+
+
+def write_json(path, content):
+    write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
+class Run:
+    """The folder of one run. `frozen` are the settings that the weights depend on, `about` what else config.json records."""
+
+    def __init__(self, folder, settings, frozen, about=None):
+        self.folder, self.settings = Path(folder), dict(settings)
+        self.frozen = {name: self.settings[name] for name in frozen}
+        about = about or {}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot make the output folder {folder} ({error.strerror}): choose another --out") from error
+        config = self.folder / "config.json"
+        if config.exists():
+            stored = read_config(self.folder)
+            there, here = {**stored["settings"], **stored["about"]}, {**self.frozen, **about}
+            different = [f"{k} {there.get(k)!r} there, {v!r} here" for k, v in here.items() if there.get(k) != v]
+            if different:
+                raise UsageError(f"{folder} holds a run of other settings: {'; '.join(different)}. Choose another --out")
+        elif any(self.folder.glob("block_*.pt")):
+            raise UsageError(f"{folder} holds block files but no config.json: it is no run of ours. Choose another --out")
+        else:
+            write_json(config, {"settings": self.settings, "about": about, "versions": versions()})
+        self._mend_metrics()
+
+    # --- blocks -------------------------------------------------------------------------------------------------------------
+
+    def block_path(self, b):
+        return self.folder / f"block_{b}.pt"
+
+    def save_block(self, b, step, seconds, weights, optimizer, ema=None):
+        """seconds: pure training time so far. Everything is tensors and plain values, readable with weights_only=True."""
+        state = {"format": FORMAT, "block": b, "step": step, "seconds": seconds, "settings": self.frozen}
+        state |= {"weights": weights, "optimizer": optimizer, "ema": ema}
+        write_atomically(self.block_path(b), lambda file: torch.save(state, file))
+
+    def load_block(self, b):
+        """The dictionary that save_block wrote, on the CPU, or None where block b has no file yet."""
+        path = self.block_path(b)
+        if not path.exists():
+            return None
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # unpickling damaged bytes raises nearly anything
+            raise UsageError(
+                f"{path} is damaged or no block of nano_db ({type(error).__name__}): move it away to train block {b} afresh"
+            ) from error
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise UsageError(f"{path} is no block of nano_db: move it away to train block {b} afresh")
+        if state["block"] != b:
+            raise UsageError(f"{path} holds block {state['block']}: it has been renamed or copied over block {b}")
+        different = [name for name, value in self.frozen.items() if state["settings"].get(name) != value]
+        if different:
+            raise UsageError(f"{path} was trained with another {', '.join(different)}: it does not belong to this run")
+        return state
+
+    # --- metrics ------------------------------------------------------------------------------------------------------------
+
+    def log(self, **record):
+        try:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UsageError(f"cannot write {self.folder}/metrics.jsonl ({error.strerror}): make room, then run again") from error
+
+    def _mend_metrics(self):
+        """A killed process may leave half a line at the end: drop it, or the next line would be glued to it."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+            write_atomically(path, lambda file: file.write(content[: content.rfind(b"\n") + 1]))
+
+    def finish(self, result):
+        write_json(self.folder / "result.json", {**result, "versions": versions()})
+
+
+def read_config(folder):
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        assert isinstance(config["settings"], dict) and isinstance(config["about"], dict)
+        return config
+    except FileNotFoundError:
+        raise UsageError(f"{folder} holds no run (no config.json): train one first, or name its folder with --out") from None
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UsageError(f"{path} is damaged: move the folder away, or choose another --out") from error
+
+
+def read_metrics(folder, kind):
+    """Records of one kind ("train" or "evaluation") in the order of their steps. A step done twice, after a kill, counts once."""
+    latest = {}
+    for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["kind"] == kind:
+            latest[record.get("block", -1), record["step"]] = record
+    return [latest[key] for key in sorted(latest)]

@@ -1,0 +1,129 @@
+"""Noise levels: how often each sigma is trained, the EDM coefficients, and the grids a sampler walks.
+
+The process is variance exploding: z = y + sigma * eps. A noise distribution p_noise over sigma is any object with
+
+    sigma_min, sigma_max    the range, floats
+    cdf(sigma)              share of the training below sigma: 0 at sigma_min, 1 at sigma_max
+    inverse_cdf(q)          the sigma below which a share q of the training lies
+
+Partition, sampling and grids use these four alone, so they do not know which distribution they serve. All of it is float64:
+in float32 the upper quantiles of a narrow distribution round to 1, and the top edge becomes infinite.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+
+class LogNormal:
+    """ln sigma ~ N(p_mean, p_std^2), truncated to [sigma_min, sigma_max] (EDM, table 1; the paper's choice, section 3.2)."""
+
+    def __init__(self, p_mean=-1.2, p_std=1.2, sigma_min=0.002, sigma_max=80.0):
+        self.p_mean, self.p_std = p_mean, p_std
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self._below = self._normal_cdf(sigma_min)  # mass of the untruncated normal below the range
+        self._inside = self._normal_cdf(sigma_max) - self._below
+
+    def _normal_cdf(self, sigma):
+        sigma = torch.as_tensor(sigma, dtype=torch.float64)
+        return torch.special.ndtr((sigma.log() - self.p_mean) / self.p_std)
+
+    def cdf(self, sigma):
+        return (self._normal_cdf(sigma) - self._below) / self._inside
+
+    def inverse_cdf(self, q):
+        q = torch.as_tensor(q, dtype=torch.float64)
+        sigma = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(self._below + q * self._inside))
+        return sigma.clamp(self.sigma_min, self.sigma_max)  # the ends are met to the last bit
+
+
+class Information:
+    """Train each noise level in proportion to the nats it decides (ours, for discrete targets).
+
+    The density in ln sigma is the integrand of the likelihood bound, mse(sigma) / sigma^2 (see likelihood.py), for a guesser
+    who knows the class frequencies and z, but no context. Equal mass then means equal nats. The mean squared error is a
+    seeded Monte Carlo estimate, tabulated over ln sigma and interpolated.
+
+    frequencies (V,): probability of each class. codebook (V, d): unit-norm rows (see codebook.py).
+    """
+
+    def __init__(self, frequencies, codebook, sigma_min=0.05, sigma_max=20.0, levels=96, draws=1024, seed=0):
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self._log_sigma = np.linspace(math.log(sigma_min), math.log(sigma_max), levels)
+        generator = torch.Generator().manual_seed(seed)
+        frequencies, codebook = frequencies.float().cpu(), codebook.float().cpu()
+        y = torch.multinomial(frequencies, draws, replacement=True, generator=generator)
+        eps = torch.randn(draws, codebook.shape[1], generator=generator)  # one draw for all levels: a smooth table
+        density = []
+        for sigma in np.exp(self._log_sigma):
+            z = codebook[y] + float(sigma) * eps  # (draws, d)
+            denoised = (frequencies.log() + z @ codebook.T / float(sigma) ** 2).softmax(-1) @ codebook
+            density.append(float((codebook[y] - denoised).square().sum(-1).mean()) / sigma**2)
+        density = np.array(density)
+        # Where z alone names the class the density is zero and the cdf flat: a millionth of the peak keeps it invertible.
+        density = np.maximum(density, 1e-6 * density.max())
+        mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+        self._cdf = mass / mass[-1]
+
+    def cdf(self, sigma):
+        log_sigma = np.log(np.asarray(sigma, dtype=np.float64))
+        return torch.as_tensor(np.interp(log_sigma, self._log_sigma, self._cdf))
+
+    def inverse_cdf(self, q):
+        log_sigma = np.interp(np.asarray(q, dtype=np.float64), self._cdf, self._log_sigma)
+        return torch.as_tensor(np.exp(log_sigma)).clamp(self.sigma_min, self.sigma_max)
+
+
+def make_noise(settings, frequencies, codebook):
+    """The p_noise that the settings (settings.NoiseSettings) name."""
+    if settings.noise == "information":
+        return Information(frequencies, codebook, settings.sigma_min, settings.sigma_max, seed=settings.seed)
+    return LogNormal(settings.p_mean, settings.p_std, settings.sigma_min, settings.sigma_max)
+
+
+def sample_sigma(noise, count, low, high, generator=None):
+    """`count` noise levels from p_noise restricted to [low, high]: uniform in cdf space, then the inverse cdf. (count,)"""
+    q_low, q_high = noise.cdf(low), noise.cdf(high)
+    q = q_low + (q_high - q_low) * torch.rand(count, dtype=torch.float64, generator=generator)
+    return noise.inverse_cdf(q).clamp(low, high)
+
+
+def quantiles(noise, parts):
+    """The parts + 1 levels that cut p_noise into equal masses, from sigma_max down to sigma_min. (parts + 1,)
+
+    k/parts is correctly rounded, so the quantile 1/2 is the same number for 2 parts and for 8: an edge between blocks
+    (partition.py) is met exactly by the grid of a sampler.
+    """
+    return noise.inverse_cdf(torch.arange(parts, -1, -1, dtype=torch.float64) / parts)
+
+
+def equal_mass_grid(noise, calls):
+    """Where the sampler calls a denoiser: `calls` equal-mass quantiles from sigma_max down, then 0. (calls + 1,)
+
+    The last Euler step ends at sigma = 0 and so returns the denoised point itself.
+    """
+    sigmas = quantiles(noise, calls)
+    sigmas[-1] = 0.0
+    return sigmas
+
+
+def karras_grid(noise, calls, rho=7.0):
+    """EDM's grid (eq. 5): `calls` levels evenly spaced in sigma^(1/rho), then 0. (calls + 1,)"""
+    ramp = torch.linspace(0, 1, calls, dtype=torch.float64)
+    top, bottom = noise.sigma_max ** (1 / rho), noise.sigma_min ** (1 / rho)
+    return torch.cat([(top + ramp * (bottom - top)) ** rho, torch.zeros(1, dtype=torch.float64)])
+
+
+def edm_coefficients(sigma, sigma_data):
+    """c_skip, c_out, c_in, c_noise of D = c_skip * z + c_out * F(c_in * z, c_noise) (EDM, table 1)."""
+    c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
+    c_out = sigma * sigma_data / (sigma**2 + sigma_data**2).sqrt()
+    c_in = 1 / (sigma**2 + sigma_data**2).sqrt()
+    c_noise = sigma.log() / 4
+    return c_skip, c_out, c_in, c_noise
+
+
+def edm_weight(sigma, sigma_data):
+    """w = 1 / c_out^2, which makes the squared error of F weigh the same at every sigma (EDM, table 1)."""
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
