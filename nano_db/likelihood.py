@@ -1,6 +1,6 @@
 """An honest likelihood for a denoiser of discrete targets, in the baseline's own units: nats a symbol.
 
-For unit-free noise z = E[y] + sigma * eps and any denoiser D,
+With z = E[y] + sigma * eps and any denoiser D,
 
     -ln p(y | x) <= integral over ln sigma of E |E[y] - D(z; sigma, x)|^2 / sigma^2
 
@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 
-def nats_per_block(posterior, y, codebook, partition, nodes=12, generator=None):
+def nats_per_block(posterior, y, codebook, partition, density=4, generator=None):
     """The bound, split by block: nats a symbol, (blocks,) float64. Its sum bounds the mean of -ln p(y | x).
 
     posterior(z, sigma) -> ln p(y | z, x), see stack.py. y (B, ...) classes. In each block's interval, Gauss-Legendre quadrature
-    with `nodes` points in ln sigma, fresh noise at each. The two ends of the range are closed, so that nothing is left out: above
+    with about `density` points a unit of ln sigma, fresh noise at each. The two ends of the range are closed, so that nothing is left out: above
     sigma_max the error is taken as constant (block 0 pays), at sigma_min the symbol is decoded (the last block pays -ln p(y | z)).
     """
     clean = codebook[y]  # (B, ..., d)
@@ -33,10 +33,10 @@ def nats_per_block(posterior, y, codebook, partition, nodes=12, generator=None):
         denoised = posterior(noisy(sigma), sigma).exp() @ codebook
         return float((clean - denoised).square().sum(-1).double().mean())
 
-    points, weights = np.polynomial.legendre.leggauss(nodes)  # on [-1, 1]
     nats = torch.zeros(partition.blocks, dtype=torch.float64)
     for b in range(partition.blocks):
         low, high = map(math.log, partition.interval(b))
+        points, weights = np.polynomial.legendre.leggauss(4 + math.ceil(density * (high - low)))  # on [-1, 1]
         for point, weight in zip(points, weights, strict=True):
             sigma = math.exp((low + high) / 2 + (high - low) / 2 * point)
             nats[b] += (high - low) / 2 * weight * squared_error(sigma) / sigma**2
@@ -46,7 +46,3 @@ def nats_per_block(posterior, y, codebook, partition, nodes=12, generator=None):
     log_p = posterior(noisy(bottom), bottom)
     nats[-1] -= float(log_p.gather(-1, y[..., None]).double().mean())
     return nats
-
-
-def bits(nats):
-    return nats / math.log(2)

@@ -10,6 +10,7 @@ moment, whatever happens to the process, the file that stands there is whole.
 import json
 import os
 import platform
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,9 @@ class Run:
         if not path.exists():
             return None
         try:
+            with zipfile.ZipFile(path) as archive:  # torch.load would not notice flipped bytes inside a tensor
+                if bad := archive.testzip():
+                    raise zipfile.BadZipFile(f"wrong checksum of {bad}")
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # unpickling damaged bytes raises nearly anything
             raise UsageError(

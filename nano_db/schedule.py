@@ -35,7 +35,7 @@ class LogNormal:
     def inverse_cdf(self, q):
         q = torch.as_tensor(q, dtype=torch.float64)
         sigma = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(self._below + q * self._inside))
-        return sigma.clamp(self.sigma_min, self.sigma_max)  # the ends are met to the last bit
+        return sigma.clamp(self.sigma_min, self.sigma_max)
 
 
 class Information:
@@ -95,7 +95,9 @@ def quantiles(noise, parts):
     k/parts is correctly rounded, so the quantile 1/2 is the same number for 2 parts and for 8: an edge between blocks
     (partition.py) is met exactly by the grid of a sampler.
     """
-    return noise.inverse_cdf(torch.arange(parts, -1, -1, dtype=torch.float64) / parts)
+    sigmas = noise.inverse_cdf(torch.arange(parts, -1, -1, dtype=torch.float64) / parts)
+    sigmas[0], sigmas[-1] = noise.sigma_max, noise.sigma_min  # the ends to the last bit, too
+    return sigmas
 
 
 def equal_mass_grid(noise, calls):

@@ -1,0 +1,119 @@
+import hashlib
+import io
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import pydocs, shakespeare
+from data.download import fetch
+from data.text import CharTokenizer, GPT2Tokenizer, load_text
+from nano_db.errors import UsageError
+
+LOCAL_SHAKESPEARE = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"
+
+
+def test_pydocs_is_a_long_text_in_which_no_paragraph_stands_twice():
+    text = pydocs.text()
+    paragraphs = [" ".join(p.split()) for p in text.split("\n\n")]
+    assert len(text) > 250_000 and len(set(paragraphs)) == len(paragraphs)
+    assert "try" in text and text == pydocs.text()
+
+
+def test_the_split_is_ninety_to_ten_and_windows_stay_on_their_side():
+    text = load_text("pydocs", seq_len=32)
+    total = len(text.train) + len(text.heldout)
+    assert len(text.train) == total * 9 // 10
+    whole = torch.cat([text.train, text.heldout])
+    assert text.tokenizer.decode(whole.tolist()) == pydocs.text()
+    x, y = text.batch(200, 32)
+    assert x.shape == y.shape == (200, 32) and torch.equal(x[:, 1:], y[:, :-1])
+    positions = text.train.unfold(0, 33, 1)  # all windows of the training side
+    window = torch.cat([x[0], y[0, -1:]])
+    assert (positions == window).all(1).any()
+
+
+def test_heldout_windows_predict_each_token_once():
+    text = load_text("pydocs", seq_len=50)
+    targets = torch.cat([y.flatten() for _, y in text.heldout_batches(7, 50)])
+    assert torch.equal(targets, text.heldout[1 : 1 + len(targets)])
+    assert len(text.heldout) - 1 - len(targets) < 50
+
+
+def test_the_last_training_token_can_be_drawn(tmp_path):
+    (tmp_path / "t.txt").write_text("a" * 89 + "b" + "c" * 10)
+    text = load_text(str(tmp_path / "t.txt"), seq_len=4)
+    torch.manual_seed(0)
+    _, y = text.batch(2000, 4)
+    assert set(text.tokenizer.decode(y.flatten().tolist())) == {"a", "b"}
+
+
+def test_characters_round_trip_and_unknown_ones_are_named():
+    tokenizer = CharTokenizer("hello")
+    assert tokenizer.decode(tokenizer.encode("hole")) == "hole" and tokenizer.classes == 4
+    with pytest.raises(UsageError, match="'x' 'y'"):
+        tokenizer.encode("yx")
+
+
+def test_bits_per_character_count_characters_not_tokens(tmp_path):
+    text = load_text("pydocs")
+    text.characters_per_token = 4.0
+    assert text.bits_per_character(4 * 0.6931471805599453) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(b"", "is empty"), (b"short", "too few"), (b"caf\xe9" * 1000, "is not UTF-8"), (None, "no such data set")],
+)
+def test_texts_that_cannot_serve_are_refused(tmp_path, content, message):
+    path = tmp_path / "t.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        load_text(str(path), seq_len=16)
+
+
+def test_a_folder_is_no_text(tmp_path):
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_text(str(tmp_path))
+
+
+def test_fetch_downloads_once_and_checks(tmp_path, monkeypatch):
+    content, opened = b"some text", []
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: opened.append(url) or io.BytesIO(content))
+    digest = hashlib.sha256(content).hexdigest()
+    for _ in range(2):
+        assert fetch("https://x/y", tmp_path / "new" / "y", digest, 9).read_bytes() == content
+    assert len(opened) == 1
+    with pytest.raises(UsageError, match="sha256"):
+        fetch("https://x/z", tmp_path / "z", digest[::-1], 9)
+    assert not (tmp_path / "z").exists()
+    (tmp_path / "new" / "y").write_bytes(b"tampered")
+    with pytest.raises(UsageError, match="sha256"):
+        fetch("https://x/y", tmp_path / "new" / "y", digest, 9)
+
+
+def test_no_network_is_one_line_that_says_where_to_put_the_file(tmp_path, monkeypatch):
+    def offline(url, timeout):
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    with pytest.raises(UsageError, match=r"no network, .*tinyshakespeare\.txt"):
+        shakespeare.text(tmp_path)
+
+
+def test_gpt2_without_network_says_what_to_do(tmp_path, monkeypatch):
+    import tiktoken
+
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(OSError("offline")))
+    with pytest.raises(UsageError, match="TIKTOKEN_CACHE_DIR"):
+        GPT2Tokenizer()
+
+
+@pytest.mark.skipif(not LOCAL_SHAKESPEARE.exists(), reason="no local copy of Tiny Shakespeare")
+def test_the_real_shakespeare_passes_its_checksum(tmp_path):
+    (tmp_path / "tinyshakespeare.txt").write_bytes(LOCAL_SHAKESPEARE.read_bytes())
+    text = load_text("shakespeare", folder=tmp_path)
+    assert len(text.train) + len(text.heldout) == shakespeare.SIZE and text.tokenizer.classes == 65

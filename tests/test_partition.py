@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+from nano_db.errors import UsageError
+from nano_db.partition import Partition, make_partition, split_layers
+from nano_db.schedule import LogNormal, equal_mass_grid, sample_sigma
+
+# Interior edges of the paper's constants, by hand from exp(-1.2 + 1.2 * Phi^-1(q)).
+EDGES = {2: [0.301], 3: [0.505, 0.180], 4: [0.677, 0.301, 0.134], 6: [0.962, 0.505, 0.301, 0.180, 0.094]}
+
+
+@pytest.mark.parametrize("blocks", EDGES)
+def test_equal_mass_edges_to_three_digits(blocks):
+    edges = make_partition(LogNormal(), blocks).edges
+    assert edges[0] == 80.0 and edges[-1] == 0.002
+    assert [round(edge, 3) for edge in edges[1:-1]] == EDGES[blocks]
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 4])
+def test_every_block_gets_its_share_of_the_noise(blocks):
+    noise = LogNormal()
+    partition = make_partition(noise, blocks)
+    sigma = sample_sigma(noise, 200_000, noise.sigma_min, noise.sigma_max, torch.Generator().manual_seed(0))
+    shares = torch.bincount(partition.route(sigma), minlength=blocks) / len(sigma)
+    torch.testing.assert_close(shares, torch.full((blocks,), 1 / blocks), atol=0.01, rtol=0)
+
+
+def test_uniform_edges_are_even_in_ln_sigma():
+    logs = torch.tensor(make_partition(LogNormal(), 5, "uniform").edges).log()
+    torch.testing.assert_close(logs.diff(), logs.diff()[:1].expand(5))
+
+
+def test_routing_owns_the_upper_edge_and_agrees_with_the_intervals():
+    partition = Partition((80.0, 0.7, 0.3, 0.002))
+    assert [partition.route(s) for s in (500.0, 80.0, 0.71, 0.7, 0.31, 0.3, 0.002, 0.0)] == [0, 0, 0, 1, 1, 2, 2, 2]
+    for b in range(3):
+        low, high = partition.interval(b)
+        assert partition.route(high) == b and partition.route(low * 1.0001) == b
+
+
+def test_each_block_is_called_equally_often_and_first_at_its_own_top_edge():
+    noise = LogNormal()
+    for blocks in (1, 2, 3, 4, 6):
+        partition = make_partition(noise, blocks)
+        calls = equal_mass_grid(noise, 5 * blocks)[:-1]
+        owners = partition.route(calls).tolist()
+        assert owners == [b for b in range(blocks) for _ in range(5)]
+        assert [calls[5 * b].item() for b in range(blocks)] == list(partition.edges[:-1])
+
+
+def test_overlap_stretches_both_ends_inside_the_whole_range():
+    partition = Partition((80.0, 0.8, 0.2, 0.002), overlap=0.5)
+    assert partition.training_range(1) == pytest.approx((0.1, 1.6))  # a = (0.8 / 0.2)^0.5 = 2
+    assert partition.training_range(0)[1] == 80.0 and partition.training_range(2)[0] == 0.002
+    assert partition.training_range(1, upward=True) == pytest.approx((0.1, 80.0))
+    assert Partition((80.0, 0.8, 0.2, 0.002)).training_range(1) == (0.2, 0.8)
+
+
+def test_layers_are_split_evenly_or_as_told():
+    assert split_layers(12, 4) == [3, 3, 3, 3]
+    assert split_layers(8, 3) == [3, 3, 2]
+    assert split_layers(12, 3, "3,6,3") == [3, 6, 3]
+
+
+@pytest.mark.parametrize("arguments", [(3, 4), (12, 3, "3,6"), (12, 3, "3,6,4"), (12, 3, "6,6,0"), (12, 3, "a,b,c")])
+def test_splits_that_do_not_add_up_are_refused(arguments):
+    with pytest.raises(UsageError):
+        split_layers(*arguments)
