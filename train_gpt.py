@@ -5,14 +5,12 @@
     python train_gpt.py --eval-only --prompt "The "        # write with what was trained
     python train_gpt.py --recipe paper --out out/paper     # the paper's own choices
 
-Each block is a small GPT. Its target is the next token, as a point on the unit sphere with noise on it (codebook.py), at the
-noise levels that the block owns (partition.py). A trained stack writes a token by walking from pure noise to a code vector, handed from block
-to block on the way (sampler.py). What it is worth is measured in bits per character, by a bound (likelihood.py).
-"""
+Each block is a small GPT. Its target is the next token, as a point on the unit sphere with noise on it (codebook.py),
+at the noise levels that the block owns (partition.py). A trained stack writes a token by walking from pure noise to a
+code vector, handed from block to block on the way (sampler.py). What it is worth is measured in bits per character,
+by a bound (likelihood.py)."""
 
-import dataclasses
-import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -21,17 +19,17 @@ import torch.nn as nn
 from data.text import load_text
 from nano_db.block import DiffusionBlock, EndToEnd
 from nano_db.codebook import PaperHead, PosteriorHead, make_codebook
+from nano_db.device import pick_device
 from nano_db.errors import UsageError
+from nano_db.language import evaluate, generate
 from nano_db.layers import Layer, NoiseEmbedding, rms_norm, rotary_angles
-from nano_db.likelihood import nats_per_block
 from nano_db.partition import make_partition, split_layers
 from nano_db.report import finish
 from nano_db.run import Run, read_config
-from nano_db.sampler import draw, sample_classes
 from nano_db.schedule import equal_mass_grid, karras_grid, make_noise
 from nano_db.settings import NoiseSettings, RunSettings, command, frozen_fields, option, parse
 from nano_db.stack import Stack
-from nano_db.trainer import Trainer, pick_device
+from nano_db.trainer import Trainer
 
 
 @dataclass
@@ -43,43 +41,60 @@ class Settings(NoiseSettings, RunSettings):
     mlp: str = option("gelu", "kind of MLP", choices=("gelu", "swiglu"))
     dropout: float = option(0.0, "on both residual branches", least=0, below=1)
     seq_len: int = option(128, "tokens of context", least=2)
-    head: str = option("posterior", "output head", choices=("posterior", "paper"), only="blocks")
-    streams: int = option(1, "1: noise rides on the tokens; 2: clean and noisy copy, as in the paper", choices=(1, 2), only="blocks")
-    range: str = option("own", "noise levels to train on: the own interval, or up to sigma_max", choices=("own", "upward"), only="blocks")
+    eval_windows: int = option(0, "held-out windows to evaluate on; 0: all", least=0, free=True)
+
+    # The method, option by option (README: "Two recipes").
+    head: str = option("posterior", "output head (codebook.py)", choices=("posterior", "paper"), only="blocks")
+    streams: int = option(1, "1: noise rides on the tokens; 2: a noisy copy beside them", choices=(1, 2), only="blocks")
+    range: str = option("own", "train on the own noise levels, or up to sigma_max", ("own", "upward"), only="blocks")
     z: str = option("inside", "is the network shown the noisy target?", choices=("inside", "outside"), only="blocks")
-    walk: str = option("last", "who answers: the block at work, or the mean of those so far", choices=("last", "averaged"), only="blocks")
+    walk: str = option("last", "who answers: the block at work, or all so far", ("last", "averaged"), only="blocks")
+
+    # Writing.
     calls_per_block: int = option(4, "Euler calls of each block, a token", least=1, free=True, only="blocks")
-    grid: str = option("equal-mass", "noise levels of the walk", choices=("equal-mass", "karras"), free=True, only="blocks")
+    grid: str = option("equal-mass", "noise levels of the walk", ("equal-mass", "karras"), free=True, only="blocks")
     prompt: str = option("", "what the samples continue (default: the first held-out tokens)", free=True)
     temperature: float = option(0.8, "of the samples; below 1 is more cautious", above=0, free=True)
     sample_length: int = option(500, "tokens to write", least=1, free=True)
-    eval_windows: int = option(0, "held-out windows to evaluate on; 0: all", least=0, free=True)
 
 
 PRESETS = {
-    "tiny": dict(layers=12, width=24, heads=2, seq_len=16, batch_size=8, steps=40, warmup=5, log_every=10, sample_length=40, eval_windows=32),
+    "tiny": dict(
+        layers=12, width=24, heads=2, seq_len=16, batch_size=8, steps=40, warmup=5, log_every=10,
+        sample_length=40, eval_windows=32,
+    ),
     "laptop": dict(layers=8, width=128, heads=4, seq_len=128, batch_size=16, steps=2000, warmup=100),
     "gpu": dict(layers=12, width=384, heads=6, seq_len=256, batch_size=64, steps=3000, warmup=150, dropout=0.1),
-    "paper": dict(layers=12, width=768, heads=12, seq_len=256, batch_size=256, steps=100_000, warmup=2500, learning_rate=3e-4, tokenizer="gpt2"),
-}
+    "paper": dict(
+        layers=12, width=768, heads=12, seq_len=256, batch_size=256, steps=100_000, warmup=2500, learning_rate=3e-4,
+        tokenizer="gpt2",
+    ),
+}  # fmt: skip
 
-# What separates the paper's method from ours, option by option (README: "Two recipes").
 RECIPES = {
-    "paper": dict(head="paper", loss_weight="edm", streams=2, range="own", z="inside", walk="last",
-                  p_mean=-1.2, p_std=1.2, sigma_min=0.002, sigma_max=80.0),
-    "nano": dict(head="posterior", loss_weight="none", streams=1, range="upward", z="outside", walk="averaged",
-                 p_mean=0.3, p_std=0.8, sigma_min=0.05, sigma_max=20.0),
+    "paper": dict(
+        head="paper", loss_weight="edm", streams=2, range="own", z="inside", walk="last",
+        p_mean=-1.2, p_std=1.2, sigma_min=0.002, sigma_max=80.0,
+    ),
+    "nano": dict(
+        head="posterior", loss_weight="none", streams=1, range="upward", z="outside", walk="averaged",
+        p_mean=0.3, p_std=0.8, sigma_min=0.05, sigma_max=20.0,
+    ),
 }  # fmt: skip
 
 
 def check_options(s):
     """Combinations that mean nothing."""
     if s.width % (2 * s.heads):
-        raise UsageError(f"--width {s.width} must be a multiple of twice --heads {s.heads}: rotary positions turn channel pairs")
+        raise UsageError(
+            f"--width {s.width} must be a multiple of twice --heads {s.heads}: rotary positions turn channel pairs"
+        )
     if s.z == "outside" and (s.head != "posterior" or s.streams != 1):
         raise UsageError("--z outside needs --head posterior and --streams 1: else nothing would bring the noise in")
     if s.walk == "averaged" and s.z != "outside":
-        raise UsageError("--walk averaged needs --z outside: an average of words on p(y | x) needs words that know no z")
+        raise UsageError(
+            "--walk averaged needs --z outside: an average of words on p(y | x) needs words that know no z"
+        )
     if s.range == "upward" and s.head != "posterior":
         raise UsageError("--range upward needs --head posterior: only there is one answer right at every noise level")
 
@@ -87,10 +102,10 @@ def check_options(s):
 class GPT(nn.Module):
     """Embedding and `layers` causal layers: features of the next token, (B, T, width), for the head to read.
 
-    One stream: position t's input is emb(x_t) + W(c_in * z_t), with z_t the noisy version of token t + 1. What a position before t
-    carries is a noisy x that t knows already, so nothing leaks; and a step costs what a plain GPT's costs.
-    Two streams (the paper's): a clean copy of the sequence, and a noisy one that looks at the clean past and at itself.
-    """
+    One stream: position t's input is emb(x_t) + W(c_in * z_t), with z_t the noisy version of token t + 1. What a
+    position before t carries is a noisy x that t knows already, so nothing leaks; and a step costs what a plain GPT's
+    costs. Two streams (the paper's): a clean copy of the sequence, and a noisy one that looks at the clean past and
+    at itself."""
 
     def __init__(self, classes, settings, layers, shows_z):
         super().__init__()
@@ -109,7 +124,8 @@ class GPT(nn.Module):
         )
 
     def forward(self, x, z, c_noise, cache=None):
-        """x (B, T) tokens; z (B, T, width) scaled noisy targets and c_noise (B,), or None both. cache: see layers.Cache."""
+        """x (B, T) tokens; z (B, T, width) scaled noisy targets and c_noise (B,), or None both. cache: see
+        layers.Cache."""
         T, past = x.shape[1], cache.length if cache else 0
         positions = torch.arange(past, past + T, device=x.device)
         h = self.embedding(x)  # (B, T, width)
@@ -136,132 +152,87 @@ def causal_mask(T, past, device):
 
 
 def two_stream_mask(T, past, device):
-    """(2T, past + 2T): clean queries look at clean positions up to their own; noisy ones there, too, and at themselves."""
+    """(2T, past + 2T): clean queries look at clean positions up to their own; noisy ones there, too, and at
+    themselves."""
     clean, itself = causal_mask(T, past, device), torch.eye(T, dtype=torch.bool, device=device)
     return torch.cat([torch.cat([clean, torch.zeros_like(itself)], 1), torch.cat([clean, itself], 1)])
 
 
-@torch.no_grad()
-def evaluate(stack, text, settings, device):
-    """Held-out bits per character: exact for the baseline, for blocks the bound of likelihood.py, also split by block."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    nats, tokens = torch.zeros(stack.partition.blocks if stack.denoises else 1, dtype=torch.float64), 0
-    for x, y in text.heldout_batches(16, settings.seq_len, device):
-        if stack.denoises:
-            nats += y.numel() * nats_per_block(stack.posterior(x), y, stack.codebook, stack.partition, generator=generator)
-        else:
-            nats -= float(stack.prior(x).gather(-1, y[..., None]).double().sum())
-        tokens += y.numel()
-        if settings.eval_windows and tokens >= settings.eval_windows * settings.seq_len:
-            break
-    nats = nats / tokens  # a token, by block
-    total = float(nats.sum())
-    return {
-        "bits_per_char": text.bits_per_character(total),
-        "nats_per_token": total,
-        "nats_per_block": nats.tolist(),
-    }
-
-
-def next_token(stack, x, caches, sigmas, temperature, generator):
-    """Draw the token after x (n, m), tokens whose keys and values the `caches` do not hold yet. (n, 1)"""
-    if not stack.denoises:
-        return draw(stack.prior(x, caches, temperature)[:, -1:], generator)
-    posterior = stack.posterior(x, caches, temperature)
-    known = stack.codebook[x[:, 1:]]  # what the z of earlier positions were noisy versions of
-
-    def at_last_position(z, sigma):
-        noisy = known + sigma * torch.randn(known.shape, generator=generator).to(known.device)
-        return posterior(torch.cat([noisy, z], dim=1), sigma)[:, -1:]
-
-    return sample_classes(at_last_position, stack.codebook, (len(x), 1), sigmas, generator)
-
-
-@torch.no_grad()
-def generate(stack, tokens, length, settings, sigmas, generator):
-    """Continue tokens (n, m) by `length`. When the context is full, it starts anew from its later half."""
-    caches, first, cached = {}, 0, 0  # the window begins at token `first`; tokens before `cached` are in the caches
-    for _ in range(length):
-        if tokens.shape[1] - first > settings.seq_len:
-            caches, first = {}, tokens.shape[1] - settings.seq_len // 2
-            cached = first
-        new = next_token(stack, tokens[:, cached:], caches, sigmas, settings.temperature, generator)
-        cached = tokens.shape[1]
-        tokens = torch.cat([tokens, new], dim=1)
-    return tokens
-
-
 def write_samples(stack, text, settings, noise, device):
-    """settings.samples texts, prompt and continuation apart by a bar."""
+    """settings.samples texts; a bar divides the prompt from what was written."""
     prompt = text.tokenizer.encode(settings.prompt) if settings.prompt else text.heldout[:16].tolist()
     grid = equal_mass_grid if settings.grid == "equal-mass" else karras_grid
     sigmas = grid(noise, settings.calls_per_block * settings.blocks)
     tokens = torch.tensor([prompt] * settings.samples, device=device)
-    tokens = generate(stack, tokens, settings.sample_length, settings, sigmas, torch.Generator().manual_seed(settings.seed))
-    return [text.tokenizer.decode(row[: len(prompt)]) + "|" + text.tokenizer.decode(row[len(prompt) :]) for row in tokens.tolist()]
+    generator = torch.Generator().manual_seed(settings.seed)
+    tokens = generate(
+        stack, tokens, settings.sample_length, settings.seq_len, sigmas, settings.temperature, generator
+    ).tolist()
+    decode = text.tokenizer.decode
+    return [decode(row[: len(prompt)]) + "|" + decode(row[len(prompt) :]) for row in tokens]
+
+
+def output_folder(settings):
+    return settings.out or f"out/gpt-{settings.method}"
 
 
 def main():
-    folder_of = lambda s: s.out or f"out/gpt-{s.method}"  # noqa: E731
-    settings = parse(Settings, PRESETS, RECIPES, description=__doc__, stored=lambda s: read_config(folder_of(s))["settings"])
+    settings = parse(
+        Settings, PRESETS, RECIPES, description=__doc__, stored=lambda s: read_config(output_folder(s))["settings"]
+    )
     check_options(settings)
     device = pick_device(settings.device)
     text = load_text(settings.data, settings.tokenizer, settings.data_dir, settings.seq_len)
-    if settings.prompt:
-        text.tokenizer.encode(settings.prompt)  # fail now rather than after the training
-    codebook = make_codebook(text.tokenizer.classes, settings.width, settings.seed)
+    text.tokenizer.encode(settings.prompt)  # a character the data has not: say so now, not after the training
+    classes = text.tokenizer.classes
+    codebook = make_codebook(classes, settings.width, settings.seed)
     noise = make_noise(settings, text.frequencies(), codebook)
-    partition = make_partition(noise, settings.blocks, settings.partition, settings.overlap)
-    layers = split_layers(settings.layers, settings.blocks, settings.layer_split) if not settings.baseline else None
 
-    def make_baseline():
-        return EndToEnd(GPT(text.tokenizer.classes, settings, settings.layers, shows_z=False), PosteriorHead(codebook))
+    def make_baseline(b=0):
+        return EndToEnd(GPT(classes, settings, settings.layers, shows_z=False), PosteriorHead(codebook))
 
     def make_block(b):
         shows_z = settings.z == "inside"
-        network = GPT(text.tokenizer.classes, settings, layers[b], shows_z)
+        network = GPT(classes, settings, layers[b], shows_z)
         head = PosteriorHead(codebook) if settings.head == "posterior" else PaperHead(codebook, settings.sigma_data)
         span = partition.training_range(b, upward=settings.range == "upward")
         return DiffusionBlock(network, head, noise, span, settings.sigma_data, settings.loss_weight, shows_z)
 
-    run = Run(folder_of(settings), dataclasses.asdict(settings), frozen_fields(Settings), {"script": "gpt", "data_sha256": text.sha256})
-    trainer = Trainer(
-        run,
-        make=(lambda b: make_baseline()) if settings.baseline else make_block,
-        batch=lambda: text.batch(settings.batch_size, settings.seq_len, device),
-        settings=settings,
-        device=device,
+    if settings.baseline:
+        make, partition, average = make_baseline, None, False
+    else:
+        layers = split_layers(settings.layers, settings.blocks, settings.layer_split)
+        partition = make_partition(noise, settings.blocks, settings.partition, settings.overlap)
+        make, average = make_block, settings.walk == "averaged"
+
+    run = Run(
+        output_folder(settings),
+        asdict(settings),
+        frozen_fields(Settings),
+        {"script": "gpt", "data_sha256": text.sha256},
     )
+    trainer = Trainer(run, make, lambda: text.batch(settings.batch_size, settings.seq_len, device), settings, device)
     metrics = {}
 
     def evaluate_and_sample(step):
-        blocks = [trainer.restore(b)[0] for b in range(trainer.networks)]
-        stack = Stack(blocks, None if settings.baseline else partition, average=settings.walk == "averaged" and not settings.baseline)
-        metrics.update(evaluate(stack, text, settings, device))
+        stack = Stack([trainer.restore(b) for b in range(trainer.networks)], partition, average)
+        metrics.update(evaluate(stack, text, settings.seq_len, settings.eval_windows, settings.seed, device))
         run.log(kind="evaluation", step=step, **metrics)
-        kind = "exact" if settings.baseline else "bound"
-        print(f"step {step}: {metrics['bits_per_char']:.4f} bits per character ({kind}), {metrics['nats_per_token']:.4f} nats a token")
+        print(f"step {step}: {metrics['bits_per_char']:.4f} bits per character", "" if settings.baseline else "(bound)")
         if not settings.baseline:
-            print("nats by block:", " ".join(f"{share:.4f}" for share in metrics["nats_per_block"]))
+            print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
         samples = write_samples(stack, text, settings, noise, device) if settings.samples else []
-        Path(run.folder, "samples.txt").write_text("\n\n---\n\n".join(samples), encoding="utf-8")
+        Path(run.folder, "samples.txt").write_text("\n---\n".join(samples), encoding="utf-8")
         print(*samples, sep="\n---\n")
 
-    try:
-        complete = trainer.train_all(evaluate_and_sample)
-    except KeyboardInterrupt:
-        print(f"\nstopped; {run.folder} holds what was reached. The same command goes on from there", file=sys.stderr)
-        return 130
-    if not complete:
-        print(f"still to train: blocks {', '.join(map(str, trainer.unfinished()))}, in {run.folder}")
-        return 0
-    if not settings.eval_only:
+    if not trainer.train_all(evaluate_and_sample):
+        print(f"still to train: blocks {', '.join(map(str, trainer.unfinished()))} of {run.folder}")
+    elif not settings.eval_only:
         finish("gpt", trainer, metrics, make_baseline)
-        from nano_db.plots import draw_curves  # matplotlib takes a second to import: not before it is needed
+        from nano_db.plots import draw_curves  # not at the top: importing matplotlib takes a second
 
-        draw_curves(run.folder, "bits_per_char", "bits per character", metrics["nats_per_block"] if not settings.baseline else None)
-    print(f"\n{run.folder}: result.json, metrics.jsonl, curves.png, samples.txt, one file a block")
-    return 0
+        draw_curves(run.folder, "bits_per_char", "bits per character", metrics["nats_per_block"])
+        print(f"\n{run.folder}: result.json, metrics.jsonl, curves.png, samples.txt, and a file a block")
 
 
 if __name__ == "__main__":

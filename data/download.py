@@ -23,7 +23,8 @@ def fetch(url, path, sha256, size):
             content = answer.read(size + 1)
     except (urllib.error.URLError, OSError) as error:
         raise UsageError(
-            f"cannot download {url} ({getattr(error, 'reason', error)}): with no network, fetch it elsewhere and put it at {path}"
+            f"cannot download {url} ({getattr(error, 'reason', error)}): "
+            f"with no network, fetch it elsewhere and put it at {path}"
         ) from error
     _check(url, content, sha256)
     try:

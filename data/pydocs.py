@@ -6,10 +6,9 @@ import pydoc_data.topics
 def text():
     """All topics in alphabetical order, each paragraph once.
 
-    Topics quote each other ("compound" repeats "if", "while", "for", ...): of some 465,000 characters a fifth is said twice. Left in, such
-    paragraphs would stand on both sides of the split between training and held-out text. The manual differs a little between
-    versions of Python; the text's checksum is written in the run's config.json.
-    """
+    Topics quote each other ("compound" repeats "if", "while", "for", ...): of some 465,000 characters a fifth is said
+    twice. Left in, such paragraphs would stand on both sides of the split between training and held-out text. The
+    manual differs a little between versions of Python; the text's checksum is written in the run's config.json."""
     seen, kept = set(), []
     for _, topic in sorted(pydoc_data.topics.topics.items()):
         for paragraph in topic.split("\n\n"):

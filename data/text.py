@@ -43,8 +43,8 @@ class GPT2Tokenizer:
             self._encoding = tiktoken.get_encoding("gpt2")
         except Exception as error:  # whatever its http library raises
             raise UsageError(
-                f"--tokenizer gpt2: tiktoken cannot download its table ({type(error).__name__}): go online once, point the "
-                "environment variable TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer char"
+                f"--tokenizer gpt2: tiktoken cannot download its table ({type(error).__name__}): go online once, "
+                "point TIKTOKEN_CACHE_DIR in the environment to a folder that holds it, or use --tokenizer char"
             ) from error
 
     def encode(self, text):
@@ -65,18 +65,21 @@ class Text:
     sha256: str
 
     def frequencies(self):
-        """Share of each class in the training text, (V,); a class that is only held out gets the weight of one occurrence."""
+        """Share of each class in the training text, (V,); a class that is only held out gets the weight of one
+        occurrence."""
         counts = torch.bincount(self.train, minlength=self.tokenizer.classes).double().clamp(min=1)
         return counts / counts.sum()
 
     def batch(self, batch_size, seq_len, device="cpu"):
-        """Random windows of the training text, from torch's global generator: x (B, T) and y (B, T), the tokens that follow."""
+        """Random windows of the training text, from torch's global generator: x (B, T) and y (B, T), the tokens that
+        follow."""
         starts = torch.randint(len(self.train) - seq_len, (batch_size, 1))
         windows = self.train[starts + torch.arange(seq_len + 1)].to(device)
         return windows[:, :-1], windows[:, 1:]
 
     def heldout_batches(self, batch_size, seq_len, device="cpu"):
-        """The held-out text in windows that do not overlap, each token predicted once. A last, shorter rest is left out."""
+        """The held-out text in windows that do not overlap, each token predicted once. A last, shorter rest is left
+        out."""
         count = (len(self.heldout) - 1) // seq_len
         x, y = (self.heldout[i : i + count * seq_len].view(count, seq_len) for i in (0, 1))
         for i in range(0, count, batch_size):
@@ -87,18 +90,19 @@ class Text:
 
 
 def load_text(name="pydocs", tokenizer="char", folder="data/cache", seq_len=1):
-    """A Text. name: one of NAMES, or the path of a UTF-8 file. The first 90% of the characters train, the rest is held out.
+    """A Text. name: one of NAMES, or the path of a UTF-8 file. The first 90% of the characters train, the rest is
+    held out.
 
-    Raises UsageError for an unknown name, a file that cannot be read, or a text too short for windows of seq_len tokens.
-    """
+    Raises UsageError for an unknown name, a file that cannot be read, or a text too short for windows of seq_len
+    tokens."""
     text = _read(name, folder)
     cut = len(text) * 9 // 10
     tokens = GPT2Tokenizer() if tokenizer == "gpt2" else CharTokenizer(text)
     train, heldout = (torch.tensor(tokens.encode(part)) for part in (text[:cut], text[cut:]))
     if len(heldout) <= seq_len:
         raise UsageError(
-            f"--data {name} has {len(train)} tokens to train on and {len(heldout)} held out: too few for --seq-len {seq_len}. "
-            "Take a longer text or a smaller --seq-len"
+            f"--data {name} has {len(train)} tokens to train on and {len(heldout)} held out: too few for "
+            f"--seq-len {seq_len}. Take a longer text or a smaller --seq-len"
         )
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     return Text(train, heldout, tokens, (len(text) - cut) / len(heldout), sha256)
@@ -111,7 +115,9 @@ def _read(name, folder):
         return shakespeare.text(folder)
     path = Path(name)
     if not path.exists():
-        raise UsageError(f"--data {name}: no such data set or file; choose {', '.join(NAMES)}, or the path of a UTF-8 text")
+        raise UsageError(
+            f"--data {name}: no such data set or file; choose {', '.join(NAMES)}, or the path of a UTF-8 text"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -1,11 +1,12 @@
-"""A DiffusionBlock: some layers, trained alone to undo noise of one interval of levels. And its opposite, the end-to-end baseline.
+"""A DiffusionBlock: some layers, trained alone to undo noise of one interval of levels. And its opposite, the
+end-to-end baseline.
 
-Both are modules with `.loss(batch)`; the trainer (trainer.py) knows no more of them. A block owns every parameter it trains, from
-the input embedding to the output head: no trainable tensor is shared, so a block can be trained anywhere, in any order.
+Both are modules with `.loss(batch)`; the trainer (trainer.py) knows no more of them. A block owns every parameter it
+trains, from the input embedding to the output head: no trainable tensor is shared, so a block can be trained
+anywhere, in any order.
 
-The network is the script's own: network(x, z, c_noise, ...) -> features (B, ..., width). z comes scaled by c_in; both z and
-c_noise are None where the network is not shown the noisy target.
-"""
+The network is the script's own: network(x, z, c_noise, ...) -> features (B, ..., width). z comes scaled by c_in; both
+z and c_noise are None where the network is not shown the noisy target."""
 
 import torch
 import torch.nn as nn
@@ -29,7 +30,8 @@ class DiffusionBlock(nn.Module):
         self.loss_weight, self.shows_z = loss_weight, shows_z
 
     def forward(self, x, z, sigma, temperature=1.0, **extra):
-        """The head's answer for noisy targets z (B, ..., d) at noise level sigma, (B,) or a float. `extra` is the network's."""
+        """The head's answer for noisy targets z (B, ..., d) at noise level sigma, (B,) or a float. `extra` is the
+        network's."""
         if not self.shows_z:
             return self.head(self.network(x, None, None, **extra), z, sigma, temperature)
         sigma = torch.as_tensor(sigma, dtype=z.dtype, device=z.device).expand(len(z))
@@ -42,7 +44,8 @@ class DiffusionBlock(nn.Module):
         return self.head.log_prior(self.network(x, None, None, **extra))
 
     def loss(self, batch):
-        """Denoising at random levels of the block's own span: the mean over samples of w(sigma_i) * loss_i (paper, eq. 8)."""
+        """Denoising at random levels of the block's own span: the mean over samples of w(sigma_i) * loss_i (paper,
+        eq. 8)."""
         x, y = batch
         sigma = sample_sigma(self.noise, len(y), *self.span).float().to(y.device)  # (B,)
         clean = self.head.clean(y)  # (B, ..., d)
@@ -54,7 +57,8 @@ class DiffusionBlock(nn.Module):
 
 
 class EndToEnd(nn.Module):
-    """The baseline for discrete targets: the same network and readout without noise, trained by ordinary backpropagation."""
+    """The baseline for discrete targets: the same network and readout without noise, trained by ordinary
+    backpropagation."""
 
     def __init__(self, network, head):
         super().__init__()

@@ -1,8 +1,8 @@
 """Discrete targets: what a label or token is denoised to, and the two heads that turn features into p(y | z, x).
 
-The codebook E holds one fixed unit vector a class, derived from the seed: learned embeddings can shrink the noise's task by
-collapsing to a point (CDCD, Dieleman et al. 2022), fixed ones cannot, and every block knows them without being told.
-"""
+The codebook E holds one fixed unit vector a class, derived from the seed: learned embeddings can shrink the noise's
+task by collapsing to a point (CDCD, Dieleman et al. 2022), fixed ones cannot, and every block knows them without
+being told."""
 
 import torch
 import torch.nn as nn
@@ -28,9 +28,8 @@ def broadcast(sigma, like):
 def log_likelihood(z, sigma, codebook):
     """ln p(z | y) for every class y, up to a term all classes share: <z, E[y]> / sigma^2. z (B, ..., d) -> (B, ..., V)
 
-    Unit norms make it linear: -|z - E[y]|^2 / (2 sigma^2) differs from it by terms without y. Always float32: dividing by
-    sigma^2 magnifies the rounding of a bfloat16 product into whole nats.
-    """
+    Unit norms make it linear: -|z - E[y]|^2 / (2 sigma^2) differs from it by terms without y. Always float32:
+    dividing by sigma^2 magnifies the rounding of a bfloat16 product into whole nats."""
     with torch.autocast(z.device.type, enabled=False):
         return z.float() @ codebook.T / broadcast(sigma, z.float()).square()
 
@@ -38,9 +37,8 @@ def log_likelihood(z, sigma, codebook):
 class DiscreteHead(nn.Module):
     """What both heads share: the codebook, a linear readout (width -> V) and the cross-entropy.
 
-    The contract of a head, for block.py: clean(y) is the target that gets noised; head(features, z, sigma) is the answer,
-    here the logits of p(y | z, x); loss(answer, y) is one number a sample, (B,).
-    """
+    The contract of a head, for block.py: clean(y) is the target that gets noised; head(features, z, sigma) is the
+    answer, here the logits of p(y | z, x); loss(answer, y) is one number a sample, (B,)."""
 
     def __init__(self, codebook):
         super().__init__()
@@ -59,9 +57,8 @@ class DiscreteHead(nn.Module):
 class PosteriorHead(DiscreteHead):
     """Bayes' rule as an output layer (ours): logits = readout(features) + <z, E> / sigma^2.
 
-    Given z = E[y] + sigma * eps, p(y | z, x) ~ p(y | x) * exp(<z, E[y]> / sigma^2) exactly. What the noise tells is added in
-    closed form, and the network learns only what it cannot tell: p(y | x).
-    """
+    Given z = E[y] + sigma * eps, p(y | z, x) ~ p(y | x) * exp(<z, E[y]> / sigma^2) exactly. What the noise tells is
+    added in closed form, and the network learns only what it cannot tell: p(y | x)."""
 
     def log_prior(self, features):
         """The block's word on ln p(y | x): the logits without the likelihood term, normalised. (B, ..., V)"""

@@ -1,5 +1,5 @@
-"""Runs side by side: `python -m nano_db.compare out/a out/b ...` prints a Markdown table, ratios to the first run in brackets,
-and draws compare.png (or --picture FILE)."""
+"""Runs side by side: `python -m nano_db.compare out/a out/b ...` prints a Markdown table, ratios to the first run in
+brackets, and draws compare.png (or --picture FILE)."""
 
 import argparse
 import json
@@ -13,7 +13,15 @@ def read_result(folder):
     path = Path(folder) / "result.json"
     try:
         result = json.loads(path.read_text())
-        assert {"script", "method", "blocks", "steps", "metrics", "memory_bytes", "seconds_per_step_all_blocks"} <= result.keys()
+        assert {
+            "script",
+            "method",
+            "blocks",
+            "steps",
+            "metrics",
+            "memory_bytes",
+            "seconds_per_step_all_blocks",
+        } <= result.keys()
         return result
     except OSError:
         raise UsageError(f"{folder} holds no result.json: finish that run first") from None
@@ -23,7 +31,11 @@ def read_result(folder):
 
 def columns(results):
     """Rows of plain numbers a run, by name: the metrics that every run has, then cost."""
-    shared = [k for k, v in results[0]["metrics"].items() if isinstance(v, (int, float)) and all(k in r["metrics"] for r in results)]
+    shared = [
+        k
+        for k, v in results[0]["metrics"].items()
+        if isinstance(v, (int, float)) and all(k in r["metrics"] for r in results)
+    ]
     for result in results:
         row = {name: result["metrics"][name] for name in shared}
         row["parameters"] = result["parameters"]
@@ -36,7 +48,10 @@ def markdown_table(names, results):
     rows = list(columns(results))
     lines = ["| run | blocks | steps | " + " | ".join(rows[0]) + " |", "|---|---|---|" + "---|" * len(rows[0])]
     for name, result, row in zip(names, results, rows, strict=True):
-        cells = [f"{value:,.4g} ({value / first:.3f})" if first else f"{value:,.4g}" for value, first in zip(row.values(), rows[0].values(), strict=True)]
+        cells = [
+            f"{value:,.4g} ({value / first:.3f})" if first else f"{value:,.4g}"
+            for value, first in zip(row.values(), rows[0].values(), strict=True)
+        ]
         lines.append(f"| {name} | {result['blocks']} | {result['steps']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

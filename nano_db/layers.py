@@ -1,9 +1,10 @@
-"""Transformer layers shared by all architectures: pre-norm, RMSNorm without weights, rotary positions, optional modulation.
+"""Transformer layers shared by all architectures: pre-norm, RMSNorm without weights, rotary positions, optional
+modulation.
 
-A layer is conditioned on the noise level by adaLN-Zero (Peebles & Xie 2023): shift, scale and gate of both residual branches
-are linear in a conditioning vector, and zero at the start, so that a new layer is the identity. Unconditioned layers (the
-baseline's, or a block's that is not shown z) are the identity at the start by zero output projections.
-"""
+A layer is conditioned on the noise level by adaLN-Zero (Peebles & Xie 2023): shift, scale and gate of both residual
+branches are linear in a conditioning vector, and zero at the start, so that a new layer is the identity.
+Unconditioned layers (the baseline's, or a block's that is not shown z) are the identity at the start by zero output
+projections."""
 
 import math
 
@@ -31,7 +32,8 @@ def rotate(heads, rotary):
 
 
 class Cache:
-    """Keys and values of earlier positions, for generation: one pair (B, H, T, head_width) a layer, in the order of the calls."""
+    """Keys and values of earlier positions, for generation: one pair (B, H, T, head_width) a layer, in the order of
+    the calls."""
 
     def __init__(self):
         self.pairs = {}
@@ -114,9 +116,8 @@ class Layer(nn.Module):
 class NoiseEmbedding(nn.Module):
     """c_noise (B,) -> conditioning vector (B, width): sines and cosines, then a small MLP.
 
-    Keep the width narrow (d/6, as in the released code): at full width the modulations would add 6 d^2 weights to a layer's
-    12 d^2, and eat half of what training by blocks saves.
-    """
+    Keep the width narrow (d/6, as in the released code): at full width the modulations would add 6 d^2 weights to a
+    layer's 12 d^2, and eat half of what training by blocks saves."""
 
     def __init__(self, width, features=32):
         super().__init__()

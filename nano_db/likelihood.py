@@ -4,9 +4,10 @@ With z = E[y] + sigma * eps and any denoiser D,
 
     -ln p(y | x) <= integral over ln sigma of E |E[y] - D(z; sigma, x)|^2 / sigma^2
 
-(the I-MMSE relation: Guo, Shamai, Verdu 2005; Kong, Brekelmans, Ver Steeg 2023; with snr = 1 / sigma^2 it is half the integral of the
-squared error over snr). It is an equality where D is the exact posterior mean of one fixed p(y | x), whatever that p is: then
-the integral is the cross-entropy of p. It splits over sigma, hence over blocks, into the nats each block answers for.
+(the I-MMSE relation: Guo, Shamai, Verdu 2005; Kong, Brekelmans, Ver Steeg 2023; with snr = 1 / sigma^2 it is half the
+integral of the squared error over snr). It is an equality where D is the exact posterior mean of one fixed p(y | x),
+whatever that p is: then the integral is the cross-entropy of p. It splits over sigma, hence over blocks, into the
+nats each block answers for.
 
 The paper reports no likelihood for its language models; this is the number that makes them comparable.
 """
@@ -20,10 +21,10 @@ import torch
 def nats_per_block(posterior, y, codebook, partition, density=4, generator=None):
     """The bound, split by block: nats a symbol, (blocks,) float64. Its sum bounds the mean of -ln p(y | x).
 
-    posterior(z, sigma) -> ln p(y | z, x), see stack.py. y (B, ...) classes. In each block's interval, Gauss-Legendre quadrature
-    with about `density` points a unit of ln sigma, fresh noise at each. The two ends of the range are closed, so that nothing is left out: above
-    sigma_max the error is taken as constant (block 0 pays), at sigma_min the symbol is decoded (the last block pays -ln p(y | z)).
-    """
+    posterior(z, sigma) -> ln p(y | z, x), see stack.py. y (B, ...) classes. In each block's interval, Gauss-Legendre
+    quadrature with about `density` points a unit of ln sigma, fresh noise at each. The two ends of the range are
+    closed, so that nothing is left out: above sigma_max the error is taken as constant (block 0 pays), at sigma_min
+    the symbol is decoded (the last block pays -ln p(y | z))."""
     clean = codebook[y]  # (B, ..., d)
 
     def noisy(sigma):

@@ -1,4 +1,5 @@
-"""Where the training memory goes: weights, gradients, optimizer state, and activations kept for the backward pass, in bytes."""
+"""Where the training memory goes: weights, gradients, optimizer state, and activations kept for the backward pass, in
+bytes."""
 
 import sys
 from contextlib import nullcontext
@@ -11,10 +12,9 @@ PARTS = ("weights", "gradients", "optimizer", "activations")
 def training_bytes(module, batch, optimizer, context=None):
     """Take one training step of `module` and count. Returns {part: bytes} for PARTS and their "total".
 
-    Activations are the tensors that autograd saves in the forward pass, each storage once, weights excluded. Codebooks and
-    other fixed buffers count as weights. On CUDA "allocator_peak" is added: the most the allocator held during the step,
-    which also has the temporaries. `context`: the autocast to compute in.
-    """
+    Activations are the tensors that autograd saves in the forward pass, each storage once, weights excluded.
+    Codebooks and other fixed buffers count as weights. On CUDA "allocator_peak" is added: the most the allocator held
+    during the step, which also has the temporaries. `context`: the autocast to compute in."""
     fixed = [*module.parameters(), *module.buffers()]
     fixed_storages = {tensor.untyped_storage().data_ptr() for tensor in fixed}
     saved = {}
@@ -61,7 +61,8 @@ def peak_resident_bytes():
 
 
 def memory_table(columns):
-    """Lines of a text table: a row a part in MiB, a column for each {name: training_bytes}; ratios to the last column."""
+    """Lines of a text table: a row a part in MiB, a column for each {name: training_bytes}; ratios to the last
+    column."""
     *_, last = columns.values()
     lines = [f"{'MiB':12}" + "".join(f"{name:>20}" for name in columns)]
     for part in (*PARTS, "total"):

@@ -1,4 +1,5 @@
-"""Pictures: a run's curves, runs side by side, and the idea of the method (`python -m nano_db.plots FILE` draws that one)."""
+"""Pictures: a run's curves, runs side by side, and the idea of the method (`python -m nano_db.plots FILE` draws that
+one)."""
 
 import argparse
 import math
@@ -24,23 +25,31 @@ def block_colours(blocks):
     return [COLOURS(0.9 * b / max(1, blocks - 1)) for b in range(blocks)]
 
 
-def draw_curves(folder, metric, unit, shares=None):
-    """curves.png of a run: training loss by block, the held-out `metric` by round and, by block, its `shares`."""
+def draw_curves(folder, metric, unit, shares=()):
+    """curves.png of a run: training loss by block, the held-out `metric` by round and its `shares` by block."""
     training, evaluations = read_metrics(folder, "train"), read_metrics(folder, "evaluation")
     blocks = sorted({record["block"] for record in training})
     colours = block_colours(len(blocks))
-    figure, axes = plt.subplots(1, 3 if shares else 2, figsize=(13 if shares else 9, 3.6), layout="constrained")
+    panels = 3 if len(shares) > 1 else 2
+    figure, axes = plt.subplots(1, panels, figsize=(4.4 * panels, 3.6), layout="constrained")
     for b, colour in zip(blocks, colours, strict=True):
         points = [(record["step"], record["loss"]) for record in training if record["block"] == b]
         axes[0].plot(*zip(*points, strict=True), color=colour, label=f"block {b}" if len(blocks) > 1 else None)
-    axes[0].set(xlabel="step", ylabel="training loss", title="each block's own loss" if len(blocks) > 1 else "training loss")
+    axes[0].set(
+        xlabel="step", ylabel="training loss", title="each block's own loss" if len(blocks) > 1 else "training loss"
+    )
     axes[1].plot([r["step"] for r in evaluations], [r[metric] for r in evaluations], "o-", color="black")
     axes[1].set(xlabel="steps of each block", ylabel=unit, title="held-out " + metric.replace("_", " "))
     if len(blocks) > 1:
         axes[0].legend()
-    if shares:
+    if len(shares) > 1:
         axes[2].bar(range(len(shares)), shares, color=block_colours(len(shares)))
-        axes[2].set(xlabel="block (0 is the noisiest)", ylabel="nats a symbol", title="what each block answers for", xticks=range(len(shares)))
+        axes[2].set(
+            xlabel="block (0 is the noisiest)",
+            ylabel="nats a symbol",
+            title="what each block answers for",
+            xticks=range(len(shares)),
+        )
     _save(figure, Path(folder) / "curves.png")
 
 
@@ -72,19 +81,24 @@ def draw_idea(path, blocks=4):
         left.fill_between(log_sigma, density, color=colour)
         middle = float(noise.inverse_cdf((blocks - b - 0.5) / blocks))
         height = np.exp(-0.5 * ((math.log(middle) - noise.p_mean) / noise.p_std) ** 2)
-        left.text(math.log(middle), height / 2, f"block\n{b}", ha="center", va="center", color="white" if b < 3 else "black")
+        left.text(
+            math.log(middle), height / 2, f"block\n{b}", ha="center", va="center", color="white" if b < 3 else "black"
+        )
     ticks = [20, 5, 1, 0.3, 0.1, 0.02, 0.002]
     left.set_xticks([math.log(tick) for tick in ticks], ticks)
     left.invert_xaxis()
     left.set_yticks([])
-    left.set(xlabel="noise level sigma, from pure noise to none", title="Each block trains alone, on its own noise levels\n(equal areas: equal shares of the training)")
+    left.set(
+        xlabel="noise level sigma, from pure noise to none",
+        title="Each block trains alone, on its own noise levels\n(equal areas: equal shares of the training)",
+    )
 
     corners = [(math.cos(a), math.sin(a)) for a in torch.arange(5) * 2 * math.pi / 5]
     mixture = GaussianMixture(corners, std=0.06)
     z = 20.0 * torch.randn(24, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     sigmas = torch.cat([torch.logspace(math.log10(20), math.log10(0.002), 400, dtype=torch.float64), torch.zeros(1)])
     path_so_far, owner = [z], [0]
-    for (state, sigma) in zip(euler_walk(mixture.denoise, z, sigmas), sigmas, strict=False):
+    for state, sigma in zip(euler_walk(mixture.denoise, z, sigmas), sigmas, strict=False):
         path_so_far.append(state.z)
         owner.append(partition.route(float(sigma)))
     walk, owner = torch.stack(path_so_far), np.array(owner)  # (steps, 24, 2)
@@ -93,7 +107,12 @@ def draw_idea(path, blocks=4):
         span = slice(max(0, own[0] - 1), own[-1] + 1)
         right.plot(walk[span, :, 0], walk[span, :, 1], color=colour, lw=1.2)
     right.plot(*zip(*corners, strict=True), "k*", ms=11, ls="none", label="data")
-    right.set(xlim=(-3, 3), ylim=(-2.2, 2.2), aspect="equal", title="Run one after the other, they walk from noise to data\n(colour: the block that takes the step)")
+    right.set(
+        xlim=(-3, 3),
+        ylim=(-2.2, 2.2),
+        aspect="equal",
+        title="Run one after the other, they walk from noise to data\n(colour: the block that takes the step)",
+    )
     right.legend(loc="upper right")
     _save(figure, path)
 
@@ -104,6 +123,8 @@ def _save(figure, path):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m nano_db.plots", description="Draw the README's picture of the method.")
+    parser = argparse.ArgumentParser(
+        prog="python -m nano_db.plots", description="Draw the README's picture of the method."
+    )
     parser.add_argument("file", help="a PNG to write")
     draw_idea(parser.parse_args().file)

@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 @contextmanager
 def stop_requests():
-    """Turn Ctrl-C and SIGTERM into a list that is no longer empty, so that a step is never cut in half. A second Ctrl-C kills."""
+    """Turn Ctrl-C and SIGTERM into a list that is no longer empty, so that a step is never cut in half. A second
+    Ctrl-C kills."""
     stop = []
 
     def request(number, frame):
@@ -49,4 +50,8 @@ class ProgressBar:
             self.bar.update(step - self.bar.n)
             return
         rate = (step - self.start) / (time.perf_counter() - self.began)
-        print(f"{self.label}  step {step}/{self.until}  loss {loss:.4f}  {rate:.1f} steps/s  {(self.until - step) / rate:.0f} s left", flush=True)
+        left = (self.until - step) / rate
+        print(
+            f"{self.label}  step {step}/{self.until}  loss {loss:.4f}  {rate:.1f} steps/s  {left:.0f} s left",
+            flush=True,
+        )

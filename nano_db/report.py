@@ -1,7 +1,8 @@
 """The end of a run: what it cost, in bytes and seconds, and result.json."""
 
+from nano_db.device import autocast
 from nano_db.memory import memory_table, peak_resident_bytes, training_bytes
-from nano_db.trainer import autocast, make_optimizer
+from nano_db.optimizer import make_optimizer
 
 
 def count_training_bytes(trainer, module):
@@ -14,9 +15,9 @@ def count_training_bytes(trainer, module):
 def finish(script, trainer, metrics, make_baseline):
     """Write result.json, print the memory table, and return the result.
 
-    metrics: the script's own. make_baseline(): the end-to-end network of the same settings, to measure beside the blocks.
-    memory_bytes and seconds_per_step are the largest block's (or the baseline's); the sum over the blocks stands beside.
-    """
+    metrics: the script's own. make_baseline(): the end-to-end network of the same settings, to measure beside the
+    blocks. memory_bytes and seconds_per_step are the largest block's (or the baseline's); the sum over the blocks
+    stands beside."""
     settings = trainer.settings
     peak = peak_resident_bytes()  # before anything end-to-end is built
     states = [trainer.run.load_block(b) for b in range(trainer.networks)]

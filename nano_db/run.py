@@ -1,11 +1,12 @@
 """The output folder of a run: its settings, its metrics, and one file a block.
 
-    config.json      settings, versions, data checksum       block_<b>.pt   weights, optimizer state, step, settings of one block
-    metrics.jsonl    a line per logging interval/evaluation  result.json    the figures at the end
+    config.json      settings, versions, data checksum
+    metrics.jsonl    a line per logging interval and per evaluation
+    block_<b>.pt     weights, optimizer state, step and settings of one block
+    result.json      the figures at the end
 
-A folder belongs to one set of settings. Every file but metrics.jsonl is written aside, flushed to the disk and renamed, so that at any
-moment, whatever happens to the process, the file that stands there is whole.
-"""
+A folder belongs to one set of settings. Every file but metrics.jsonl is written aside, flushed to the disk and
+renamed, so that at any moment, whatever happens to the process, the file that stands there is whole."""
 
 import json
 import os
@@ -38,7 +39,8 @@ def write_atomically(path, write):
         aside.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or "the disk may be full"
         raise UsageError(
-            f"cannot write {path} ({reason}); what it held before is untouched: make room or choose another --out, then run again"
+            f"cannot write {path} ({reason}); what it held before is untouched: "
+            "make room or choose another --out, then run again"
         ) from error
 
 
@@ -47,7 +49,8 @@ def write_json(path, content):
 
 
 class Run:
-    """The folder of one run. `frozen` are the settings that the weights depend on, `about` what else config.json records."""
+    """The folder of one run. `frozen` are the settings that the weights depend on, `about` what else config.json
+    records."""
 
     def __init__(self, folder, settings, frozen, about=None):
         self.folder, self.settings = Path(folder), dict(settings)
@@ -56,27 +59,35 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"cannot make the output folder {folder} ({error.strerror}): choose another --out") from error
+            raise UsageError(
+                f"cannot make the output folder {folder} ({error.strerror}): choose another --out"
+            ) from error
         config = self.folder / "config.json"
         if config.exists():
             stored = read_config(self.folder)
             there, here = {**stored["settings"], **stored["about"]}, {**self.frozen, **about}
             different = [f"{k} {there.get(k)!r} there, {v!r} here" for k, v in here.items() if there.get(k) != v]
             if different:
-                raise UsageError(f"{folder} holds a run of other settings: {'; '.join(different)}. Choose another --out")
+                raise UsageError(
+                    f"{folder} holds a run of other settings: {'; '.join(different)}. Choose another --out"
+                )
         elif any(self.folder.glob("block_*.pt")):
-            raise UsageError(f"{folder} holds block files but no config.json: it is no run of ours. Choose another --out")
+            raise UsageError(
+                f"{folder} holds block files but no config.json: it is no run of ours. Choose another --out"
+            )
         else:
             write_json(config, {"settings": self.settings, "about": about, "versions": versions()})
         self._mend_metrics()
 
-    # --- blocks -------------------------------------------------------------------------------------------------------------
+    # --- blocks
+    # -------------------------------------------------------------------------------------------------------------
 
     def block_path(self, b):
         return self.folder / f"block_{b}.pt"
 
     def save_block(self, b, step, seconds, weights, optimizer, ema=None):
-        """seconds: pure training time so far. Everything is tensors and plain values, readable with weights_only=True."""
+        """seconds: pure training time so far. Everything is tensors and plain values, readable with
+        weights_only=True."""
         state = {"format": FORMAT, "block": b, "step": step, "seconds": seconds, "settings": self.frozen}
         state |= {"weights": weights, "optimizer": optimizer, "ema": ema}
         write_atomically(self.block_path(b), lambda file: torch.save(state, file))
@@ -93,7 +104,8 @@ class Run:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # unpickling damaged bytes raises nearly anything
             raise UsageError(
-                f"{path} is damaged or no block of nano_db ({type(error).__name__}): move it away to train block {b} afresh"
+                f"{path} is damaged or no block of nano_db ({type(error).__name__}): "
+                f"move it away to train block {b} afresh"
             ) from error
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise UsageError(f"{path} is no block of nano_db: move it away to train block {b} afresh")
@@ -104,14 +116,17 @@ class Run:
             raise UsageError(f"{path} was trained with another {', '.join(different)}: it does not belong to this run")
         return state
 
-    # --- metrics ------------------------------------------------------------------------------------------------------------
+    # --- metrics
+    # ------------------------------------------------------------------------------------------------------------
 
     def log(self, **record):
         try:
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
-            raise UsageError(f"cannot write {self.folder}/metrics.jsonl ({error.strerror}): make room, then run again") from error
+            raise UsageError(
+                f"cannot write {self.folder}/metrics.jsonl ({error.strerror}): make room, then run again"
+            ) from error
 
     def _mend_metrics(self):
         """A killed process may leave half a line at the end: drop it, or the next line would be glued to it."""
@@ -130,13 +145,16 @@ def read_config(folder):
         assert isinstance(config["settings"], dict) and isinstance(config["about"], dict)
         return config
     except FileNotFoundError:
-        raise UsageError(f"{folder} holds no run (no config.json): train one first, or name its folder with --out") from None
+        raise UsageError(
+            f"{folder} holds no run (no config.json): train one first, or name its folder with --out"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise UsageError(f"{path} is damaged: move the folder away, or choose another --out") from error
 
 
 def read_metrics(folder, kind):
-    """Records of one kind ("train" or "evaluation") in the order of their steps. A step done twice, after a kill, counts once."""
+    """Records of one kind ("train" or "evaluation") in the order of their steps. A step done twice, after a kill,
+    counts once."""
     latest = {}
     for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)

@@ -1,12 +1,12 @@
 """The walk from noise to data: the probability-flow ODE, solved step by step.
 
-In the variance-exploding process the ODE is dz/dsigma = (z - D(z; sigma)) / sigma, with D the denoiser (Tweedie's formula puts
-D in the place of the score). Its Euler step is a convex blend,
+In the variance-exploding process the ODE is dz/dsigma = (z - D(z; sigma)) / sigma, with D the denoiser (Tweedie's
+formula puts D in the place of the score). Its Euler step is a convex blend,
 
     z_next = z + (sigma_next - sigma) * (z - D) / sigma = a * z + (1 - a) * D,    a = sigma_next / sigma,
 
-which has the shape of a residual update. The paper prints eq. (3)-(5) with the opposite sign, which would make the noise grow;
-EDM and the released code have it as here.
+which has the shape of a residual update. The paper prints eq. (3)-(5) with the opposite sign, which would make the
+noise grow; EDM and the released code have it as here.
 
 Each walk is a generator that yields its states, so that a picture or a test needs no sampler of its own.
 """
@@ -51,7 +51,8 @@ def heun_walk(denoise, z, sigmas):
 
 
 def draw(log_p, generator=None):
-    """One class a position from ln p (..., V). In float64 on the CPU: float32 draws are slightly too sure of themselves."""
+    """One class a position from ln p (..., V). In float64 on the CPU: float32 draws are slightly too sure of
+    themselves."""
     p = log_p.detach().cpu().double().exp()
     return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1]).to(log_p.device)
 
@@ -59,9 +60,8 @@ def draw(log_p, generator=None):
 def sample_classes(posterior, codebook, shape, sigmas, generator=None):
     """Walk from pure noise with a `posterior` (see stack.py) and draw a class at each position of `shape`. Long tensor.
 
-    The walk is that of euler_walk with D = p @ E. The last call's D would be a blend of code vectors wherever the last noise
-    level leaves doubt; instead of rounding it, the class is drawn from the same call's p(y | z, x).
-    """
+    The walk is that of euler_walk with D = p @ E. The last call's D would be a blend of code vectors wherever the
+    last noise level leaves doubt; instead of rounding it, the class is drawn from the same call's p(y | z, x)."""
 
     def denoise(z, sigma):
         return posterior(z, sigma).exp() @ codebook

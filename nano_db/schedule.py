@@ -6,9 +6,8 @@ The process is variance exploding: z = y + sigma * eps. A noise distribution p_n
     cdf(sigma)              share of the training below sigma: 0 at sigma_min, 1 at sigma_max
     inverse_cdf(q)          the sigma below which a share q of the training lies
 
-Partition, sampling and grids use these four alone, so they do not know which distribution they serve. All of it is float64:
-in float32 the upper quantiles of a narrow distribution round to 1, and the top edge becomes infinite.
-"""
+Partition, sampling and grids use these four alone, so they do not know which distribution they serve. All of it is
+float64: in float32 the upper quantiles of a narrow distribution round to 1, and the top edge becomes infinite."""
 
 import math
 
@@ -17,7 +16,8 @@ import torch
 
 
 class LogNormal:
-    """ln sigma ~ N(p_mean, p_std^2), truncated to [sigma_min, sigma_max] (EDM, table 1; the paper's choice, section 3.2)."""
+    """ln sigma ~ N(p_mean, p_std^2), truncated to [sigma_min, sigma_max] (EDM, table 1; the paper's choice, section
+    3.2)."""
 
     def __init__(self, p_mean=-1.2, p_std=1.2, sigma_min=0.002, sigma_max=80.0):
         self.p_mean, self.p_std = p_mean, p_std
@@ -41,9 +41,9 @@ class LogNormal:
 class Information:
     """Train each noise level in proportion to the nats it decides (ours, for discrete targets).
 
-    The density in ln sigma is the integrand of the likelihood bound, mse(sigma) / sigma^2 (see likelihood.py), for a guesser
-    who knows the class frequencies and z, but no context. Equal mass then means equal nats. The mean squared error is a
-    seeded Monte Carlo estimate, tabulated over ln sigma and interpolated.
+    The density in ln sigma is the integrand of the likelihood bound, mse(sigma) / sigma^2 (see likelihood.py), for a
+    guesser who knows the class frequencies and z, but no context. Equal mass then means equal nats. The mean squared
+    error is a seeded Monte Carlo estimate, tabulated over ln sigma and interpolated.
 
     frequencies (V,): probability of each class. codebook (V, d): unit-norm rows (see codebook.py).
     """
@@ -61,7 +61,8 @@ class Information:
             denoised = (frequencies.log() + z @ codebook.T / float(sigma) ** 2).softmax(-1) @ codebook
             density.append(float((codebook[y] - denoised).square().sum(-1).mean()) / sigma**2)
         density = np.array(density)
-        # Where z alone names the class the density is zero and the cdf flat: a millionth of the peak keeps it invertible.
+        # Where z alone names the class the density is zero and the cdf flat: a millionth of the peak keeps it
+        # invertible.
         density = np.maximum(density, 1e-6 * density.max())
         mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
         self._cdf = mass / mass[-1]
@@ -83,7 +84,8 @@ def make_noise(settings, frequencies, codebook):
 
 
 def sample_sigma(noise, count, low, high, generator=None):
-    """`count` noise levels from p_noise restricted to [low, high]: uniform in cdf space, then the inverse cdf. (count,)"""
+    """`count` noise levels from p_noise restricted to [low, high]: uniform in cdf space, then the inverse cdf.
+    (count,)"""
     q_low, q_high = noise.cdf(low), noise.cdf(high)
     q = q_low + (q_high - q_low) * torch.rand(count, dtype=torch.float64, generator=generator)
     return noise.inverse_cdf(q).clamp(low, high)

@@ -1,15 +1,15 @@
 """Settings as a dataclass, and the command line made from it.
 
-A script declares one dataclass; each field's help and limits stand beside its default. From it come the flags (kebab-case), `--help`,
-the presets and recipes (named bundles of values), the checks and config.json. What wins: a flag, then the recipe, then the preset,
-then the default. A flag that would do nothing is refused.
-"""
+A script declares one dataclass; each field's help and limits stand beside its default. From it come the flags
+(kebab-case), `--help`, the presets and recipes (named bundles of values), the checks and config.json. What wins: a
+flag, then the recipe, then the preset, then the default. A flag that would do nothing is refused."""
 
 import argparse
 import dataclasses
 import math
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from nano_db.errors import UsageError
 
@@ -17,9 +17,9 @@ from nano_db.errors import UsageError
 def option(default, help, choices=None, least=None, below=None, above=None, free=False, only=None):
     """A dataclass field that becomes a flag.
 
-    choices, least (>=), above (>) and below (<) limit the value. free: it may change between runs in one output folder, because
-    the trained weights do not depend on it. only: "blocks" or "baseline", the one method that heeds the flag.
-    """
+    choices, least (>=), above (>) and below (<) limit the value. free: it may change between runs in one output
+    folder, because the trained weights do not depend on it. only: "blocks" or "baseline", the one method that heeds
+    the flag."""
     limits = {"choices": choices, "least": least, "below": below, "above": above}
     return field(default=default, metadata={"help": help, "limits": limits, "free": free, "only": only})
 
@@ -29,14 +29,24 @@ class RunSettings:
     """What every script has: the method, the training, the machine and the output."""
 
     preset: str = option("laptop", "scale of everything below", choices=("tiny", "laptop", "gpu", "paper"), free=True)
-    recipe: str = option("nano", "bundle of method options: the paper's, or what measures best", ("paper", "nano"), free=True, only="blocks")
+    recipe: str = option(
+        "nano",
+        "bundle of method options: the paper's, or what measures best",
+        ("paper", "nano"),
+        free=True,
+        only="blocks",
+    )
     blocks: int = option(4, "independently trained blocks", least=1, only="blocks")
     baseline: bool = option(False, "train the same network end to end with backpropagation instead")
     ensemble: int = option(1, "baselines trained independently and averaged (a control)", least=1, only="baseline")
     layers: int = option(8, "transformer layers in all", least=1)
     layer_split: str = option("", "layers of each block, noisiest first, like 3,6,3 (default: even)", only="blocks")
-    overlap: float = option(0.1, "how far blocks train over their edges, the paper's gamma", least=0, below=1, only="blocks")
-    partition: str = option("probability", "edges of equal mass or uniform in ln sigma", ("probability", "uniform"), only="blocks")
+    overlap: float = option(
+        0.1, "how far blocks train over their edges, the paper's gamma", least=0, below=1, only="blocks"
+    )
+    partition: str = option(
+        "probability", "edges of equal mass or uniform in ln sigma", ("probability", "uniform"), only="blocks"
+    )
     steps: int = option(1000, "training steps of each block (or of the baseline)", least=1)
     rounds: int = option(1, "turns the blocks take; the run is evaluated and sampled after each", least=1, free=True)
     batch_size: int = option(32, "samples a step", least=1)
@@ -45,10 +55,14 @@ class RunSettings:
     final_rate: float = option(0.1, "last learning rate, as a share of the peak", least=0)
     weight_decay: float = option(0.01, "AdamW's, on matrices only", least=0)
     clip: float = option(1.0, "largest norm of a block's gradient", above=0)
-    ema: float = option(0.0, "decay of an exponential moving average of the weights, used to evaluate; 0: none", least=0, below=1)
+    ema: float = option(
+        0.0, "decay of an exponential moving average of the weights, used to evaluate; 0: none", least=0, below=1
+    )
     seed: int = option(0, "of everything random", least=0)
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"), free=True)
-    dtype: str = option("auto", "auto: bfloat16 autocast on CUDA, else float32", choices=("auto", "float32", "bfloat16"))
+    dtype: str = option(
+        "auto", "auto: bfloat16 autocast on CUDA, else float32", choices=("auto", "float32", "bfloat16")
+    )
     compile: bool = option(False, "torch.compile the network", free=True)
     data_dir: str = option("data/cache", "where downloads are kept, or found", free=True)
     out: str = option("", "output folder (default: out/<script>-<method>)", free=True)
@@ -67,12 +81,19 @@ class RunSettings:
 class NoiseSettings:
     """What scripts have that denoise in sigma: p_noise and the EDM constants."""
 
-    noise: str = option("lognormal", "p_noise: the paper's, or in proportion to the nats decided", ("lognormal", "information"), only="blocks")
+    noise: str = option(
+        "lognormal",
+        "p_noise: the paper's, or in proportion to the nats decided",
+        ("lognormal", "information"),
+        only="blocks",
+    )
     p_mean: float = option(-1.2, "mean of ln sigma (lognormal)", only="blocks")
     p_std: float = option(1.2, "standard deviation of ln sigma (lognormal)", above=0, only="blocks")
     sigma_min: float = option(0.002, "least noise level", above=0, only="blocks")
     sigma_max: float = option(80.0, "greatest noise level", above=0, only="blocks")
-    sigma_data: float = option(0.5, "EDM's scale of the clean target, for c_in and the paper's head", above=0, only="blocks")
+    sigma_data: float = option(
+        0.5, "EDM's scale of the clean target, for c_in and the paper's head", above=0, only="blocks"
+    )
     loss_weight: str = option("none", "weight of the loss over sigma", choices=("none", "edm"), only="blocks")
 
 
@@ -84,19 +105,17 @@ class _Parser(argparse.ArgumentParser):
 def parse(settings_class, presets, recipes, argv=None, description="", stored=None):
     """Read the command line into a checked `settings_class`. Exits with code 2 and one line where it cannot.
 
-    presets, recipes: {name: {field: value}}. stored: called with the output folder, returns the settings saved there (see
-    Run.stored); with --eval-only these take the place of preset and recipe.
-    """
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    presets, recipes: {name: {field: value}}. stored: called with the output folder, returns the settings saved there
+    (see Run.stored); with --eval-only these take the place of preset and recipe."""
+    parser = _Parser(
+        usage="python %(prog)s [flags]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    usual = {**presets[settings_class.preset], **recipes[settings_class.recipe]}
     for f in dataclasses.fields(settings_class):
-        flag, help, choices = "--" + f.name.replace("_", "-"), f.metadata["help"], f.metadata["limits"]["choices"]
-        scope = f" [{f.metadata['only']} only]" if f.metadata["only"] else ""
-        if isinstance(f.default, bool):
-            parser.add_argument(flag, action="store_true", default=None, help=help + scope)
-        else:
-            shown = f"{help} (default {f.default}){scope}" if f.default != "" else help + scope
-            parser.add_argument(flag, type=type(f.default), choices=choices, default=None, help=shown.replace("%", "%%"),
-                                metavar=None if choices else type(f.default).__name__.upper())  # fmt: skip
+        _add_flag(parser, f, usual.get(f.name, f.default))
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     try:
         settings = _resolve(settings_class, presets, recipes, given, stored)
@@ -104,6 +123,18 @@ def parse(settings_class, presets, recipes, argv=None, description="", stored=No
     except UsageError as error:
         parser.error(str(error))
     return settings
+
+
+def _add_flag(parser, f, usual):
+    """The flag of a field; `usual` is the value it has when no flag is given at all."""
+    flag, choices, only = "--" + f.name.replace("_", "-"), f.metadata["limits"]["choices"], f.metadata["only"]
+    help = f.metadata["help"].replace("%", "%%") + (f" [{only} only]" if only else "")
+    if isinstance(f.default, bool):
+        parser.add_argument(flag, action="store_true", default=None, help=help)
+        return
+    kind = type(f.default)
+    help += f" (default {usual})" if usual != "" else ""
+    parser.add_argument(flag, type=kind, choices=choices, metavar=None if choices else kind.__name__.upper(), help=help)
 
 
 def _resolve(settings_class, presets, recipes, given, stored):
@@ -144,9 +175,12 @@ def frozen_fields(settings_class):
 
 
 def command(main):
-    """Run a script's main: a UsageError is one line on stderr and exit code 2."""
+    """Run a script's main: a UsageError is one line on stderr and exit code 2, an interruption one line and 130."""
     try:
-        sys.exit(main())
+        main()
     except UsageError as error:
-        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: error: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; what was reached is saved, and the same command goes on from there", file=sys.stderr)
+        sys.exit(130)

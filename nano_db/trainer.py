@@ -1,21 +1,22 @@
 """One training loop for everything that has `.loss(batch)`: a diffusion block, or the end-to-end baseline.
 
-A block that is not being trained lives in its file. To train one is: build it, load its file, take steps, save it, free it. This one
-mechanism gives the memory saving (weights, gradients, optimizer state and activations of a single block), exact resume, and workers on
-other machines.
+A block that is not being trained lives in its file. To train one is: build it, load its file, take steps, save it, free
+it. This one mechanism gives the memory saving (weights, gradients, optimizer state and activations of a single block),
+exact resume, and workers on other machines.
 
-Every step draws all its randomness from (seed, block, step). So the order in which blocks take turns, an interruption, or
-training a block alone elsewhere cannot change its weights: bit for bit on a CPU.
+Every step draws all its randomness from (seed, block, step). So neither the order in which blocks take turns, nor an
+interruption, nor training a block alone elsewhere can change its weights: bit for bit on a CPU.
 """
 
 import math
 import time
-from contextlib import nullcontext
 
 import numpy as np
 import torch
 
+from nano_db.device import autocast
 from nano_db.errors import UsageError
+from nano_db.optimizer import learning_rate, make_optimizer
 from nano_db.progress import ProgressBar, stop_requests
 
 
@@ -24,81 +25,28 @@ def seed_from(*numbers):
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
-def pick_device(name):
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: no CUDA device is at hand; use --device cpu (or auto)")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("--device mps: no Metal device is at hand; use --device cpu (or auto)")
-    return name
-
-
-def autocast(settings, device):
-    """The context that a step computes in: bfloat16 where asked for, or by default on CUDA."""
-    wants = settings.dtype == "bfloat16" or (settings.dtype == "auto" and device == "cuda")
-    return torch.autocast(device, torch.bfloat16) if wants else nullcontext()
-
-
-def make_optimizer(module, settings):
-    """AdamW, betas (0.9, 0.99), weight decay on matrices only."""
-    matrices = [p for p in module.parameters() if p.dim() >= 2]
-    vectors = [p for p in module.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99), fused=True)
-
-
-def learning_rate(step, settings):
-    """Linear warm-up, then a cosine from the peak to final_rate of it, at `step` of settings.steps."""
-    if step < settings.warmup:
-        return settings.learning_rate * (step + 1) / settings.warmup
-    progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-    low = settings.final_rate
-    return settings.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def chosen_blocks(only, count):
-    """The blocks that --only names ("2" or "0,3"), or all of them."""
-    if not only:
-        return list(range(count))
-    try:
-        chosen = [int(part) for part in only.split(",")]
-    except ValueError:
-        raise UsageError(f"--only {only!r} is not a list of block numbers like 0,3") from None
-    wrong = [b for b in chosen if not 0 <= b < count]
-    if wrong:
-        raise UsageError(f"--only {only}: there is no block {wrong[0]}; blocks are numbered 0 to {count - 1}")
-    return chosen
-
-
 class Trainer:
     """Trains the blocks of a run.
 
     run: its folder (run.py). make(b): builds block b, on the CPU. batch(): draws a training batch, on the device, from
-    torch's global generator. settings: the fields of settings.RunSettings.
+    torch's global generator. settings: has the fields of settings.RunSettings.
     """
 
     def __init__(self, run, make, batch, settings, device):
         self.run, self.make, self.batch, self.settings, self.device = run, make, batch, settings, device
-
-    @property
-    def networks(self):
-        """How many there are to train: the blocks, or the members of an ensemble of baselines."""
-        return self.settings.ensemble if self.settings.baseline else self.settings.blocks
-
-    def label(self, b):
-        return ("baseline" if self.settings.baseline else "block") + (f" {b}" if self.networks > 1 else "")
+        self.networks = settings.ensemble if settings.baseline else settings.blocks  # to train, each with a file
+        self.chosen = chosen_blocks(settings.only, self.networks)
 
     def train_all(self, evaluate):
         """Let the blocks take turns: in R rounds, each trains steps / R steps a round. After a round, evaluate(step).
 
-        With --only, just the named blocks train, and evaluation waits until all others are complete, too.
+        With --only, just the named blocks train, and evaluation waits until all the others are complete, too.
+        Returns whether all blocks are complete.
         """
         settings = self.settings
-        chosen = chosen_blocks(settings.only, self.networks)
         for r in range(1, settings.rounds + 1):
             until, last = settings.steps * r // settings.rounds, r == settings.rounds
-            trained = [self.train(b, until) for b in chosen if not settings.eval_only]
+            trained = [self.train(b, until) for b in self.chosen if not settings.eval_only]
             if settings.only and (not last or self.unfinished()):
                 continue
             if any(trained) or last:
@@ -116,12 +64,12 @@ class Trainer:
         return self.make(b).to(self.device)
 
     def restore(self, b):
-        """Block b as its file has it, for evaluation: (module, step). The moving average of its weights, where there is one."""
+        """Block b as its file has it, for evaluation: with the moving average of its weights, where there is one."""
         module, state = self.build(b), self.run.load_block(b)
         if state is None:
             raise UsageError(f"{self.run.block_path(b)} is missing: block {b} has not been trained yet")
-        _fill(module, state["ema"] or state["weights"], self.run.block_path(b))
-        return module.eval(), state["step"]
+        self._fill(module, state["ema"] or state["weights"], b)
+        return module.eval()
 
     def train(self, b, until):
         """Take block b from where its file stands to step `until`. Returns whether there was anything to do.
@@ -136,7 +84,7 @@ class Trainer:
         module = self.build(b).train()
         optimizer = make_optimizer(module, settings)
         if state:
-            _fill(module, state["weights"], self.run.block_path(b))
+            self._fill(module, state["weights"], b)
             optimizer.load_state_dict(state["optimizer"])
         ema = None
         if settings.ema:
@@ -146,30 +94,22 @@ class Trainer:
             module.network.compile()  # in place: the names of the weights stay as they are
 
         losses, clock = [], time.perf_counter()
-        with stop_requests() as stop, ProgressBar(self.label(b), step, until) as bar:
+        with stop_requests() as stop, ProgressBar(self._label(b), step, until) as bar:
             while step < until and not stop:
-                seed_from(settings.seed, b, step)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, settings)
-                with autocast(settings, self.device):
-                    loss = module.loss(self.batch())
-                loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(module.parameters(), settings.clip)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                losses.append(self._step(module, optimizer, b, step))
+                step += 1
                 if ema:
                     for name, tensor in module.state_dict().items():
                         ema[name].lerp_(tensor, 1 - settings.ema)
-                step += 1
-                losses.append(torch.stack([loss.detach(), norm]))
 
-                last = step == until or bool(stop)
-                save = last or step % settings.save_every == 0
+                save = step == until or stop or step % settings.save_every == 0
                 if save or step % settings.log_every == 0:
-                    mean = self._mean_loss(losses, b, step)  # also waits for the device, so that the clock is right
+                    loss = self._mean_loss(losses, b, step)  # also waits for the device, so that the clock is right
                     seconds += time.perf_counter() - clock
-                    self.run.log(kind="train", block=b, step=step, loss=mean, learning_rate=learning_rate(step - 1, settings), seconds=seconds)
-                    bar.update(step, mean)
+                    rate = optimizer.param_groups[0]["lr"]
+                    record = {"block": b, "step": step, "loss": loss, "learning_rate": rate, "seconds": seconds}
+                    self.run.log(kind="train", **record)
+                    bar.update(step, loss)
                     if save:
                         self.run.save_block(b, step, seconds, module.state_dict(), optimizer.state_dict(), ema)
                     losses, clock = [], time.perf_counter()
@@ -177,20 +117,51 @@ class Trainer:
             raise KeyboardInterrupt
         return True
 
+    def _step(self, module, optimizer, b, step):
+        """One step of AdamW. Returns the loss and the gradient's norm, as a tensor: looking at it would make a GPU
+        wait."""
+        seed_from(self.settings.seed, b, step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.settings)
+        with autocast(self.settings, self.device):
+            loss = module.loss(self.batch())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), self.settings.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return torch.stack([loss.detach(), norm])
+
     def _mean_loss(self, losses, b, step):
-        """Mean of the losses since the last look; one look for many steps keeps a GPU from waiting at each."""
+        """Mean of the losses since the last look, if all of them were sound."""
         values = torch.stack(losses).tolist()
         for i, (loss, norm) in enumerate(values):
             if not (math.isfinite(loss) and math.isfinite(norm)):  # an infinite gradient would spoil the weights, too
                 path = self.run.block_path(b)
                 kept = f"{path} keeps the last good state" if path.exists() else "no file was written yet"
                 at = f"the loss is {loss} and the gradient's norm {norm} at step {step - len(values) + i + 1}"
-                raise UsageError(f"block {b}: {at}; {kept}. Try a smaller --learning-rate")
+                raise UsageError(f"{self._label(b)}: {at}; {kept}. Try a smaller --learning-rate")
         return sum(loss for loss, _ in values) / len(values)
 
+    def _label(self, b):
+        return f"baseline {b}" if self.settings.baseline else f"block {b}"
 
-def _fill(module, weights, path):
+    def _fill(self, module, weights, b):
+        try:
+            module.load_state_dict(weights)
+        except RuntimeError as error:
+            path = self.run.block_path(b)
+            raise UsageError(f"{path} does not fit the network of these settings: it is no part of this run") from error
+
+
+def chosen_blocks(only, count):
+    """The blocks that --only names ("2" or "0,3"), or all of them."""
+    if not only:
+        return list(range(count))
     try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UsageError(f"{path} does not fit the network of these settings: it does not belong to this run") from error
+        chosen = [int(part) for part in only.split(",")]
+    except ValueError:
+        raise UsageError(f"--only {only!r} is not a list of block numbers like 0,3") from None
+    wrong = [b for b in chosen if not 0 <= b < count]
+    if wrong:
+        raise UsageError(f"--only {only}: there is no block {wrong[0]}; blocks are numbered 0 to {count - 1}")
+    return chosen

@@ -6,7 +6,20 @@ import train_gpt
 from nano_db.settings import command
 
 # A run of a second: 4 blocks of a layer each on a file of a few thousand characters.
-SMALL = ["--preset", "tiny", "--layers", "4", "--width", "16", "--seq-len", "8", "--steps", "12", "--sample-length", "5"]
+SMALL = [
+    "--preset",
+    "tiny",
+    "--layers",
+    "4",
+    "--width",
+    "16",
+    "--seq-len",
+    "8",
+    "--steps",
+    "12",
+    "--sample-length",
+    "5",
+]
 SMALL += ["--warmup", "2", "--log-every", "4", "--save-every", "5", "--device", "cpu"]
 
 

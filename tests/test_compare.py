@@ -8,8 +8,9 @@ from nano_db import compare
 def write(folder, bits, script="gpt", **changes):
     folder.mkdir()
     result = {
-        "script": script, "method": "blocks", "blocks": 4, "steps": 10, "parameters": 1000, "metrics": {"bits_per_char": bits, "nats_per_block": [1, 2]},
-        "memory_bytes": {"total": 2**20}, "seconds_per_step": 0.1, "seconds_per_step_all_blocks": 0.4, **changes,
+        "script": script, "method": "blocks", "blocks": 4, "steps": 10, "parameters": 1000,
+        "metrics": {"bits_per_char": bits, "nats_per_block": [1, 2]}, "memory_bytes": {"total": 2**20},
+        "seconds_per_step": 0.1, "seconds_per_step_all_blocks": 0.4, **changes,
     }  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result))
     return str(folder)

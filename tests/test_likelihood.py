@@ -9,7 +9,9 @@ from nano_db.schedule import LogNormal
 
 def bound(prior_logits, y, codebook, noise, blocks=3):
     posterior = lambda z, sigma: (prior_logits + log_likelihood(z, sigma, codebook)).log_softmax(-1)  # noqa: E731
-    return nats_per_block(posterior, y, codebook, make_partition(noise, blocks), generator=torch.Generator().manual_seed(0))
+    return nats_per_block(
+        posterior, y, codebook, make_partition(noise, blocks), generator=torch.Generator().manual_seed(0)
+    )
 
 
 @pytest.mark.parametrize("noise", [LogNormal(), LogNormal(0.3, 0.8, 0.05, 20.0)])

@@ -22,7 +22,8 @@ def test_the_four_parts_of_a_network_counted_by_hand():
     weights = 4 * (10 * 20 + 20 * 5)
     assert count["weights"] == count["gradients"] == weights
     assert count["optimizer"] == 2 * weights + 2 * 4  # two moments, and a step counter a tensor
-    # saved: the input of each product (8 x 10, and relu's output 8 x 20, which relu keeps as well: once), the output (8 x 5)
+    # saved: the input of each product (8 x 10, and relu's output 8 x 20, which relu keeps as well: once), the output
+    # (8 x 5)
     assert count["activations"] == 4 * (8 * 10 + 8 * 20 + 8 * 5)
     assert count["total"] == sum(count[part] for part in ("weights", "gradients", "optimizer", "activations"))
 

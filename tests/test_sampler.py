@@ -62,7 +62,9 @@ def test_classes_sampled_with_an_oracle_follow_it(calls):
     """Chi-square against p(y|x), 7 degrees of freedom: 24.3 is exceeded by one seed in a thousand."""
     prior = torch.tensor([0.3, 0.25, 0.15, 0.1, 0.08, 0.06, 0.04, 0.02])
     codebook, count = make_codebook(8, 12), 4000
-    y = sample_classes(oracle(prior, codebook), codebook, (count,), equal_mass_grid(NOISE, calls), torch.Generator().manual_seed(1))
+    y = sample_classes(
+        oracle(prior, codebook), codebook, (count,), equal_mass_grid(NOISE, calls), torch.Generator().manual_seed(1)
+    )
     expected = prior * count
     chi_square = float(((torch.bincount(y, minlength=8) - expected) ** 2 / expected).sum())
     assert chi_square < 24.3

@@ -7,12 +7,13 @@ import torch
 import train_gpt
 from nano_db.block import DiffusionBlock, EndToEnd
 from nano_db.codebook import PosteriorHead, make_codebook
+from nano_db.language import generate
 from nano_db.layers import Cache
 from nano_db.likelihood import nats_per_block
 from nano_db.partition import make_partition
 from nano_db.schedule import LogNormal, equal_mass_grid
 from nano_db.stack import Stack
-from train_gpt import GPT, Settings, generate
+from train_gpt import GPT, Settings
 
 CLASSES, T = 11, 10
 NOISE = LogNormal(0.3, 0.8, 0.05, 20.0)
@@ -52,7 +53,9 @@ def test_later_tokens_change_nothing_at_earlier_positions(options, sequence):
     stack, _ = make_stack(**options)
     for t in (0, 4, 8):
         changed = x.clone()
-        changed[:, t + 1 :] = (changed[:, t + 1 :] + 1 + torch.randint(CLASSES - 1, (2, T - t - 1), generator=generator)) % CLASSES
+        changed[:, t + 1 :] = (
+            changed[:, t + 1 :] + 1 + torch.randint(CLASSES - 1, (2, T - t - 1), generator=generator)
+        ) % CLASSES
         before, after = (stack.posterior(tokens)(z, 0.7) for tokens in (x, changed))
         torch.testing.assert_close(before[:, : t + 1], after[:, : t + 1], rtol=0, atol=1e-5)
         assert (before[:, t + 1 :] - after[:, t + 1 :]).abs().max() > 1e-2  # and the test can see a difference
@@ -92,7 +95,9 @@ def test_cached_and_uncached_answers_agree(options, sequence):
 
 def test_the_cache_of_the_baseline_agrees_too(sequence):
     x, _, _ = sequence
-    baseline = randomised(EndToEnd(GPT(CLASSES, Settings(width=16, heads=2), 2, False), PosteriorHead(make_codebook(CLASSES, 16))))
+    baseline = randomised(
+        EndToEnd(GPT(CLASSES, Settings(width=16, heads=2), 2, False), PosteriorHead(make_codebook(CLASSES, 16)))
+    )
     cache = Cache()
     parts = [baseline.log_prior(x[:, t : t + 1], cache=cache) for t in range(T)]
     torch.testing.assert_close(torch.cat(parts, 1), baseline.log_prior(x), rtol=0, atol=1e-4)
@@ -121,15 +126,18 @@ def test_the_averaged_walk_is_the_mean_of_what_was_said(sequence):
 
 @pytest.mark.parametrize("options", MODES)
 def test_generation_with_restarts_of_a_full_context(options):
-    stack, settings = make_stack(**options)
+    stack, _ = make_stack(**options)
     sigmas, prompt = equal_mass_grid(NOISE, 4), torch.arange(6).view(2, 3)
-    first, again = (generate(stack, prompt, 15, settings, sigmas, torch.Generator().manual_seed(0)) for _ in range(2))
+    first, again = (
+        generate(stack, prompt, 15, T, sigmas, generator=torch.Generator().manual_seed(0)) for _ in range(2)
+    )
     assert first.shape == (2, 18) and torch.equal(first[:, :3], prompt) and torch.equal(first, again)
 
 
 def test_generation_at_low_temperature_takes_the_likeliest_token():
-    stack, settings = make_stack(blocks=1, z="outside", temperature=0.01)
-    tokens = generate(stack, torch.tensor([[1, 2]]), 5, settings, equal_mass_grid(NOISE, 8), torch.Generator().manual_seed(0))
+    stack, _ = make_stack(blocks=1, z="outside")
+    sigmas, generator = equal_mass_grid(NOISE, 8), torch.Generator().manual_seed(0)
+    tokens = generate(stack, torch.tensor([[1, 2]]), 5, T, sigmas, temperature=0.01, generator=generator)
     likeliest = stack.blocks[0].log_prior(tokens[:, :-1]).argmax(-1)
     assert torch.equal(tokens[0, 2:], likeliest[0, 1:])
 
@@ -142,7 +150,8 @@ def test_blocks_share_no_trainable_tensor():
             assert owners.setdefault(p.untyped_storage().data_ptr(), b) == b
 
 
-# --- the command ------------------------------------------------------------------------------------------------------------
+# --- the command
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -156,13 +165,19 @@ def test_blocks_share_no_trainable_tensor():
     ],
 )
 def test_a_run_leaves_all_its_files_and_resumes_to_the_same_result(small, tmp_path, flags):
-    code, out, err = small("--out", tmp_path / "run", *flags)
+    code, _, err = small("--out", tmp_path / "run", *flags)
     assert code == 0, err
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     parts = result["memory_bytes"]
     assert parts["total"] == sum(parts[part] for part in ("weights", "gradients", "optimizer", "activations"))
     assert result["metrics"]["nats_per_token"] == pytest.approx(sum(result["metrics"]["nats_per_block"]))
-    for name in ("config.json", "metrics.jsonl", "curves.png", "samples.txt", *(f"block_{b}.pt" for b in range(result["blocks"]))):
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        "curves.png",
+        "samples.txt",
+        *(f"block_{b}.pt" for b in range(result["blocks"])),
+    ):
         assert (tmp_path / "run" / name).stat().st_size > 0
     code, again, _ = small("--out", tmp_path / "run", *flags)
     assert code == 0 and "loss" not in again  # nothing is trained a second time
@@ -242,7 +257,20 @@ def test_a_damaged_block_and_an_unwritable_folder_are_named(small, tmp_path):
 
 
 def test_a_nan_loss_is_one_line_too(small, tmp_path):
-    code, _, err = small("--out", tmp_path / "run", "--learning-rate", "1e30", "--warmup", "0", "--clip", "1e30", "--z", "inside", "--walk", "last")
+    code, _, err = small(
+        "--out",
+        tmp_path / "run",
+        "--learning-rate",
+        "1e30",
+        "--warmup",
+        "0",
+        "--clip",
+        "1e30",
+        "--z",
+        "inside",
+        "--walk",
+        "last",
+    )
     assert code == 2 and "block 0: the loss is" in err and "step" in err and err.count("\n") == 1
 
 

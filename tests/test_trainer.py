@@ -12,9 +12,10 @@ import torch.nn as nn
 from conftest import SMALL
 
 from nano_db.errors import UsageError
+from nano_db.optimizer import learning_rate
 from nano_db.run import Run, read_metrics
 from nano_db.settings import RunSettings, frozen_fields
-from nano_db.trainer import Trainer, chosen_blocks, learning_rate, seed_from
+from nano_db.trainer import Trainer, chosen_blocks, seed_from
 
 ROOT = Path(__file__).parent.parent
 
@@ -101,7 +102,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_block_and_step(tmp_path, pois
         calls.append(1)
         return loss * poison if len(calls) == 7 else loss
 
-    with pytest.raises(UsageError, match="block 1: .* at step 7; .*keeps the last good state"):
+    with pytest.raises(UsageError, match=r"block 1: .* at step 7; .*keeps the last good state"):
         make_trainer(tmp_path, spoil).train(1, 12)
     kept = torch.load(tmp_path / "block_1.pt", weights_only=True)
     assert kept["step"] == 4 and all(torch.isfinite(t).all() for t in kept["weights"].values())

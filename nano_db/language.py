@@ -1,0 +1,65 @@
+"""What a Stack of next-token predictors is for: a score in bits per character, and writing."""
+
+import torch
+
+from nano_db.likelihood import nats_per_block
+from nano_db.sampler import draw, sample_classes
+
+EVALUATION_BATCH = 16  # windows at a time: larger ones gain nothing, and logits take memory
+
+
+@torch.no_grad()
+def evaluate(stack, text, seq_len, windows=0, seed=0, device="cpu"):
+    """Score the held-out text (data/text.py): exact for a baseline, for blocks the bound of likelihood.py.
+
+    windows: how many to score, 0 for all. Returns bits_per_char, nats_per_token and its split, nats_per_block.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    nats, tokens = torch.zeros(stack.partition.blocks if stack.denoises else 1, dtype=torch.float64), 0
+    for x, y in text.heldout_batches(EVALUATION_BATCH, seq_len, device):
+        if stack.denoises:
+            nats += y.numel() * nats_per_block(
+                stack.posterior(x), y, stack.codebook, stack.partition, generator=generator
+            )
+        else:
+            nats -= float(stack.prior(x).gather(-1, y[..., None]).double().sum())
+        tokens += y.numel()
+        if windows and tokens >= windows * seq_len:
+            break
+    nats = nats / tokens
+    total = float(nats.sum())
+    return {
+        "bits_per_char": text.bits_per_character(total),
+        "nats_per_token": total,
+        "nats_per_block": nats.tolist(),
+    }
+
+
+@torch.no_grad()
+def generate(stack, tokens, length, seq_len, sigmas=None, temperature=1.0, generator=None):
+    """Continue tokens (n, m) by `length`, each by a walk along `sigmas`. When the context is full (seq_len), it
+    starts anew from its later half: rotary positions would allow longer contexts, but none was trained. Returns (n, m
+    + length)."""
+    caches, first, cached = {}, 0, 0  # the window begins at token `first`; tokens before `cached` are in the caches
+    for _ in range(length):
+        if tokens.shape[1] - first > seq_len:
+            caches, first = {}, tokens.shape[1] - seq_len // 2
+            cached = first
+        new = _next_token(stack, tokens[:, cached:], caches, sigmas, temperature, generator)
+        cached = tokens.shape[1]
+        tokens = torch.cat([tokens, new], dim=1)
+    return tokens
+
+
+def _next_token(stack, x, caches, sigmas, temperature, generator):
+    """Draw the token after x (n, m), tokens whose keys and values the `caches` do not hold yet. (n, 1)"""
+    if not stack.denoises:
+        return draw(stack.prior(x, caches, temperature)[:, -1:], generator)
+    posterior = stack.posterior(x, caches, temperature)
+    known = stack.codebook[x[:, 1:]]  # what the z of earlier positions are noisy versions of
+
+    def at_last_position(z, sigma):
+        noisy = known + sigma * torch.randn(known.shape, generator=generator).to(known.device)
+        return posterior(torch.cat([noisy, z], dim=1), sigma)[:, -1:]
+
+    return sample_classes(at_last_position, stack.codebook, (len(x), 1), sigmas, generator)
