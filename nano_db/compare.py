@@ -30,17 +30,14 @@ def read_result(folder):
 
 
 def columns(results):
-    """Rows of plain numbers a run, by name: the metrics that every run has, then cost."""
-    shared = [
-        k
-        for k, v in results[0]["metrics"].items()
-        if isinstance(v, (int, float)) and all(k in r["metrics"] for r in results)
-    ]
+    """For each run, its numbers by name: the metrics that every run has, then what they cost."""
+    common = set.intersection(*(set(result["metrics"]) for result in results))
     for result in results:
-        row = {name: result["metrics"][name] for name in shared}
+        metrics = result["metrics"].items()
+        row = {name: value for name, value in metrics if name in common and isinstance(value, (int, float))}
         row["parameters"] = result["parameters"]
         row["training MiB"] = result["memory_bytes"]["total"] / 2**20
-        row["ms per step, all blocks"] = 1000 * result["seconds_per_step_all_blocks"]
+        row["ms a step, all blocks"] = 1000 * result["seconds_per_step_all_blocks"]
         yield row
 
 
@@ -48,10 +45,10 @@ def markdown_table(names, results):
     rows = list(columns(results))
     lines = ["| run | blocks | steps | " + " | ".join(rows[0]) + " |", "|---|---|---|" + "---|" * len(rows[0])]
     for name, result, row in zip(names, results, rows, strict=True):
-        cells = [
-            f"{value:,.4g} ({value / first:.3f})" if first else f"{value:,.4g}"
-            for value, first in zip(row.values(), rows[0].values(), strict=True)
-        ]
+        cells = []
+        for column, value in row.items():
+            first = rows[0][column]
+            cells.append(f"{value:,.4g} ({value / first:.3f})" if first else f"{value:,.4g}")
         lines.append(f"| {name} | {result['blocks']} | {result['steps']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

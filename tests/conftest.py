@@ -36,10 +36,12 @@ def cli(monkeypatch, capsys):
 
     def run(*flags, main=train_gpt.main):
         monkeypatch.setattr(sys, "argv", ["train_gpt.py", *map(str, flags)])
-        with pytest.raises(SystemExit) as stop:
+        code = 0
+        try:
             command(main)
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
 
     return run
 
