@@ -11,7 +11,6 @@ code vector, handed from block to block on the way (sampler.py). What it is wort
 by a bound (likelihood.py)."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -24,8 +23,8 @@ from nano_db.errors import UsageError
 from nano_db.language import evaluate, generate
 from nano_db.layers import Layer, NoiseEmbedding, rms_norm, rotary_angles
 from nano_db.partition import make_partition, split_layers
-from nano_db.report import finish
-from nano_db.run import Run, read_config
+from nano_db.report import benchmark, finish
+from nano_db.run import Run, read_config, write_text
 from nano_db.schedule import equal_mass_grid, karras_grid, make_noise
 from nano_db.settings import NoiseSettings, RunSettings, command, frozen_fields, option, parse
 from nano_db.stack import Stack
@@ -205,25 +204,30 @@ def main():
         partition = make_partition(noise, settings.blocks, settings.partition, settings.overlap)
         make, average = make_block, settings.walk == "averaged"
 
+    draw_batch = lambda: text.batch(settings.batch_size, settings.seq_len, device)  # noqa: E731
+    if settings.benchmark:
+        return benchmark(Trainer(None, make, draw_batch, settings, device), make_baseline, settings.benchmark)
+
     run = Run(
         output_folder(settings),
         asdict(settings),
         frozen_fields(Settings),
         {"script": "gpt", "data_sha256": text.sha256},
     )
-    trainer = Trainer(run, make, lambda: text.batch(settings.batch_size, settings.seq_len, device), settings, device)
+    trainer = Trainer(run, make, draw_batch, settings, device)
     metrics = {}
 
     def evaluate_and_sample(step):
         stack = Stack([trainer.restore(b) for b in range(trainer.networks)], partition, average)
         metrics.update(evaluate(stack, text, settings.seq_len, settings.eval_windows, settings.seed, device))
-        run.log(kind="evaluation", step=step, **metrics)
         print(f"step {step}: {metrics['bits_per_char']:.4f} bits per character", "" if settings.baseline else "(bound)")
         if not settings.baseline:
             print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
         samples = write_samples(stack, text, settings, noise, device) if settings.samples else []
-        Path(run.folder, "samples.txt").write_text("\n---\n".join(samples), encoding="utf-8")
         print(*samples, sep="\n---\n")
+        if not settings.eval_only:
+            run.log(kind="evaluation", step=step, **metrics)
+            write_text(run.folder / "samples.txt", "\n---\n".join(samples))
 
     if not trainer.train_all(evaluate_and_sample):
         print(f"still to train: blocks {', '.join(map(str, trainer.unfinished()))} of {run.folder}")

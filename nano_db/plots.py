@@ -14,7 +14,7 @@ import torch
 
 from nano_db.mixture import GaussianMixture
 from nano_db.partition import make_partition
-from nano_db.run import read_metrics
+from nano_db.run import read_metrics, write_atomically
 from nano_db.sampler import euler_walk
 from nano_db.schedule import LogNormal
 
@@ -118,7 +118,7 @@ def draw_idea(path, blocks=4):
 
 
 def _save(figure, path):
-    figure.savefig(path, dpi=110)
+    write_atomically(Path(path), lambda file: figure.savefig(file, dpi=110, format="png"))
     plt.close(figure)
 
 

@@ -44,8 +44,12 @@ def write_atomically(path, write):
         ) from error
 
 
+def write_text(path, text):
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def write_json(path, content):
-    write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 class Run:
@@ -132,7 +136,7 @@ class Run:
         """A killed process may leave half a line at the end: drop it, or the next line would be glued to it."""
         path = self.folder / "metrics.jsonl"
         if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
-            write_atomically(path, lambda file: file.write(content[: content.rfind(b"\n") + 1]))
+            write_text(path, content[: content.rfind(b"\n") + 1].decode())
 
     def finish(self, result):
         write_json(self.folder / "result.json", {**result, "versions": versions()})

@@ -69,6 +69,9 @@ class RunSettings:
     only: str = option("", "train these blocks alone, like 2 or 0,3; evaluate when all are complete", free=True)
     eval_only: bool = option(False, "no training: evaluate and sample what the output folder holds", free=True)
     samples: int = option(1, "samples to draw", least=0, free=True)
+    benchmark: int = option(
+        0, "no training: time so many pairs of steps against the baseline", least=0, free=True, only="blocks"
+    )
     log_every: int = option(50, "steps between two lines of metrics.jsonl", least=1, free=True)
     save_every: int = option(250, "steps between two saves of a block's file", least=1, free=True)
 

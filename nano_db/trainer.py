@@ -96,7 +96,7 @@ class Trainer:
         losses, clock = [], time.perf_counter()
         with stop_requests() as stop, ProgressBar(self._label(b), step, until) as bar:
             while step < until and not stop:
-                losses.append(self._step(module, optimizer, b, step))
+                losses.append(self.step(module, optimizer, b, step))
                 step += 1
                 if ema:
                     for name, tensor in module.state_dict().items():
@@ -117,7 +117,7 @@ class Trainer:
             raise KeyboardInterrupt
         return True
 
-    def _step(self, module, optimizer, b, step):
+    def step(self, module, optimizer, b, step):
         """One step of AdamW. Returns the loss and the gradient's norm, as a tensor: looking at it would make a GPU
         wait."""
         seed_from(self.settings.seed, b, step)

@@ -1,9 +1,12 @@
 import sys
 
 import pytest
+import torch
 
 import train_gpt
 from nano_db.settings import command
+
+torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait for each other
 
 # A run of a second: 4 blocks of a layer each on a file of a few thousand characters.
 SMALL = [
