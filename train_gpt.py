@@ -10,7 +10,7 @@ at the noise levels that the block owns (partition.py). A trained stack writes a
 code vector, handed from block to block on the way (sampler.py). What it is worth is measured in bits per character,
 by a bound (likelihood.py)."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -23,12 +23,11 @@ from nano_db.errors import UsageError
 from nano_db.language import evaluate, generate
 from nano_db.layers import Layer, NoiseEmbedding, rms_norm, rotary_angles
 from nano_db.partition import make_partition, split_layers
-from nano_db.report import benchmark, finish
-from nano_db.run import Run, read_config, write_text
+from nano_db.run import write_text
 from nano_db.schedule import equal_mass_grid, karras_grid, make_noise
-from nano_db.settings import NoiseSettings, RunSettings, command, frozen_fields, option, parse
+from nano_db.script import read_settings, run_script
+from nano_db.settings import NoiseSettings, RunSettings, command, option
 from nano_db.stack import Stack
-from nano_db.trainer import Trainer
 
 
 @dataclass
@@ -171,14 +170,8 @@ def write_samples(stack, text, settings, noise, device):
     return [decode(row[: len(prompt)]) + "|" + decode(row[len(prompt) :]) for row in tokens]
 
 
-def output_folder(settings):
-    return settings.out or f"out/gpt-{settings.method}"
-
-
 def main():
-    settings = parse(
-        Settings, PRESETS, RECIPES, description=__doc__, stored=lambda s: read_config(output_folder(s))["settings"]
-    )
+    settings = read_settings("gpt", Settings, PRESETS, RECIPES, __doc__)
     check_options(settings)
     device = pick_device(settings.device)
     text = load_text(settings.data, settings.tokenizer, settings.data_dir, settings.seq_len)
@@ -186,6 +179,9 @@ def main():
     classes = text.tokenizer.classes
     codebook = make_codebook(classes, settings.width, settings.seed)
     noise = make_noise(settings, text.frequencies(), codebook)
+    blocks = 1 if settings.baseline else settings.blocks
+    layers = split_layers(settings.layers, blocks, settings.layer_split)
+    partition = make_partition(noise, blocks, settings.partition, settings.overlap)
 
     def make_baseline(b=0):
         return EndToEnd(GPT(classes, settings, settings.layers, shows_z=False), PosteriorHead(codebook))
@@ -197,46 +193,29 @@ def main():
         span = partition.training_range(b, upward=settings.range == "upward")
         return DiffusionBlock(network, head, noise, span, settings.sigma_data, settings.loss_weight, shows_z)
 
-    if settings.baseline:
-        make, partition, average = make_baseline, None, False
-    else:
-        layers = split_layers(settings.layers, settings.blocks, settings.layer_split)
-        partition = make_partition(noise, settings.blocks, settings.partition, settings.overlap)
-        make, average = make_block, settings.walk == "averaged"
-
-    draw_batch = lambda: text.batch(settings.batch_size, settings.seq_len, device)  # noqa: E731
-    if settings.benchmark:
-        return benchmark(Trainer(None, make, draw_batch, settings, device), make_baseline, settings.benchmark)
-
-    run = Run(
-        output_folder(settings),
-        asdict(settings),
-        frozen_fields(Settings),
-        {"script": "gpt", "data_sha256": text.sha256},
-    )
-    trainer = Trainer(run, make, draw_batch, settings, device)
-    metrics = {}
-
-    def evaluate_and_sample(step):
-        stack = Stack([trainer.restore(b) for b in range(trainer.networks)], partition, average)
-        metrics.update(evaluate(stack, text, settings.seq_len, settings.eval_windows, settings.seed, device))
-        print(f"step {step}: {metrics['bits_per_char']:.4f} bits per character", "" if settings.baseline else "(bound)")
-        if not settings.baseline:
-            print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
+    def evaluate_and_write(networks, folder):
+        stack = Stack(networks) if settings.baseline else Stack(networks, partition, settings.walk == "averaged")
+        metrics = evaluate(stack, text, settings.seq_len, settings.eval_windows, settings.seed, device)
+        print(f"{metrics['bits_per_char']:.4f} bits per character", "" if settings.baseline else "(bound)")
+        print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
         samples = write_samples(stack, text, settings, noise, device) if settings.samples else []
-        print(*samples, sep="\n---\n")
-        if not settings.eval_only:
-            run.log(kind="evaluation", step=step, **metrics)
-            write_text(run.folder / "samples.txt", "\n---\n".join(samples))
+        print("", *samples, sep="\n---\n")
+        if folder:
+            write_text(folder / "samples.txt", "\n---\n".join(samples))
+        return metrics
 
-    if not trainer.train_all(evaluate_and_sample):
-        print(f"still to train: blocks {', '.join(map(str, trainer.unfinished()))} of {run.folder}")
-    elif not settings.eval_only:
-        finish("gpt", trainer, metrics, make_baseline)
-        from nano_db.plots import draw_curves  # not at the top: importing matplotlib takes a second
-
-        draw_curves(run.folder, "bits_per_char", "bits per character", metrics["nats_per_block"])
-        print(f"\n{run.folder}: result.json, metrics.jsonl, curves.png, samples.txt, and a file a block")
+    run_script(
+        "gpt",
+        settings,
+        text.sha256,
+        device,
+        make=make_baseline if settings.baseline else make_block,
+        make_baseline=make_baseline,
+        draw_batch=lambda: text.batch(settings.batch_size, settings.seq_len, device),
+        evaluate=evaluate_and_write,
+        metric="bits_per_char",
+        unit="bits per character",
+    )
 
 
 if __name__ == "__main__":

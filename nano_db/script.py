@@ -1,0 +1,55 @@
+"""What every train_*.py does once it has said what its networks, its data and its evaluation are."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from nano_db.report import benchmark, finish
+from nano_db.run import Run, read_config
+from nano_db.settings import frozen_fields, parse
+from nano_db.trainer import Trainer
+
+
+def output_folder(script, settings):
+    return Path(settings.out or f"out/{script}-{settings.method}")
+
+
+def read_settings(script, settings_class, presets, recipes, description):
+    """The command line of `script` as checked settings; with --eval-only, completed from the run's config.json."""
+
+    def stored(settings):
+        return read_config(output_folder(script, settings))["settings"]
+
+    return parse(settings_class, presets, recipes, description=description, stored=stored)
+
+
+def run_script(script, settings, data_sha256, device, make, make_baseline, draw_batch, evaluate, metric, unit):
+    """Train what is not trained yet, evaluate after each round, report at the end.
+
+    make(b): builds the b-th network to train. make_baseline(): the end-to-end network to measure beside blocks.
+    draw_batch(): a training batch on `device`, from torch's global generator. evaluate(networks, folder): prints what
+    it finds of the trained networks, writes its samples into `folder` (None with --eval-only) and returns a
+    dictionary of metrics; of these, `metric` (in `unit`) is drawn in curves.png. """
+    if settings.benchmark:
+        benchmark(Trainer(None, make, draw_batch, settings, device), make_baseline, settings.benchmark)
+        return
+    about = {"script": script, "data_sha256": data_sha256}
+    run = Run(output_folder(script, settings), asdict(settings), frozen_fields(type(settings)), about)
+    trainer = Trainer(run, make, draw_batch, settings, device)
+    metrics = {}
+
+    def after_round(step):
+        networks = [trainer.restore(b) for b in range(trainer.networks)]
+        print(f"after {step} steps", "of each block:" if trainer.networks > 1 else "")
+        metrics.update(evaluate(networks, None if settings.eval_only else run.folder))
+        if not settings.eval_only:
+            run.log(kind="evaluation", step=step, **metrics)
+
+    complete = trainer.train_all(after_round)
+    if not complete:
+        print(f"still to train: blocks {', '.join(map(str, trainer.unfinished()))} of {run.folder}")
+    elif not settings.eval_only:
+        finish(script, trainer, metrics, make_baseline)
+        from nano_db.plots import draw_curves  # not at the top: importing matplotlib takes a second
+
+        draw_curves(run.folder, metric, unit, metrics.get("nats_per_block", ()))
+        print(f"\n{run.folder}: {', '.join(sorted(path.name for path in run.folder.iterdir()))}")
