@@ -158,7 +158,7 @@ def two_stream_mask(T, past, device):
 
 def write_samples(stack, text, settings, noise, device):
     """settings.samples texts; a bar divides the prompt from what was written."""
-    prompt = text.tokenizer.encode(settings.prompt) if settings.prompt else text.heldout[:16].tolist()
+    prompt = list(text.tokenizer.encode(settings.prompt)) or text.heldout[:16].tolist()
     grid = equal_mass_grid if settings.grid == "equal-mass" else karras_grid
     sigmas = grid(noise, settings.calls_per_block * settings.blocks)
     tokens = torch.tensor([prompt] * settings.samples, device=device)

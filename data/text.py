@@ -5,30 +5,37 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from data import pydocs, shakespeare
+from data import pydocs, shakespeare, text8
 from nano_db.errors import UsageError
 
-NAMES = ("pydocs", "shakespeare")
+NAMES = ("pydocs", "shakespeare", "text8")
 
 
 class CharTokenizer:
     """One token a character; the vocabulary is the text's own."""
 
     def __init__(self, text):
-        self.characters = sorted(set(text))
-        self.classes = len(self.characters)
-        self._index = {character: i for i, character in enumerate(self.characters)}
+        self._codes = np.unique(_codes(text))  # code points, ascending
+        self.classes = len(self._codes)
 
     def encode(self, text):
-        unknown = sorted(set(text) - self._index.keys())
-        if unknown:
-            raise UsageError(f"the text has characters that the data has not: {' '.join(map(repr, unknown[:10]))}")
-        return [self._index[character] for character in text]
+        """Tokens of `text`, an array of whole numbers. Raises UsageError for characters that the data has not."""
+        codes = _codes(text)
+        unknown = np.setdiff1d(codes, self._codes)
+        if len(unknown):
+            names = " ".join(repr(chr(code)) for code in unknown[:10])
+            raise UsageError(f"the text has characters that the data has not: {names}")
+        return np.searchsorted(self._codes, codes)
 
     def decode(self, tokens):
-        return "".join(self.characters[token] for token in tokens)
+        return "".join(chr(self._codes[token]) for token in tokens)
+
+
+def _codes(text):
+    return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
 
 
 class GPT2Tokenizer:
@@ -56,7 +63,8 @@ class GPT2Tokenizer:
 
 @dataclass
 class Text:
-    """train, heldout: long tensors of tokens. characters_per_token: of the held-out text. sha256: of the whole text."""
+    """train, heldout: tokens, in the smallest integers that hold them. characters_per_token: of the held-out text.
+    sha256: of the whole text."""
 
     train: torch.Tensor
     heldout: torch.Tensor
@@ -74,7 +82,7 @@ class Text:
         """Random windows of the training text, from torch's global generator: x (B, T) and y (B, T), the tokens that
         follow."""
         starts = torch.randint(len(self.train) - seq_len, (batch_size, 1))
-        windows = self.train[starts + torch.arange(seq_len + 1)].to(device)
+        windows = self.train[starts + torch.arange(seq_len + 1)].long().to(device)
         return windows[:, :-1], windows[:, 1:]
 
     def heldout_batches(self, batch_size, seq_len, device="cpu"):
@@ -83,7 +91,7 @@ class Text:
         count = (len(self.heldout) - 1) // seq_len
         x, y = (self.heldout[i : i + count * seq_len].view(count, seq_len) for i in (0, 1))
         for i in range(0, count, batch_size):
-            yield x[i : i + batch_size].to(device), y[i : i + batch_size].to(device)
+            yield x[i : i + batch_size].long().to(device), y[i : i + batch_size].long().to(device)
 
     def bits_per_character(self, nats_per_token):
         return nats_per_token / math.log(2) / self.characters_per_token
@@ -96,9 +104,11 @@ def load_text(name="pydocs", tokenizer="char", folder="data/cache", seq_len=1):
     Raises UsageError for an unknown name, a file that cannot be read, or a text too short for windows of seq_len
     tokens."""
     text = _read(name, folder)
-    cut = len(text) * 9 // 10
+    cut = text8.TRAIN if name == "text8" else len(text) * 9 // 10
+    text = text[: text8.TRAIN + text8.VALIDATION] if name == "text8" else text
     tokens = GPT2Tokenizer() if tokenizer == "gpt2" else CharTokenizer(text)
-    train, heldout = (torch.tensor(tokens.encode(part)) for part in (text[:cut], text[cut:]))
+    smallest = np.uint8 if tokens.classes <= 256 else np.int32  # a text of 10^8 characters then takes 10^8 bytes
+    train, heldout = (torch.from_numpy(np.array(tokens.encode(part), smallest)) for part in (text[:cut], text[cut:]))
     if len(heldout) <= seq_len:
         raise UsageError(
             f"--data {name} has {len(train)} tokens to train on and {len(heldout)} held out: too few for "
@@ -113,6 +123,8 @@ def _read(name, folder):
         return pydocs.text()
     if name == "shakespeare":
         return shakespeare.text(folder)
+    if name == "text8":
+        return text8.text(folder)
     path = Path(name)
     if not path.exists():
         raise UsageError(

@@ -88,10 +88,14 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """h <- h + attention(norm(h)); h <- h + mlp(norm(h)). With cond_width, both branches are modulated (adaLN-Zero)."""
+    """h <- h + attention(norm(h)); h <- h + mlp(norm(h)). With cond_width, both branches are modulated (adaLN-Zero).
 
-    def __init__(self, width, heads, mlp="gelu", cond_width=0, dropout=0.0):
+    sandwich: normalise each sum, too (Geiping et al. 2025), which keeps a layer stable that is applied again and again.
+    """
+
+    def __init__(self, width, heads, mlp="gelu", cond_width=0, dropout=0.0, sandwich=False):
         super().__init__()
+        self.norm_sum = rms_norm if sandwich else nn.Identity()
         self.attention, self.mlp = Attention(width, heads), MLP(width, mlp)
         self.dropout = nn.Dropout(dropout)
         self.modulation = nn.Linear(cond_width, 6 * width) if cond_width else None
@@ -106,11 +110,11 @@ class Layer(nn.Module):
         """h (B, T, D); cond (B, cond_width) where the layer is conditioned; mask (T, keys), True where to look."""
         attend = (rotary, mask, causal, remember)
         if self.modulation is None:
-            h = h + self.dropout(self.attention(rms_norm(h), *attend))
-            return h + self.dropout(self.mlp(rms_norm(h)))
+            h = self.norm_sum(h + self.dropout(self.attention(rms_norm(h), *attend)))
+            return self.norm_sum(h + self.dropout(self.mlp(rms_norm(h))))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(cond))[:, None].chunk(6, dim=-1)
-        h = h + gate_a * self.dropout(self.attention(rms_norm(h) * (1 + scale_a) + shift_a, *attend))
-        return h + gate_m * self.dropout(self.mlp(rms_norm(h) * (1 + scale_m) + shift_m))
+        h = self.norm_sum(h + gate_a * self.dropout(self.attention(rms_norm(h) * (1 + scale_a) + shift_a, *attend)))
+        return self.norm_sum(h + gate_m * self.dropout(self.mlp(rms_norm(h) * (1 + scale_m) + shift_m)))
 
 
 class NoiseEmbedding(nn.Module):

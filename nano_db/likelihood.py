@@ -47,3 +47,21 @@ def nats_per_block(posterior, y, codebook, partition, density=4, generator=None)
     log_p = posterior(noisy(bottom), bottom)
     nats[-1] -= float(log_p.gather(-1, y[..., None]).double().mean())
     return nats
+
+
+def nats_of_walk(posterior, y, codebook, sigmas, generator=None):
+    """The bound for a walk of finitely many calls, as sampler.sample_classes makes it: nats a symbol, a float.
+
+    The integral becomes a sum: each call's error stands for all levels down to the next call, and the last call decodes
+    (Kingma et al. 2021, eq. 13-14: the likelihood of the walk that adds fresh noise at each step). The error falls with
+    sigma, so the fewer calls, the more the sum overrates the integral; but a single call decodes at once, at sigma_max.
+    """
+    clean = codebook[y]  # (B, ..., d)
+    *calls, last = map(float, sigmas[:-1])
+    nats = 1 / (2 * float(sigmas[0]) ** 2)  # the walk starts from N(0, sigma_max^2), not around E[y]; |E[y]| = 1
+    for sigma, sigma_next in zip(calls, [*calls[1:], last], strict=True):
+        z = clean + sigma * torch.randn(clean.shape, generator=generator).to(clean.device)
+        error = float((clean - posterior(z, sigma).exp() @ codebook).square().sum(-1).double().mean())
+        nats += (1 / sigma_next**2 - 1 / sigma**2) / 2 * error
+    z = clean + last * torch.randn(clean.shape, generator=generator).to(clean.device)
+    return nats - float(posterior(z, last).gather(-1, y[..., None]).double().mean())

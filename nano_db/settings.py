@@ -10,6 +10,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from nano_db.errors import UsageError
 
@@ -28,14 +29,9 @@ def option(default, help, choices=None, least=None, below=None, above=None, free
 class RunSettings:
     """What every script has: the method, the training, the machine and the output."""
 
+    no_flags: ClassVar[tuple[str, ...]] = ()  # fields that a script keeps as they are: its method has no use for them
+
     preset: str = option("laptop", "scale of everything below", choices=("tiny", "laptop", "gpu", "paper"), free=True)
-    recipe: str = option(
-        "nano",
-        "bundle of method options: the paper's, or what measures best",
-        ("paper", "nano"),
-        free=True,
-        only="blocks",
-    )
     blocks: int = option(4, "independently trained blocks", least=1, only="blocks")
     baseline: bool = option(False, "train the same network end to end with backpropagation instead")
     ensemble: int = option(1, "baselines trained independently and averaged (a control)", least=1, only="baseline")
@@ -43,9 +39,6 @@ class RunSettings:
     layer_split: str = option("", "layers of each block, noisiest first, like 3,6,3 (default: even)", only="blocks")
     overlap: float = option(
         0.1, "how far blocks train over their edges, the paper's gamma", least=0, below=1, only="blocks"
-    )
-    partition: str = option(
-        "probability", "edges of equal mass or uniform in ln sigma", ("probability", "uniform"), only="blocks"
     )
     steps: int = option(1000, "training steps of each block (or of the baseline)", least=1)
     rounds: int = option(1, "turns the blocks take; the run is evaluated and sampled after each", least=1, free=True)
@@ -82,8 +75,18 @@ class RunSettings:
 
 @dataclass
 class NoiseSettings:
-    """What scripts have that denoise in sigma: p_noise and the EDM constants."""
+    """What scripts have that denoise in sigma: p_noise, its partition, and the EDM constants."""
 
+    recipe: str = option(
+        "nano",
+        "bundle of method options: the paper's, or what measures best",
+        ("paper", "nano"),
+        free=True,
+        only="blocks",
+    )
+    partition: str = option(
+        "probability", "edges of equal mass or uniform in ln sigma", ("probability", "uniform"), only="blocks"
+    )
     noise: str = option(
         "lognormal",
         "p_noise: the paper's, or in proportion to the nats decided",
@@ -108,17 +111,20 @@ class _Parser(argparse.ArgumentParser):
 def parse(settings_class, presets, recipes, argv=None, description="", stored=None):
     """Read the command line into a checked `settings_class`. Exits with code 2 and one line where it cannot.
 
-    presets, recipes: {name: {field: value}}. stored: called with the output folder, returns the settings saved there
-    (see Run.stored); with --eval-only these take the place of preset and recipe."""
+    presets, recipes: {name: {field: value}}; a script without recipes gives None. A preset may have a twin of the name
+    "<preset>-baseline", with what differs there. stored: called with settings that hold --out, returns the settings
+    saved there; with --eval-only these take the place of preset and recipe.
+    """
     parser = _Parser(
         usage="python %(prog)s [flags]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    usual = {**presets[settings_class.preset], **recipes[settings_class.recipe]}
+    usual = {**presets[settings_class.preset], **(recipes[settings_class.recipe] if recipes else {})}
     for f in dataclasses.fields(settings_class):
-        _add_flag(parser, f, usual.get(f.name, f.default))
+        if f.name not in settings_class.no_flags:
+            _add_flag(parser, f, usual.get(f.name, f.default))
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     try:
         settings = _resolve(settings_class, presets, recipes, given, stored)
@@ -144,9 +150,12 @@ def _resolve(settings_class, presets, recipes, given, stored):
     if given.get("eval_only") and stored:
         return settings_class(**{**stored(settings_class(**given)), **given})
     preset = given.get("preset", settings_class.preset)
-    recipe = given.get("recipe", settings_class.recipe)
-    bundles = {**presets[preset], **({} if given.get("baseline") else recipes[recipe])}
-    return settings_class(**{**bundles, **given})
+    bundle = dict(presets[preset])
+    if given.get("baseline"):
+        bundle |= presets.get(f"{preset}-baseline", {})
+    if recipes and not given.get("baseline"):
+        bundle |= recipes[given.get("recipe", settings_class.recipe)]
+    return settings_class(**{**bundle, **given})
 
 
 def check(settings, given=()):

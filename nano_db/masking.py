@@ -1,0 +1,144 @@
+"""Noise that hides: masked diffusion of discrete sequences (MD4: Shi et al. 2024; MDLM: Sahoo et al. 2024).
+
+At time t each token is visible with probability alpha(t), which falls from alpha(0) = 1 to alpha(1) = 0; the others
+are hidden behind a mask token. A network guesses the hidden ones from the visible ones. In nats a sequence,
+
+    -ln p(x) <= integral over t of -alpha'(t) / (1 - alpha(t)) * E[sum over hidden tokens of -ln p(token | visible)]
+             =  integral over alpha of E[mean over hidden tokens of -ln p(token | visible)] * length,
+
+so equal decrements of alpha are equal shares of the loss of a guesser who does not look at the context; that is the
+partition: block b owns the visible shares alpha in [b/B, (b+1)/B). Block 0 is the most masked one, and runs first, as
+everywhere here (the paper numbers them the other way round)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nano_db.sampler import draw
+
+LEAST_HIDDEN = 1e-3  # the loss weight 1 / (1 - alpha) stops growing here; one token in a thousand is hidden then
+
+
+@dataclass(frozen=True)
+class MaskSchedule:
+    """alpha(t) and its inverse, float64. kind: "linear" is 1 - t, "cosine" is 1 - cos(pi/2 * (1 - t))."""
+
+    kind: str = "linear"
+
+    def alpha(self, t):
+        t = torch.as_tensor(t, dtype=torch.float64)
+        return 1 - t if self.kind == "linear" else 1 - torch.cos(math.pi / 2 * (1 - t))
+
+    def slope(self, t):
+        """alpha'(t), negative."""
+        t = torch.as_tensor(t, dtype=torch.float64)
+        return -torch.ones_like(t) if self.kind == "linear" else -math.pi / 2 * torch.sin(math.pi / 2 * (1 - t))
+
+    def time(self, alpha):
+        """The t at which a share alpha is visible."""
+        alpha = torch.as_tensor(alpha, dtype=torch.float64)
+        return 1 - alpha if self.kind == "linear" else 1 - 2 / math.pi * torch.acos(1 - alpha)
+
+
+def visible_range(b, blocks, overlap=0.0):
+    """(least, most) visible share alpha that block b of B trains on: its interval, wider by overlap / B on both
+    sides."""
+    return max(0.0, (b - overlap) / blocks), min(1.0, (b + 1 + overlap) / blocks)
+
+
+def route(alpha, blocks):
+    """The block that serves the visible share alpha; a share on an edge belongs to the less masked block."""
+    return min(int(alpha * blocks + 1e-9), blocks - 1)
+
+
+def spread_times(count, t_low, t_high, generator=None):
+    """Low-discrepancy times: one shared offset u, t_i = (u + i / n) mod 1 of the interval. (count,) float64"""
+    offset = torch.rand((), dtype=torch.float64, generator=generator)
+    return t_low + (t_high - t_low) * ((offset + torch.arange(count, dtype=torch.float64) / count) % 1)
+
+
+def hide(x, alpha, mask_token, generator=None):
+    """Hide each token of x (B, T) with probability 1 - alpha, (B,). Returns the sequence with mask tokens, and where
+    (bool)."""
+    hidden = torch.rand(x.shape, generator=generator).to(x.device) >= alpha.float().to(x.device)[:, None]
+    return torch.where(hidden, mask_token, x), hidden
+
+
+class MaskedBlock(nn.Module):
+    """A denoiser for one interval of masking; with the whole interval (0, 1), the end-to-end baseline.
+
+    network(x, t) -> logits (B, T, V) for x (B, T) with mask tokens V and times t (B,). span: visible shares to train
+    on."""
+
+    def __init__(self, network, schedule, classes, span=(0.0, 1.0)):
+        super().__init__()
+        self.network, self.schedule, self.classes, self.span = network, schedule, classes, span
+
+    def nats(self, x, t, generator=None):
+        """-ln p of the hidden tokens at times t (B,), each sequence's sum divided by its expected number of them. (B,)
+
+        Its mean over all of [0, 1] in alpha is the bound in nats a token.
+        """
+        alpha = self.schedule.alpha(t)
+        masked, hidden = hide(x, alpha, self.classes, generator)
+        logits = self.network(masked, t.float().to(x.device)).float()
+        nats = F.cross_entropy(logits.transpose(1, 2), x, reduction="none") * hidden  # (B, T)
+        return nats.sum(1) / ((1 - alpha).clamp(min=LEAST_HIDDEN).float().to(x.device) * x.shape[1])
+
+    def loss(self, batch):
+        """The block's part of the bound, as a mean over its span: times spread evenly, weighted by -alpha'."""
+        least, most = self.span
+        t_low, t_high = float(self.schedule.time(most)), float(self.schedule.time(least))
+        t = spread_times(len(batch), t_low, t_high)
+        weight = -self.schedule.slope(t) * (t_high - t_low) / (most - least)  # (B,), 1 on average
+        return (weight.float().to(batch.device) * self.nats(batch, t)).mean()
+
+
+class _Mean(nn.Module):
+    def __init__(self, networks):
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, x, t):
+        return torch.stack([network(x, t).log_softmax(-1) for network in self.networks]).mean(0)
+
+
+def average(blocks):
+    """An ensemble of MaskedBlocks of the same span, as one: the mean of what they say in ln p."""
+    first = blocks[0]
+    return MaskedBlock(_Mean([block.network for block in blocks]), first.schedule, first.classes, first.span)
+
+
+@torch.no_grad()
+def nats_per_block(blocks, x, levels=16, generator=None):
+    """The bound split by block, nats a token, (B,) float64: for each, `levels` visible shares at midpoints of its
+    interval."""
+    nats = torch.zeros(len(blocks), dtype=torch.float64)
+    for b, block in enumerate(blocks):
+        for i in range(levels):
+            alpha = (b + (i + 0.5) / levels) / len(blocks)
+            t = block.schedule.time(alpha).expand(len(x))
+            nats[b] += float(block.nats(x, t, generator).double().mean()) / (levels * len(blocks))
+    return nats
+
+
+@torch.no_grad()
+def unmask(blocks, x, steps, temperature=1.0, generator=None):
+    """Yield (alpha, x) after each of `steps` steps from a sequence x (B, T), in which mask tokens are to be filled in.
+
+    From visible share alpha to alpha_next each hidden token is revealed with probability (alpha_next - alpha) / (1 -
+    alpha), all at the same call drawn independently; the block that owns alpha answers. What is visible never
+    changes."""
+    classes = blocks[0].classes
+    for step in range(steps):
+        alpha, alpha_next = step / steps, (step + 1) / steps
+        block = blocks[route(alpha, len(blocks))]
+        t = block.schedule.time(alpha).float().to(x.device).expand(len(x))
+        log_p = (block.network(x, t).float() / temperature).log_softmax(-1)
+        chance = torch.rand(x.shape, dtype=torch.float64, generator=generator).to(x.device)
+        revealed = (x == classes) & (chance < (alpha_next - alpha) / (1 - alpha))
+        x = torch.where(revealed, draw(log_p, generator), x)
+        yield alpha_next, x
