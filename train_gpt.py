@@ -8,7 +8,8 @@
 Each block is a small GPT. Its target is the next token, as a point on the unit sphere with noise on it (codebook.py),
 at the noise levels that the block owns (partition.py). A trained stack writes a token by walking from pure noise to a
 code vector, handed from block to block on the way (sampler.py). What it is worth is measured in bits per character,
-by a bound (likelihood.py)."""
+by a bound (likelihood.py).
+"""
 
 from dataclasses import dataclass
 
@@ -20,10 +21,9 @@ from nano_db.block import DiffusionBlock, EndToEnd
 from nano_db.codebook import PaperHead, PosteriorHead, make_codebook
 from nano_db.device import pick_device
 from nano_db.errors import UsageError
-from nano_db.language import evaluate, generate
-from nano_db.layers import Layer, NoiseEmbedding, rms_norm, rotary_angles
+from nano_db.language import evaluate, write_samples
+from nano_db.layers import Layer, NoiseEmbedding, causal_mask, rms_norm, rotary_angles
 from nano_db.partition import make_partition, split_layers
-from nano_db.run import write_text
 from nano_db.schedule import equal_mass_grid, karras_grid, make_noise
 from nano_db.script import read_settings, run_script
 from nano_db.settings import NoiseSettings, RunSettings, command, option
@@ -103,7 +103,8 @@ class GPT(nn.Module):
     One stream: position t's input is emb(x_t) + W(c_in * z_t), with z_t the noisy version of token t + 1. What a
     position before t carries is a noisy x that t knows already, so nothing leaks; and a step costs what a plain GPT's
     costs. Two streams (the paper's): a clean copy of the sequence, and a noisy one that looks at the clean past and
-    at itself."""
+    at itself.
+    """
 
     def __init__(self, classes, settings, layers, shows_z):
         super().__init__()
@@ -123,7 +124,8 @@ class GPT(nn.Module):
 
     def forward(self, x, z, c_noise, cache=None):
         """x (B, T) tokens; z (B, T, width) scaled noisy targets and c_noise (B,), or None both. cache: see
-        layers.Cache."""
+        layers.Cache.
+        """
         T, past = x.shape[1], cache.length if cache else 0
         positions = torch.arange(past, past + T, device=x.device)
         h = self.embedding(x)  # (B, T, width)
@@ -144,30 +146,12 @@ class GPT(nn.Module):
         return rms_norm(h[:, -T:])
 
 
-def causal_mask(T, past, device):
-    """(T, past + T): True where query t may look, at all of the past and at new positions up to t."""
-    return torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)
-
-
 def two_stream_mask(T, past, device):
     """(2T, past + 2T): clean queries look at clean positions up to their own; noisy ones there, too, and at
-    themselves."""
+    themselves.
+    """
     clean, itself = causal_mask(T, past, device), torch.eye(T, dtype=torch.bool, device=device)
     return torch.cat([torch.cat([clean, torch.zeros_like(itself)], 1), torch.cat([clean, itself], 1)])
-
-
-def write_samples(stack, text, settings, noise, device):
-    """settings.samples texts; a bar divides the prompt from what was written."""
-    prompt = list(text.tokenizer.encode(settings.prompt)) or text.heldout[:16].tolist()
-    grid = equal_mass_grid if settings.grid == "equal-mass" else karras_grid
-    sigmas = grid(noise, settings.calls_per_block * settings.blocks)
-    tokens = torch.tensor([prompt] * settings.samples, device=device)
-    generator = torch.Generator().manual_seed(settings.seed)
-    tokens = generate(
-        stack, tokens, settings.sample_length, settings.seq_len, sigmas, settings.temperature, generator
-    ).tolist()
-    decode = text.tokenizer.decode
-    return [decode(row[: len(prompt)]) + "|" + decode(row[len(prompt) :]) for row in tokens]
 
 
 def main():
@@ -182,6 +166,7 @@ def main():
     blocks = 1 if settings.baseline else settings.blocks
     layers = split_layers(settings.layers, blocks, settings.layer_split)
     partition = make_partition(noise, blocks, settings.partition, settings.overlap)
+    grid = equal_mass_grid if settings.grid == "equal-mass" else karras_grid
 
     def make_baseline(b=0):
         return EndToEnd(GPT(classes, settings, settings.layers, shows_z=False), PosteriorHead(codebook))
@@ -198,10 +183,7 @@ def main():
         metrics = evaluate(stack, text, settings.seq_len, settings.eval_windows, settings.seed, device)
         print(f"{metrics['bits_per_char']:.4f} bits per character", "" if settings.baseline else "(bound)")
         print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
-        samples = write_samples(stack, text, settings, noise, device) if settings.samples else []
-        print("", *samples, sep="\n---\n")
-        if folder:
-            write_text(folder / "samples.txt", "\n---\n".join(samples))
+        write_samples(stack, text, settings, grid(noise, settings.calls_per_block * blocks), folder)
         return metrics
 
     run_script(

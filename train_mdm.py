@@ -7,7 +7,8 @@
 Here noise is hiding (masking.py): at time t each letter is visible with probability alpha(t). Each block is a small
 transformer that looks both ways and guesses hidden letters, and trains alone, on its own interval of alpha. Unlike in
 a GPT, what a block sees is the data itself, partly hidden: a block is a specialist for how much is hidden, and depth
-is not all that the blocks lose or gain."""
+is not all that the blocks lose or gain.
+"""
 
 from dataclasses import dataclass
 
@@ -86,7 +87,8 @@ class Unmasker(nn.Module):
 
 def encode_fill(text, settings):
     """The text of --fill as tokens, gaps as mask tokens, (T,); the rest of the length is hidden, too, as in
-    training."""
+    training.
+    """
     if len(settings.fill) > settings.seq_len:
         raise UsageError(f"--fill has {len(settings.fill)} characters, but the network reads {settings.seq_len}")
     mask = text.tokenizer.classes

@@ -8,7 +8,8 @@ def text():
 
     Topics quote each other ("compound" repeats "if", "while", "for", ...): of some 465,000 characters a fifth is said
     twice. Left in, such paragraphs would stand on both sides of the split between training and held-out text. The
-    manual differs a little between versions of Python; the text's checksum is written in the run's config.json."""
+    manual differs a little between versions of Python; the text's checksum is written in the run's config.json.
+    """
     seen, kept = set(), []
     for _, topic in sorted(pydoc_data.topics.topics.items()):
         for paragraph in topic.split("\n\n"):

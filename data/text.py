@@ -64,7 +64,8 @@ class GPT2Tokenizer:
 @dataclass
 class Text:
     """train, heldout: tokens, in the smallest integers that hold them. characters_per_token: of the held-out text.
-    sha256: of the whole text."""
+    sha256: of the whole text.
+    """
 
     train: torch.Tensor
     heldout: torch.Tensor
@@ -74,20 +75,23 @@ class Text:
 
     def frequencies(self):
         """Share of each class in the training text, (V,); a class that is only held out gets the weight of one
-        occurrence."""
+        occurrence.
+        """
         counts = torch.bincount(self.train, minlength=self.tokenizer.classes).double().clamp(min=1)
         return counts / counts.sum()
 
     def batch(self, batch_size, seq_len, device="cpu"):
         """Random windows of the training text, from torch's global generator: x (B, T) and y (B, T), the tokens that
-        follow."""
+        follow.
+        """
         starts = torch.randint(len(self.train) - seq_len, (batch_size, 1))
         windows = self.train[starts + torch.arange(seq_len + 1)].long().to(device)
         return windows[:, :-1], windows[:, 1:]
 
     def heldout_batches(self, batch_size, seq_len, device="cpu"):
         """The held-out text in windows that do not overlap, each token predicted once. A last, shorter rest is left
-        out."""
+        out.
+        """
         count = (len(self.heldout) - 1) // seq_len
         x, y = (self.heldout[i : i + count * seq_len].view(count, seq_len) for i in (0, 1))
         for i in range(0, count, batch_size):
@@ -102,7 +106,8 @@ def load_text(name="pydocs", tokenizer="char", folder="data/cache", seq_len=1):
     held out.
 
     Raises UsageError for an unknown name, a file that cannot be read, or a text too short for windows of seq_len
-    tokens."""
+    tokens.
+    """
     text = _read(name, folder)
     cut = text8.TRAIN if name == "text8" else len(text) * 9 // 10
     text = text[: text8.TRAIN + text8.VALIDATION] if name == "text8" else text

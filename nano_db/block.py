@@ -6,7 +6,8 @@ trains, from the input embedding to the output head: no trainable tensor is shar
 anywhere, in any order.
 
 The network is the script's own: network(x, z, c_noise, ...) -> features (B, ..., width). z comes scaled by c_in; both
-z and c_noise are None where the network is not shown the noisy target."""
+z and c_noise are None where the network is not shown the noisy target.
+"""
 
 import torch
 import torch.nn as nn
@@ -31,7 +32,8 @@ class DiffusionBlock(nn.Module):
 
     def forward(self, x, z, sigma, temperature=1.0, **extra):
         """The head's answer for noisy targets z (B, ..., d) at noise level sigma, (B,) or a float. `extra` is the
-        network's."""
+        network's.
+        """
         if not self.shows_z:
             return self.head(self.network(x, None, None, **extra), z, sigma, temperature)
         sigma = torch.as_tensor(sigma, dtype=z.dtype, device=z.device).expand(len(z))
@@ -45,7 +47,8 @@ class DiffusionBlock(nn.Module):
 
     def loss(self, batch):
         """Denoising at random levels of the block's own span: the mean over samples of w(sigma_i) * loss_i (paper,
-        eq. 8)."""
+        eq. 8).
+        """
         x, y = batch
         sigma = sample_sigma(self.noise, len(y), *self.span).float().to(y.device)  # (B,)
         clean = self.head.clean(y)  # (B, ..., d)
@@ -58,7 +61,8 @@ class DiffusionBlock(nn.Module):
 
 class EndToEnd(nn.Module):
     """The baseline for discrete targets: the same network and readout without noise, trained by ordinary
-    backpropagation."""
+    backpropagation.
+    """
 
     def __init__(self, network, head):
         super().__init__()

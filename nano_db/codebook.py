@@ -2,7 +2,8 @@
 
 The codebook E holds one fixed unit vector a class, derived from the seed: learned embeddings can shrink the noise's
 task by collapsing to a point (CDCD, Dieleman et al. 2022), fixed ones cannot, and every block knows them without
-being told."""
+being told.
+"""
 
 import torch
 import torch.nn as nn
@@ -29,7 +30,8 @@ def log_likelihood(z, sigma, codebook):
     """ln p(z | y) for every class y, up to a term all classes share: <z, E[y]> / sigma^2. z (B, ..., d) -> (B, ..., V)
 
     Unit norms make it linear: -|z - E[y]|^2 / (2 sigma^2) differs from it by terms without y. Always float32:
-    dividing by sigma^2 magnifies the rounding of a bfloat16 product into whole nats."""
+    dividing by sigma^2 magnifies the rounding of a bfloat16 product into whole nats.
+    """
     with torch.autocast(z.device.type, enabled=False):
         return z.float() @ codebook.T / broadcast(sigma, z.float()).square()
 
@@ -38,7 +40,8 @@ class DiscreteHead(nn.Module):
     """What both heads share: the codebook, a linear readout (width -> V) and the cross-entropy.
 
     The contract of a head, for block.py: clean(y) is the target that gets noised; head(features, z, sigma) is the
-    answer, here the logits of p(y | z, x); loss(answer, y) is one number a sample, (B,)."""
+    answer, here the logits of p(y | z, x); loss(answer, y) is one number a sample, (B,).
+    """
 
     def __init__(self, codebook):
         super().__init__()
@@ -58,7 +61,8 @@ class PosteriorHead(DiscreteHead):
     """Bayes' rule as an output layer (ours): logits = readout(features) + <z, E> / sigma^2.
 
     Given z = E[y] + sigma * eps, p(y | z, x) ~ p(y | x) * exp(<z, E[y]> / sigma^2) exactly. What the noise tells is
-    added in closed form, and the network learns only what it cannot tell: p(y | x)."""
+    added in closed form, and the network learns only what it cannot tell: p(y | x).
+    """
 
     def log_prior(self, features):
         """The block's word on ln p(y | x): the logits without the likelihood term, normalised. (B, ..., V)"""

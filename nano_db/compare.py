@@ -1,5 +1,6 @@
 """Runs side by side: `python -m nano_db.compare out/a out/b ...` prints a Markdown table, ratios to the first run in
-brackets, and draws compare.png (or --picture FILE)."""
+brackets, and draws compare.png (or --picture FILE).
+"""
 
 import argparse
 import json
@@ -65,10 +66,18 @@ def main():
     names = [Path(folder).name for folder in args.folders]
     print(markdown_table(names, results))
 
-    from nano_db.plots import draw_comparison  # matplotlib is slow to import, and errors above should not wait for it
+    from nano_db.plots import (  # matplotlib is slow to import, and errors above should not wait for it
+        draw_by_calls,
+        draw_comparison,
+    )
 
     draw_comparison(args.picture, names, list(columns(results)))
     print(f"\n{args.picture} drawn")
+    by_calls = {name: r["metrics"].get("bits_per_char_by_calls") for name, r in zip(names, results, strict=True)}
+    if all(by_calls.values()):
+        path = Path(args.picture).with_stem(Path(args.picture).stem + "_by_calls")
+        draw_by_calls(path, by_calls, "bits per character")
+        print(f"{path} drawn")
 
 
 if __name__ == "__main__":

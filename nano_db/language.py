@@ -3,6 +3,7 @@
 import torch
 
 from nano_db.likelihood import nats_per_block
+from nano_db.run import write_text
 from nano_db.sampler import draw, sample_classes
 
 EVALUATION_BATCH = 16  # windows at a time: larger ones gain nothing, and logits take memory
@@ -39,7 +40,8 @@ def evaluate(stack, text, seq_len, windows=0, seed=0, device="cpu"):
 def generate(stack, tokens, length, seq_len, sigmas=None, temperature=1.0, generator=None):
     """Continue tokens (n, m) by `length`, each by a walk along `sigmas`. When the context is full (seq_len), it
     starts anew from its later half: rotary positions would allow longer contexts, but none was trained. Returns (n, m
-    + length)."""
+    + length).
+    """
     caches, first, cached = {}, 0, 0  # the window begins at token `first`; tokens before `cached` are in the caches
     for _ in range(length):
         if tokens.shape[1] - first > seq_len:
@@ -63,3 +65,21 @@ def _next_token(stack, x, caches, sigmas, temperature, generator):
         return posterior(torch.cat([noisy, z], dim=1), sigma)[:, -1:]
 
     return sample_classes(at_last_position, stack.codebook, (len(x), 1), sigmas, generator)
+
+
+def write_samples(stack, text, settings, sigmas, folder=None):
+    """Print settings.samples texts that continue settings.prompt, and leave them in `folder`/samples.txt.
+
+    A bar divides the prompt from what was written. Without a prompt, the first held-out tokens serve.
+    """
+    if not settings.samples:
+        return
+    prompt = list(text.tokenizer.encode(settings.prompt)) or text.heldout[:16].tolist()
+    tokens = torch.tensor([prompt] * settings.samples, device=stack.codebook.device)
+    generator, temperature = torch.Generator().manual_seed(settings.seed), settings.temperature
+    tokens = generate(stack, tokens, settings.sample_length, settings.seq_len, sigmas, temperature, generator)
+    decode = text.tokenizer.decode
+    samples = [decode(row[: len(prompt)]) + "|" + decode(row[len(prompt) :]) for row in tokens.tolist()]
+    print("", *samples, sep="\n---\n")
+    if folder:
+        write_text(folder / "samples.txt", "\n---\n".join(samples))

@@ -4,7 +4,8 @@ modulation.
 A layer is conditioned on the noise level by adaLN-Zero (Peebles & Xie 2023): shift, scale and gate of both residual
 branches are linear in a conditioning vector, and zero at the start, so that a new layer is the identity.
 Unconditioned layers (the baseline's, or a block's that is not shown z) are the identity at the start by zero output
-projections."""
+projections.
+"""
 
 import math
 
@@ -31,9 +32,15 @@ def rotate(heads, rotary):
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
+def causal_mask(T, past, device):
+    """(T, past + T): True where query t may look, at all of the past and at new positions up to t."""
+    return torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)
+
+
 class Cache:
     """Keys and values of earlier positions, for generation: one pair (B, H, T, head_width) a layer, in the order of
-    the calls."""
+    the calls.
+    """
 
     def __init__(self):
         self.pairs = {}
@@ -121,7 +128,8 @@ class NoiseEmbedding(nn.Module):
     """c_noise (B,) -> conditioning vector (B, width): sines and cosines, then a small MLP.
 
     Keep the width narrow (d/6, as in the released code): at full width the modulations would add 6 d^2 weights to a
-    layer's 12 d^2, and eat half of what training by blocks saves."""
+    layer's 12 d^2, and eat half of what training by blocks saves.
+    """
 
     def __init__(self, width, features=32):
         super().__init__()

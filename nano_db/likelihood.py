@@ -13,6 +13,7 @@ The paper reports no likelihood for its language models; this is the number that
 """
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -24,28 +25,20 @@ def nats_per_block(posterior, y, codebook, partition, density=4, generator=None)
     posterior(z, sigma) -> ln p(y | z, x), see stack.py. y (B, ...) classes. In each block's interval, Gauss-Legendre
     quadrature with about `density` points a unit of ln sigma, fresh noise at each. The two ends of the range are
     closed, so that nothing is left out: above sigma_max the error is taken as constant (block 0 pays), at sigma_min
-    the symbol is decoded (the last block pays -ln p(y | z))."""
-    clean = codebook[y]  # (B, ..., d)
-
-    def noisy(sigma):
-        return clean + sigma * torch.randn(clean.shape, generator=generator).to(clean.device)
-
-    def squared_error(sigma):
-        denoised = posterior(noisy(sigma), sigma).exp() @ codebook
-        return float((clean - denoised).square().sum(-1).double().mean())
-
+    the symbol is decoded (the last block pays -ln p(y | z)).
+    """
     nats = torch.zeros(partition.blocks, dtype=torch.float64)
     for b in range(partition.blocks):
         low, high = map(math.log, partition.interval(b))
         points, weights = np.polynomial.legendre.leggauss(4 + math.ceil(density * (high - low)))  # on [-1, 1]
         for point, weight in zip(points, weights, strict=True):
             sigma = math.exp((low + high) / 2 + (high - low) / 2 * point)
-            nats[b] += (high - low) / 2 * weight * squared_error(sigma) / sigma**2
+            error = _squared_error(posterior, y, codebook, sigma, generator)
+            nats[b] += (high - low) / 2 * weight * error / sigma**2
 
     top, bottom = partition.edges[0], partition.edges[-1]
-    nats[0] += squared_error(top) / (2 * top**2)
-    log_p = posterior(noisy(bottom), bottom)
-    nats[-1] -= float(log_p.gather(-1, y[..., None]).double().mean())
+    nats[0] += _squared_error(posterior, y, codebook, top, generator) / (2 * top**2)
+    nats[-1] += _decoding(posterior, y, codebook, bottom, generator)
     return nats
 
 
@@ -56,12 +49,25 @@ def nats_of_walk(posterior, y, codebook, sigmas, generator=None):
     (Kingma et al. 2021, eq. 13-14: the likelihood of the walk that adds fresh noise at each step). The error falls with
     sigma, so the fewer calls, the more the sum overrates the integral; but a single call decodes at once, at sigma_max.
     """
-    clean = codebook[y]  # (B, ..., d)
-    *calls, last = map(float, sigmas[:-1])
+    calls = [float(sigma) for sigma in sigmas[:-1]]
     nats = 1 / (2 * float(sigmas[0]) ** 2)  # the walk starts from N(0, sigma_max^2), not around E[y]; |E[y]| = 1
-    for sigma, sigma_next in zip(calls, [*calls[1:], last], strict=True):
-        z = clean + sigma * torch.randn(clean.shape, generator=generator).to(clean.device)
-        error = float((clean - posterior(z, sigma).exp() @ codebook).square().sum(-1).double().mean())
+    for sigma, sigma_next in pairwise(calls):
+        error = _squared_error(posterior, y, codebook, sigma, generator)
         nats += (1 / sigma_next**2 - 1 / sigma**2) / 2 * error
-    z = clean + last * torch.randn(clean.shape, generator=generator).to(clean.device)
-    return nats - float(posterior(z, last).gather(-1, y[..., None]).double().mean())
+    return nats + _decoding(posterior, y, codebook, calls[-1], generator)
+
+
+def _answer(posterior, y, codebook, sigma, generator):
+    """ln p(y | z, x) for a fresh z = E[y] + sigma * eps."""
+    clean = codebook[y]
+    return posterior(clean + sigma * torch.randn(clean.shape, generator=generator).to(clean.device), sigma)
+
+
+def _squared_error(posterior, y, codebook, sigma, generator):
+    denoised = _answer(posterior, y, codebook, sigma, generator).exp() @ codebook
+    return float((codebook[y] - denoised).square().sum(-1).double().mean())
+
+
+def _decoding(posterior, y, codebook, sigma, generator):
+    """Mean of -ln p(y | z, x), in nats."""
+    return -float(_answer(posterior, y, codebook, sigma, generator).gather(-1, y[..., None]).double().mean())

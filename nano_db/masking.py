@@ -8,7 +8,8 @@ are hidden behind a mask token. A network guesses the hidden ones from the visib
 
 so equal decrements of alpha are equal shares of the loss of a guesser who does not look at the context; that is the
 partition: block b owns the visible shares alpha in [b/B, (b+1)/B). Block 0 is the most masked one, and runs first, as
-everywhere here (the paper numbers them the other way round)."""
+everywhere here (the paper numbers them the other way round).
+"""
 
 import math
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ class MaskSchedule:
 
 def visible_range(b, blocks, overlap=0.0):
     """(least, most) visible share alpha that block b of B trains on: its interval, wider by overlap / B on both
-    sides."""
+    sides.
+    """
     return max(0.0, (b - overlap) / blocks), min(1.0, (b + 1 + overlap) / blocks)
 
 
@@ -62,7 +64,8 @@ def spread_times(count, t_low, t_high, generator=None):
 
 def hide(x, alpha, mask_token, generator=None):
     """Hide each token of x (B, T) with probability 1 - alpha, (B,). Returns the sequence with mask tokens, and where
-    (bool)."""
+    (bool).
+    """
     hidden = torch.rand(x.shape, generator=generator).to(x.device) >= alpha.float().to(x.device)[:, None]
     return torch.where(hidden, mask_token, x), hidden
 
@@ -71,7 +74,8 @@ class MaskedBlock(nn.Module):
     """A denoiser for one interval of masking; with the whole interval (0, 1), the end-to-end baseline.
 
     network(x, t) -> logits (B, T, V) for x (B, T) with mask tokens V and times t (B,). span: visible shares to train
-    on."""
+    on.
+    """
 
     def __init__(self, network, schedule, classes, span=(0.0, 1.0)):
         super().__init__()
@@ -115,7 +119,8 @@ def average(blocks):
 @torch.no_grad()
 def nats_per_block(blocks, x, levels=16, generator=None):
     """The bound split by block, nats a token, (B,) float64: for each, `levels` visible shares at midpoints of its
-    interval."""
+    interval.
+    """
     nats = torch.zeros(len(blocks), dtype=torch.float64)
     for b, block in enumerate(blocks):
         for i in range(levels):
@@ -131,7 +136,8 @@ def unmask(blocks, x, steps, temperature=1.0, generator=None):
 
     From visible share alpha to alpha_next each hidden token is revealed with probability (alpha_next - alpha) / (1 -
     alpha), all at the same call drawn independently; the block that owns alpha answers. What is visible never
-    changes."""
+    changes.
+    """
     classes = blocks[0].classes
     for step in range(steps):
         alpha, alpha_next = step / steps, (step + 1) / steps

@@ -1,5 +1,6 @@
 """Where the training memory goes: weights, gradients, optimizer state, and activations kept for the backward pass, in
-bytes."""
+bytes.
+"""
 
 import sys
 from contextlib import nullcontext
@@ -14,7 +15,8 @@ def training_bytes(module, batch, optimizer, context=None):
 
     Activations are the tensors that autograd saves in the forward pass, each storage once, weights excluded.
     Codebooks and other fixed buffers count as weights. On CUDA "allocator_peak" is added: the most the allocator held
-    during the step, which also has the temporaries. `context`: the autocast to compute in."""
+    during the step, which also has the temporaries. `context`: the autocast to compute in.
+    """
     fixed = [*module.parameters(), *module.buffers()]
     fixed_storages = {tensor.untyped_storage().data_ptr() for tensor in fixed}
     saved = {}
@@ -62,7 +64,8 @@ def peak_resident_bytes():
 
 def memory_table(columns):
     """Lines of a text table: a row a part in MiB, a column for each {name: training_bytes}; ratios to the last
-    column."""
+    column.
+    """
     *_, last = columns.values()
     lines = [f"{'MiB':12}" + "".join(f"{name:>20}" for name in columns)]
     for part in (*PARTS, "total"):

@@ -17,7 +17,8 @@ class GaussianMixture:
 
     def denoise(self, z, sigma):
         """The exact E[y | z] for z = y + sigma * eps, z (n, d): each component's own posterior mean, weighted by
-        Bayes' rule."""
+        Bayes' rule.
+        """
         variance = self.std**2 + sigma**2
         offsets = z[:, None] - self.means  # (n, K, d)
         weights = (-offsets.square().sum(-1) / (2 * variance)).softmax(-1)  # (n, K)

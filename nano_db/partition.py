@@ -2,7 +2,8 @@
 layers.
 
 Block 0 is the noisiest, runs first, and stands nearest the input. Edges descend: edges[0] = sigma_max, edges[B] =
-sigma_min, and block b owns (edges[b+1], edges[b]]."""
+sigma_min, and block b owns (edges[b+1], edges[b]].
+"""
 
 import math
 from dataclasses import dataclass
@@ -43,7 +44,8 @@ class Partition:
 
         The interval is stretched by a = (high / low)^overlap at both ends (paper, section 3.3). With `upward` it
         reaches up to sigma_max instead: right for a posterior head, where one and the same p(y|x) is the answer at
-        every sigma."""
+        every sigma.
+        """
         low, high = self.interval(b)
         a = (high / low) ** self.overlap
         top, bottom = self.edges[0], self.edges[-1]
@@ -52,7 +54,8 @@ class Partition:
 
 def make_partition(noise, blocks, kind="probability", overlap=0.0):
     """Cut the range of `noise` into blocks: "probability" gives every block the same mass of p_noise (paper, section
-    3.2), "uniform" the same width in ln sigma (its ablation)."""
+    3.2), "uniform" the same width in ln sigma (its ablation).
+    """
     if kind == "probability":
         edges = quantiles(noise, blocks).tolist()
     elif kind == "uniform":

@@ -1,5 +1,6 @@
 """Pictures: a run's curves, runs side by side, and the idea of the method (`python -m nano_db.plots FILE` draws that
-one)."""
+one).
+"""
 
 import argparse
 import math
@@ -62,6 +63,17 @@ def draw_comparison(path, names, rows):
         ax.bar_label(bars, fmt="%.4g", fontsize=8)
         ax.set_title(key.replace("_", " "), fontsize=9)
         ax.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+    _save(figure, path)
+
+
+def draw_by_calls(path, curves, unit):
+    """Quality against the number of calls K, a line a run: curves {name: {K: value}}."""
+    figure, ax = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
+    for (name, values), colour in zip(curves.items(), block_colours(len(curves)), strict=True):
+        ax.plot([int(k) for k in values], list(values.values()), "o-", color=colour, label=name)
+    ax.set_xscale("log", base=2)
+    ax.set(xlabel="K: calls of the network, or turns of the loop", ylabel=unit)
+    ax.legend()
     _save(figure, path)
 
 

@@ -22,7 +22,8 @@ def finish(script, trainer, metrics, make_baseline):
 
     metrics: the script's own. make_baseline(): the end-to-end network of the same settings, to measure beside the
     blocks. memory_bytes and seconds_per_step are the largest block's (or the baseline's); the sum over the blocks
-    stands beside."""
+    stands beside.
+    """
     settings = trainer.settings
     peak = peak_resident_bytes()  # before anything end-to-end is built
     states = [trainer.run.load_block(b) for b in range(trainer.networks)]

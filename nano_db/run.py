@@ -6,7 +6,8 @@
     result.json      the figures at the end
 
 A folder belongs to one set of settings. Every file but metrics.jsonl is written aside, flushed to the disk and
-renamed, so that at any moment, whatever happens to the process, the file that stands there is whole."""
+renamed, so that at any moment, whatever happens to the process, the file that stands there is whole.
+"""
 
 import json
 import os
@@ -54,7 +55,8 @@ def write_json(path, content):
 
 class Run:
     """The folder of one run. `frozen` are the settings that the weights depend on, `about` what else config.json
-    records."""
+    records.
+    """
 
     def __init__(self, folder, settings, frozen, about=None):
         self.folder, self.settings = Path(folder), dict(settings)
@@ -91,7 +93,8 @@ class Run:
 
     def save_block(self, b, step, seconds, weights, optimizer, ema=None):
         """seconds: pure training time so far. Everything is tensors and plain values, readable with
-        weights_only=True."""
+        weights_only=True.
+        """
         state = {"format": FORMAT, "block": b, "step": step, "seconds": seconds, "settings": self.frozen}
         state |= {"weights": weights, "optimizer": optimizer, "ema": ema}
         write_atomically(self.block_path(b), lambda file: torch.save(state, file))
@@ -158,7 +161,8 @@ def read_config(folder):
 
 def read_metrics(folder, kind):
     """Records of one kind ("train" or "evaluation") in the order of their steps. A step done twice, after a kill,
-    counts once."""
+    counts once.
+    """
     latest = {}
     for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)

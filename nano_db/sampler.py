@@ -52,7 +52,8 @@ def heun_walk(denoise, z, sigmas):
 
 def draw(log_p, generator=None):
     """One class a position from ln p (..., V). In float64 on the CPU: float32 draws are slightly too sure of
-    themselves."""
+    themselves.
+    """
     p = log_p.detach().cpu().double().exp()
     return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1]).to(log_p.device)
 
@@ -61,7 +62,8 @@ def sample_classes(posterior, codebook, shape, sigmas, generator=None):
     """Walk from pure noise with a `posterior` (see stack.py) and draw a class at each position of `shape`. Long tensor.
 
     The walk is that of euler_walk with D = p @ E. The last call's D would be a blend of code vectors wherever the
-    last noise level leaves doubt; instead of rounding it, the class is drawn from the same call's p(y | z, x)."""
+    last noise level leaves doubt; instead of rounding it, the class is drawn from the same call's p(y | z, x).
+    """
 
     def denoise(z, sigma):
         return posterior(z, sigma).exp() @ codebook

@@ -7,7 +7,8 @@ The process is variance exploding: z = y + sigma * eps. A noise distribution p_n
     inverse_cdf(q)          the sigma below which a share q of the training lies
 
 Partition, sampling and grids use these four alone, so they do not know which distribution they serve. All of it is
-float64: in float32 the upper quantiles of a narrow distribution round to 1, and the top edge becomes infinite."""
+float64: in float32 the upper quantiles of a narrow distribution round to 1, and the top edge becomes infinite.
+"""
 
 import math
 
@@ -17,7 +18,8 @@ import torch
 
 class LogNormal:
     """ln sigma ~ N(p_mean, p_std^2), truncated to [sigma_min, sigma_max] (EDM, table 1; the paper's choice, section
-    3.2)."""
+    3.2).
+    """
 
     def __init__(self, p_mean=-1.2, p_std=1.2, sigma_min=0.002, sigma_max=80.0):
         self.p_mean, self.p_std = p_mean, p_std
@@ -85,7 +87,8 @@ def make_noise(settings, frequencies, codebook):
 
 def sample_sigma(noise, count, low, high, generator=None):
     """`count` noise levels from p_noise restricted to [low, high]: uniform in cdf space, then the inverse cdf.
-    (count,)"""
+    (count,)
+    """
     q_low, q_high = noise.cdf(low), noise.cdf(high)
     q = q_low + (q_high - q_low) * torch.rand(count, dtype=torch.float64, generator=generator)
     return noise.inverse_cdf(q).clamp(low, high)

@@ -28,7 +28,8 @@ def run_script(script, settings, data_sha256, device, make, make_baseline, draw_
     make(b): builds the b-th network to train. make_baseline(): the end-to-end network to measure beside blocks.
     draw_batch(): a training batch on `device`, from torch's global generator. evaluate(networks, folder): prints what
     it finds of the trained networks, writes its samples into `folder` (None with --eval-only) and returns a
-    dictionary of metrics; of these, `metric` (in `unit`) is drawn in curves.png."""
+    dictionary of metrics; of these, `metric` (in `unit`) is drawn in curves.png.
+    """
     if settings.benchmark:
         benchmark(Trainer(None, make, draw_batch, settings, device), make_baseline, settings.benchmark)
         return

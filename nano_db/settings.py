@@ -2,7 +2,8 @@
 
 A script declares one dataclass; each field's help and limits stand beside its default. From it come the flags
 (kebab-case), `--help`, the presets and recipes (named bundles of values), the checks and config.json. What wins: a
-flag, then the recipe, then the preset, then the default. A flag that would do nothing is refused."""
+flag, then the recipe, then the preset, then the default. A flag that would do nothing is refused.
+"""
 
 import argparse
 import dataclasses
@@ -20,7 +21,8 @@ def option(default, help, choices=None, least=None, below=None, above=None, free
 
     choices, least (>=), above (>) and below (<) limit the value. free: it may change between runs in one output
     folder, because the trained weights do not depend on it. only: "blocks" or "baseline", the one method that heeds
-    the flag."""
+    the flag.
+    """
     limits = {"choices": choices, "least": least, "below": below, "above": above}
     return field(default=default, metadata={"help": help, "limits": limits, "free": free, "only": only})
 

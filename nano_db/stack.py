@@ -18,7 +18,8 @@ class Stack:
 
     average: the averaged walk (ours). Blocks 0..b have each said their ln p(y | x) when the walk is at block b; their
     mean, then the likelihood of z, is the answer. An ensemble at no extra cost. Only for networks that are not shown
-    z."""
+    z.
+    """
 
     def __init__(self, blocks, partition=None, average=False):
         assert not (average and blocks[0].shows_z), "an average needs networks that are not shown z"
@@ -38,7 +39,8 @@ class Stack:
 
         A network shown z answers anew at each call, so it has a cache for each noise level. One not shown z is asked
         once, however many calls the walk makes. temperature T sharpens the network's part, p(y | x)^(1/T), and leaves
-        the noise's likelihood."""
+        the noise's likelihood.
+        """
         said = {}
 
         def word(b):

@@ -119,7 +119,8 @@ class Trainer:
 
     def step(self, module, optimizer, b, step):
         """One step of AdamW. Returns the loss and the gradient's norm, as a tensor: looking at it would make a GPU
-        wait."""
+        wait.
+        """
         seed_from(self.settings.seed, b, step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, self.settings)

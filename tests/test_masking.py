@@ -119,7 +119,8 @@ class Bigram(nn.Module):
 
 def test_unmasking_with_an_oracle_samples_the_right_distribution():
     """Chi-square over the 9 pairs, 8 degrees of freedom: 26.1 is exceeded by one seed in a thousand. With 40 steps
-    the two letters fall in the same step, and lose sight of each other, in one text of 40."""
+    the two letters fall in the same step, and lose sight of each other, in one text of 40.
+    """
     joint = torch.tensor([[0.30, 0.02, 0.02], [0.02, 0.25, 0.03], [0.05, 0.01, 0.30]])
     blocks = [MaskedBlock(Bigram(joint), MaskSchedule(), 3) for _ in range(2)]
     count = 1500

@@ -93,7 +93,8 @@ def test_karras_grid():
 
 def test_edm_coefficients_give_unit_variance_in_and_out():
     """c_in z has unit variance, and so has the target of F, (y - c_skip z) / c_out: EDM's requirements, by Monte
-    Carlo."""
+    Carlo.
+    """
     generator = torch.Generator().manual_seed(0)
     y = 0.5 * torch.randn(200_000, dtype=torch.float64, generator=generator)
     for sigma in (0.05, 0.5, 7.0):

@@ -1,10 +1,10 @@
+import dataclasses
 import json
 import sys
 
 import pytest
 import torch
 
-import train_gpt
 from nano_db.block import DiffusionBlock, EndToEnd
 from nano_db.codebook import PosteriorHead, make_codebook
 from nano_db.language import generate
@@ -278,7 +278,7 @@ def test_help_needs_no_plotting(cli):
     sys.modules.pop("matplotlib.pyplot", None)
     code, out, _ = cli("--help")
     assert code == 0 and "--blocks" in out and "matplotlib.pyplot" not in sys.modules
-    assert all(f"--{name.replace('_', '-')}" in out for name in train_gpt.Settings.__dataclass_fields__)
+    assert all(f"--{f.name.replace('_', '-')}" in out for f in dataclasses.fields(Settings))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -1,0 +1,162 @@
+import json
+
+import pytest
+import torch
+
+import train_looped
+from nano_db.block import DiffusionBlock
+from nano_db.codebook import PosteriorHead, make_codebook
+from nano_db.layers import Cache
+from nano_db.partition import make_partition
+from nano_db.sampler import sample_classes
+from nano_db.schedule import LogNormal, equal_mass_grid
+from nano_db.stack import Stack
+from train_looped import Huginn, Looped, Settings, layer_evaluations, recurrences
+
+CLASSES, T, WIDTH = 11, 8, 16
+NOISE = LogNormal(0.3, 0.8, 0.05, 20.0)
+TINY = ("--preset", "tiny", "--steps", "6", "--sample-length", "5", "--device", "cpu", "--eval-windows", "4")
+
+
+def randomised(module):
+    generator = torch.Generator().manual_seed(0)
+    for p in module.parameters():
+        p.data = 0.3 * torch.randn(p.shape, generator=generator)
+    return module
+
+
+def make(baseline=False):
+    settings = Settings(width=WIDTH, heads=2, prelude=1, core=2, coda=1, baseline=baseline, calls=5)
+    head = PosteriorHead(make_codebook(CLASSES, WIDTH))
+    network = Looped(CLASSES, settings, conditioned=not baseline)
+    if baseline:
+        return randomised(Huginn(network, head, settings))
+    return randomised(DiffusionBlock(network, head, NOISE, (0.05, 20.0)))
+
+
+def turns_of(module, action):
+    """The turns that `action` takes: for each, whether it keeps a graph."""
+    turn, seen = module.network.turn, []
+    module.network.turn = lambda *args: seen.append(torch.is_grad_enabled()) or turn(*args)
+    action()
+    return seen
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randint(CLASSES, (2, T), generator=generator) for _ in range(2))
+
+
+def test_the_number_of_turns_has_the_mean_it_should():
+    torch.manual_seed(0)
+    draws = [recurrences(32.0) for _ in range(4000)]
+    # variance: the Poisson's 32, and (e^0.25 - 1) * 32^2 of the rate; the mean of 4000 draws is good to 0.3
+    assert sum(draws) / len(draws) == pytest.approx(33, abs=1.0) and min(draws) >= 1
+
+
+@pytest.mark.parametrize("turns, kept", [(20, 8), (3, 3)])
+def test_only_the_last_eight_turns_of_the_baseline_keep_a_graph(batch, turns, kept, monkeypatch):
+    monkeypatch.setattr(train_looped, "recurrences", lambda mean: turns)
+    baseline = make(baseline=True)
+    seen = turns_of(baseline, lambda: baseline.loss(batch).backward())
+    assert seen == [False] * (turns - kept) + [True] * kept
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in baseline.parameters())  # the prelude's, too
+
+
+def test_the_gradient_of_the_baseline_is_that_of_a_loop_cut_by_hand(batch, monkeypatch):
+    """Ten turns: two under no_grad and a detached state, then eight, written out."""
+    monkeypatch.setattr(train_looped, "recurrences", lambda mean: 10)
+    baseline = make(baseline=True)
+    torch.manual_seed(3)
+    baseline.loss(batch).backward()
+    gradients = [p.grad.clone() for p in baseline.parameters()]
+    baseline.zero_grad()
+
+    torch.manual_seed(3)
+    e, apply = baseline.network.context(batch[0], None)
+    s = (2 / 5) ** 0.5 * torch.randn(e.shape)
+    for i in range(10):
+        s = baseline.network.turn(s, e.detach() if i < 2 else e, apply)
+        s = s.detach() if i < 2 else s
+    features = train_looped.rms_norm(apply(baseline.network.coda, s))
+    torch.nn.functional.cross_entropy(baseline.head.readout(features).flatten(0, 1), batch[1].flatten()).backward()
+    for p, gradient in zip(baseline.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+
+
+def test_a_step_of_the_blocks_method_takes_a_single_turn(batch):
+    block = make()
+    assert turns_of(block, lambda: block.loss(batch)) == [True]
+    baseline, ours = (layer_evaluations(Settings(baseline=baseline)) for baseline in (True, False))
+    assert ours == {"forward": 8, "backward": 8} and baseline == {"forward": 136, "backward": 36}
+    assert sum(baseline.values()) > 8 * sum(ours.values())
+
+
+def test_one_call_of_the_walk_is_one_call_of_the_network(batch):
+    block = make().eval()
+    stack = Stack([block], make_partition(NOISE, 1))
+    seen = []
+    posterior = stack.posterior(batch[0])
+    counted = lambda z, sigma: seen.append(sigma) or posterior(z, sigma)  # noqa: E731
+    y = sample_classes(counted, stack.codebook, (2, T), equal_mass_grid(NOISE, 1), torch.Generator().manual_seed(0))
+    assert seen == [20.0] and y.shape == (2, T)
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+def test_cached_and_uncached_answers_agree_and_nothing_leaks(batch, baseline):
+    x, _ = batch
+    module = make(baseline).eval()
+    z = torch.randn(2, T, WIDTH, generator=torch.Generator().manual_seed(1))
+    if baseline:  # from a state of zeros, which has no position of its own
+        module.features = lambda x, turns, cache=None, generator=None: loop_from_zero(module, x, turns, cache)
+        answer = lambda x, z, cache=None: module.log_prior(x, cache, turns=3)  # noqa: E731
+    else:
+        answer = lambda x, z, cache=None: module(x, z, 0.7, cache=cache)  # noqa: E731
+    cache, whole = Cache(), answer(x, z)
+    parts = [answer(x[:, a:b], z[:, a:b], cache) for a, b in [(0, 3), (3, 4), (4, T)]]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-4)
+    changed = x.clone()
+    changed[:, 5:] = (changed[:, 5:] + 1) % CLASSES
+    torch.testing.assert_close(answer(changed, z)[:, :5], whole[:, :5], rtol=0, atol=1e-5)
+    assert (answer(changed, z)[:, 5:] - whole[:, 5:]).abs().max() > 1e-2
+
+
+def loop_from_zero(module, x, turns, cache):
+    e, apply = module.network.context(x, cache)
+    s = torch.zeros_like(e)
+    for _ in range(turns):
+        s = module.network.turn(s, e, apply)
+    return train_looped.rms_norm(apply(module.network.coda, s))
+
+
+@pytest.mark.parametrize("flags", [(), ("--recipe", "paper"), ("--baseline",)])
+def test_a_run_reports_quality_by_calls_and_resumes(cli, text_file, tmp_path, flags):
+    command = (*TINY, "--data", text_file, "--out", tmp_path / "run", *flags)
+    code, _, err = cli(*command, main=train_looped.main)
+    assert code == 0, err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert list(map(int, result["metrics"]["bits_per_char_by_calls"])) == list(train_looped.K_VALUES)
+    code, out, _ = cli(*command, main=train_looped.main)
+    assert code == 0 and "loss" not in out
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["metrics"] == result["metrics"]
+    code, out, err = cli(
+        "--eval-only", "--calls", "3", "--prompt", "the dog", "--out", tmp_path / "run", main=train_looped.main
+    )
+    assert code == 0 and "the dog|" in out, err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--calls", "0"), "--calls must be at least 1"),
+        (("--core", "0"), "--core must be at least 1"),
+        (("--blocks", "2"), "unrecognized"),
+        (("--baseline", "--head", "paper"), "does nothing for the baseline"),
+        (("--backprop-turns", "4"), "does nothing for the blocks"),
+        (("--baseline", "--compile"), "--compile does nothing"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(cli, text_file, tmp_path, flags, message):
+    code, _, err = cli(*TINY, "--data", text_file, "--out", tmp_path / "run", *flags, main=train_looped.main)
+    assert code == 2 and message in err and err.count("\n") == 1, err

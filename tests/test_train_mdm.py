@@ -1,0 +1,97 @@
+import json
+import zipfile
+
+import pytest
+import torch
+
+import train_mdm
+from data import text8
+from nano_db.errors import UsageError
+
+TINY = ("--preset", "tiny", "--layers", "3", "--steps", "6", "--device", "cpu", "--eval-windows", "4")
+
+
+@pytest.fixture
+def mdm(cli, text_file, tmp_path):
+    return lambda *flags: cli(*TINY, "--data", text_file, "--out", tmp_path / "run", *flags, main=train_mdm.main)
+
+
+@pytest.mark.parametrize("flags", [(), ("--schedule", "cosine", "--ema", "0.9"), ("--baseline", "--ensemble", "2")])
+def test_a_run_scores_samples_and_resumes(mdm, tmp_path, flags):
+    code, out, err = mdm(*flags)
+    assert code == 0, err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    metrics = result["metrics"]
+    assert sum(metrics["nats_per_block"]) == pytest.approx(metrics["nats_per_token"])
+    assert ("after block 2:" in out) == (not flags or "--baseline" not in flags)
+    code, out, _ = mdm(*flags)
+    assert code == 0 and "loss" not in out
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["metrics"] == metrics
+
+
+def test_only_trains_one_block_at_a_time(mdm, tmp_path):
+    for b in (2, 0, 1):
+        code, out, _ = mdm("--only", b)
+        assert code == 0 and ("still to train" in out) == (b != 1)
+
+
+def test_fill_keeps_the_text_and_fills_the_gaps(mdm, cli, tmp_path):
+    mdm()
+    code, out, err = cli("--eval-only", "--fill", "the ____ of", "--out", tmp_path / "run", main=train_mdm.main)
+    assert code == 0, err
+    filled = out.strip().splitlines()[-1]
+    assert filled.startswith("the ") and filled.endswith(" of") and len(filled) == 11 and "_" not in filled
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--fill", "x" * 17), "the network reads 16"),
+        (("--fill", "Ä"), "'Ä'"),
+        (("--blocks", "4"), "more than --layers 3"),
+        (("--recipe", "paper"), "unrecognized"),
+        (("--unmask-steps", "0"), "at least 1"),
+        (("--schedule", "square"), "invalid choice"),
+        (("--baseline", "--overlap", "0.1"), "does nothing for the baseline"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(mdm, flags, message):
+    code, _, err = mdm(*flags)
+    assert code == 2 and message in err and err.count("\n") == 1, err
+
+
+def test_text8_is_read_from_a_local_file_and_checked(tmp_path, monkeypatch):
+    content = b"some words " * 100
+    monkeypatch.setattr(text8, "SIZE", len(content))
+    monkeypatch.setattr(text8, "MD5", text8.hashlib.md5(content).hexdigest())
+    (tmp_path / "text8").write_bytes(content)
+    assert text8.text(tmp_path) == content.decode()
+    (tmp_path / "text8").write_bytes(content[:-1] + b"x")
+    with pytest.raises(UsageError, match="not text8"):
+        text8.text(tmp_path)
+    (tmp_path / "text8").write_bytes(b"Some words!")
+    with pytest.raises(UsageError, match="characters other than a-z"):
+        text8.text(tmp_path)
+
+
+def test_text8_is_read_from_a_local_archive(tmp_path, monkeypatch):
+    content = b"some words " * 100
+    with zipfile.ZipFile(tmp_path / "text8.zip", "w") as archive:
+        archive.writestr("text8", content)
+    digest = text8.hashlib.sha256((tmp_path / "text8.zip").read_bytes()).hexdigest()
+    for name, value in {"SIZE": 1100, "MD5": text8.hashlib.md5(content).hexdigest(), "SHA256": digest}.items():
+        monkeypatch.setattr(text8, name, value)
+    assert text8.text(tmp_path) == content.decode()
+    monkeypatch.setattr(text8, "SHA256", digest[::-1])
+    with pytest.raises(UsageError, match="sha256"):
+        text8.text(tmp_path)
+
+
+def test_text8_is_split_ninety_to_five(tmp_path, monkeypatch):
+    from data.text import load_text
+
+    monkeypatch.setattr(text8, "text", lambda folder: "ab " * 200)
+    monkeypatch.setattr(text8, "TRAIN", 540)
+    monkeypatch.setattr(text8, "VALIDATION", 30)
+    text = load_text("text8", folder=tmp_path, seq_len=4)
+    assert (len(text.train), len(text.heldout)) == (540, 30) and text.train.dtype == torch.uint8
