@@ -61,8 +61,10 @@ PRESETS = {
         layers=12, width=24, heads=2, seq_len=16, batch_size=8, steps=40, warmup=5, log_every=10,
         sample_length=40, eval_windows=32,
     ),
-    "laptop": dict(layers=8, width=128, heads=4, seq_len=128, batch_size=16, steps=2000, warmup=100),
-    "gpu": dict(layers=12, width=384, heads=6, seq_len=256, batch_size=64, steps=3000, warmup=150, dropout=0.1),
+    "laptop": dict(layers=8, width=128, heads=4, seq_len=128, batch_size=16, steps=2000, warmup=100, rounds=4),
+    "gpu": dict(
+        layers=12, width=384, heads=6, seq_len=256, batch_size=64, steps=3000, warmup=150, rounds=4, dropout=0.1,
+    ),
     "paper": dict(
         layers=12, width=768, heads=12, seq_len=256, batch_size=256, steps=100_000, warmup=2500, learning_rate=3e-4,
         tokenizer="gpt2",

@@ -75,7 +75,7 @@ PRESETS = {
         sample_length=20, eval_windows=16, calls=4,
     ),
     "tiny-baseline": dict(steps=10, log_every=5, calls=8),
-    "laptop": dict(seq_len=64, batch_size=16, steps=4000, warmup=200),
+    "laptop": dict(seq_len=64, batch_size=16, steps=4000, warmup=200, rounds=2),
     "laptop-baseline": dict(steps=500, warmup=25, log_every=10, calls=32),  # about the same seconds
     "gpu": dict(width=384, heads=6, seq_len=256, batch_size=64, steps=6000, warmup=300),
     "gpu-baseline": dict(steps=800, warmup=40, calls=32),

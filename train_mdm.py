@@ -48,7 +48,9 @@ PRESETS = {
         blocks=3, layers=12, width=24, heads=2, seq_len=16, batch_size=8, steps=40, warmup=5, log_every=10,
         unmask_steps=12, eval_windows=32, overlap=0.05,
     ),
-    "laptop": dict(blocks=3, layers=6, seq_len=128, batch_size=16, steps=2000, warmup=100, overlap=0.05, ema=0.995),
+    "laptop": dict(
+        blocks=3, layers=6, seq_len=128, batch_size=16, steps=2000, warmup=100, overlap=0.05, ema=0.995, rounds=4,
+    ),
     "gpu": dict(
         blocks=3, layers=12, width=384, heads=6, seq_len=256, batch_size=64, steps=5000, warmup=250, overlap=0.05,
         ema=0.999, dropout=0.1,

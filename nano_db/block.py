@@ -1,5 +1,4 @@
-"""A DiffusionBlock: some layers, trained alone to undo noise of one interval of levels. And its opposite, the
-end-to-end baseline.
+"""A DiffusionBlock: some layers, trained alone to undo noise of one interval of levels; and the end-to-end baseline.
 
 Both are modules with `.loss(batch)`; the trainer (trainer.py) knows no more of them. A block owns every parameter it
 trains, from the input embedding to the output head: no trainable tensor is shared, so a block can be trained
@@ -31,9 +30,7 @@ class DiffusionBlock(nn.Module):
         self.loss_weight, self.shows_z = loss_weight, shows_z
 
     def forward(self, x, z, sigma, temperature=1.0, **extra):
-        """The head's answer for noisy targets z (B, ..., d) at noise level sigma, (B,) or a float. `extra` is the
-        network's.
-        """
+        """The head's answer for noisy targets z (B, ..., d) at sigma, (B,) or a float. `extra` goes to the network."""
         if not self.shows_z:
             return self.head(self.network(x, None, None, **extra), z, sigma, temperature)
         sigma = torch.as_tensor(sigma, dtype=z.dtype, device=z.device).expand(len(z))
@@ -46,9 +43,7 @@ class DiffusionBlock(nn.Module):
         return self.head.log_prior(self.network(x, None, None, **extra))
 
     def loss(self, batch):
-        """Denoising at random levels of the block's own span: the mean over samples of w(sigma_i) * loss_i (paper,
-        eq. 8).
-        """
+        """Denoising at random levels of the block's own span: the mean over samples of w(sigma_i) * loss_i."""
         x, y = batch
         sigma = sample_sigma(self.noise, len(y), *self.span).float().to(y.device)  # (B,)
         clean = self.head.clean(y)  # (B, ..., d)
@@ -60,9 +55,7 @@ class DiffusionBlock(nn.Module):
 
 
 class EndToEnd(nn.Module):
-    """The baseline for discrete targets: the same network and readout without noise, trained by ordinary
-    backpropagation.
-    """
+    """The baseline for discrete targets: the same network and readout, without noise, trained as usual."""
 
     def __init__(self, network, head):
         super().__init__()

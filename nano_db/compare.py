@@ -44,7 +44,7 @@ def columns(results):
 
 def markdown_table(names, results):
     rows = list(columns(results))
-    lines = ["| run | blocks | steps | " + " | ".join(rows[0]) + " |", "|---|---|---|" + "---|" * len(rows[0])]
+    lines = ["| run | networks | steps | " + " | ".join(rows[0]) + " |", "|---|---|---|" + "---|" * len(rows[0])]
     for name, result, row in zip(names, results, rows, strict=True):
         cells = []
         for column, value in row.items():

@@ -1,5 +1,4 @@
-"""Transformer layers shared by all architectures: pre-norm, RMSNorm without weights, rotary positions, optional
-modulation.
+"""Transformer layers shared by all architectures: pre-norm, rotary positions, modulated by the noise level or not.
 
 A layer is conditioned on the noise level by adaLN-Zero (Peebles & Xie 2023): shift, scale and gate of both residual
 branches are linear in a conditioning vector, and zero at the start, so that a new layer is the identity.
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 
 
 def rms_norm(h):
+    """RMSNorm (Zhang & Sennrich 2019) over the features, without weights."""
     return F.rms_norm(h, h.shape[-1:])
 
 
@@ -38,9 +38,7 @@ def causal_mask(T, past, device):
 
 
 class Cache:
-    """Keys and values of earlier positions, for generation: one pair (B, H, T, head_width) a layer, in the order of
-    the calls.
-    """
+    """Keys and values of earlier positions, for generation: a pair of (B, H, T, head_width) for each layer."""
 
     def __init__(self):
         self.pairs = {}

@@ -46,7 +46,7 @@ def nats_of_walk(posterior, y, codebook, sigmas, generator=None):
     """The bound for a walk of finitely many calls, as sampler.sample_classes makes it: nats a symbol, a float.
 
     The integral becomes a sum: each call's error stands for all levels down to the next call, and the last call decodes
-    (Kingma et al. 2021, eq. 13-14: the likelihood of the walk that adds fresh noise at each step). The error falls with
+    (Kingma et al. 2021, discrete time: the likelihood of the walk that adds fresh noise at each step). The error falls with
     sigma, so the fewer calls, the more the sum overrates the integral; but a single call decodes at once, at sigma_max.
     """
     calls = [float(sigma) for sigma in sigmas[:-1]]

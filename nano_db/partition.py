@@ -1,5 +1,4 @@
-"""Who owns which noise levels: the edges between blocks, their overlap in training, routing, and the split of the
-layers.
+"""Who owns which noise levels: edges between blocks, their overlap in training, routing; and who owns which layers.
 
 Block 0 is the noisiest, runs first, and stands nearest the input. Edges descend: edges[0] = sigma_max, edges[B] =
 sigma_min, and block b owns (edges[b+1], edges[b]].
@@ -42,7 +41,7 @@ class Partition:
     def training_range(self, b, upward=False):
         """(low, high) of the noise levels that block b trains on, inside the whole range.
 
-        The interval is stretched by a = (high / low)^overlap at both ends (paper, section 3.3). With `upward` it
+        The interval is stretched by a = (high / low)^overlap at both ends. With `upward` it
         reaches up to sigma_max instead: right for a posterior head, where one and the same p(y|x) is the answer at
         every sigma.
         """
@@ -53,8 +52,8 @@ class Partition:
 
 
 def make_partition(noise, blocks, kind="probability", overlap=0.0):
-    """Cut the range of `noise` into blocks: "probability" gives every block the same mass of p_noise (paper, section
-    3.2), "uniform" the same width in ln sigma (its ablation).
+    """Cut the range of `noise` into blocks. kind: "probability" gives every block the same mass of p_noise (the paper's
+    way), "uniform" the same width in ln sigma (its ablation).
     """
     if kind == "probability":
         edges = quantiles(noise, blocks).tolist()

@@ -6,7 +6,7 @@ import time
 import torch
 
 from nano_db.device import autocast
-from nano_db.memory import memory_table, peak_resident_bytes, training_bytes
+from nano_db.memory import memory_table, training_bytes
 from nano_db.optimizer import make_optimizer
 
 
@@ -25,7 +25,6 @@ def finish(script, trainer, metrics, make_baseline):
     stands beside.
     """
     settings = trainer.settings
-    peak = peak_resident_bytes()  # before anything end-to-end is built
     states = [trainer.run.load_block(b) for b in range(trainer.networks)]
     seconds = [state["seconds"] / state["step"] for state in states]
     counts = [count_training_bytes(trainer, trainer.build(b)) for b in range(trainer.networks)]
@@ -41,7 +40,7 @@ def finish(script, trainer, metrics, make_baseline):
         "memory_bytes": largest,
         "seconds_per_step": max(seconds),
         "seconds_per_step_all_blocks": sum(seconds),
-        "peak_resident_bytes": peak,
+        "peak_resident_bytes": trainer.peak_resident,
         "device": trainer.device,
     }
     columns = {"one block" if settings.method == "blocks" else "baseline": largest}

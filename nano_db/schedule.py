@@ -17,9 +17,7 @@ import torch
 
 
 class LogNormal:
-    """ln sigma ~ N(p_mean, p_std^2), truncated to [sigma_min, sigma_max] (EDM, table 1; the paper's choice, section
-    3.2).
-    """
+    """ln sigma ~ N(p_mean, p_std^2), truncated to [sigma_min, sigma_max]. The paper's choice, with EDM's constants."""
 
     def __init__(self, p_mean=-1.2, p_std=1.2, sigma_min=0.002, sigma_max=80.0):
         self.p_mean, self.p_std = p_mean, p_std

@@ -13,12 +13,10 @@ from nano_db.layers import Cache
 
 
 class Stack:
-    """blocks: list of DiffusionBlocks, noisiest first, with a Partition; or of EndToEnd networks, with None: an
-    ensemble.
+    """blocks: DiffusionBlocks, noisiest first, with their Partition; or EndToEnd networks without one, an ensemble.
 
-    average: the averaged walk (ours). Blocks 0..b have each said their ln p(y | x) when the walk is at block b; their
-    mean, then the likelihood of z, is the answer. An ensemble at no extra cost. Only for networks that are not shown
-    z.
+    average: the averaged walk (ours), for networks that are not shown z. When the walk is at block b, blocks 0..b have
+    each said their ln p(y | x); the mean of that, and the likelihood of z, is the answer: an ensemble at no extra cost.
     """
 
     def __init__(self, blocks, partition=None, average=False):
@@ -34,12 +32,11 @@ class Stack:
         return (torch.stack(said).mean(0) / temperature).log_softmax(-1)
 
     def posterior(self, x, caches=None, temperature=1.0):
-        """A function (z, sigma) -> ln p(y | z, x). `caches`: a dict in which networks keep keys and values between
-        positions.
+        """A function (z, sigma) -> ln p(y | z, x).
 
-        A network shown z answers anew at each call, so it has a cache for each noise level. One not shown z is asked
-        once, however many calls the walk makes. temperature T sharpens the network's part, p(y | x)^(1/T), and leaves
-        the noise's likelihood.
+        A network that is shown z answers anew at each call; one that is not is asked once, however many calls the walk
+        makes. caches: a dict in which networks keep keys and values between positions, the former for each noise level.
+        temperature T sharpens the network's part, p(y | x)^(1/T), and leaves the likelihood of z as it is.
         """
         said = {}
 

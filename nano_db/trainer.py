@@ -16,6 +16,7 @@ import torch
 
 from nano_db.device import autocast
 from nano_db.errors import UsageError
+from nano_db.memory import peak_resident_bytes
 from nano_db.optimizer import learning_rate, make_optimizer
 from nano_db.progress import ProgressBar, stop_requests
 
@@ -36,6 +37,7 @@ class Trainer:
         self.run, self.make, self.batch, self.settings, self.device = run, make, batch, settings, device
         self.networks = settings.ensemble if settings.baseline else settings.blocks  # to train, each with a file
         self.chosen = chosen_blocks(settings.only, self.networks)
+        self.peak_resident = None  # bytes this process held at most, up to the first evaluation
 
     def train_all(self, evaluate):
         """Let the blocks take turns: in R rounds, each trains steps / R steps a round. After a round, evaluate(step).
@@ -47,6 +49,8 @@ class Trainer:
         for r in range(1, settings.rounds + 1):
             until, last = settings.steps * r // settings.rounds, r == settings.rounds
             trained = [self.train(b, until) for b in self.chosen if not settings.eval_only]
+            if any(trained) and self.peak_resident is None:
+                self.peak_resident = peak_resident_bytes()
             if settings.only and (not last or self.unfinished()):
                 continue
             if any(trained) or last:
