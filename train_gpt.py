@@ -125,9 +125,7 @@ class GPT(nn.Module):
         )
 
     def forward(self, x, z, c_noise, cache=None):
-        """x (B, T) tokens; z (B, T, width) scaled noisy targets and c_noise (B,), or None both. cache: see
-        layers.Cache.
-        """
+        """x (B, T) tokens; z (B, T, width) scaled noisy targets and c_noise (B,), or None for both."""
         T, past = x.shape[1], cache.length if cache else 0
         positions = torch.arange(past, past + T, device=x.device)
         h = self.embedding(x)  # (B, T, width)
@@ -149,9 +147,7 @@ class GPT(nn.Module):
 
 
 def two_stream_mask(T, past, device):
-    """(2T, past + 2T): clean queries look at clean positions up to their own; noisy ones there, too, and at
-    themselves.
-    """
+    """(2T, past + 2T): clean queries see clean positions up to their own; noisy ones these and themselves."""
     clean, itself = causal_mask(T, past, device), torch.eye(T, dtype=torch.bool, device=device)
     return torch.cat([torch.cat([clean, torch.zeros_like(itself)], 1), torch.cat([clean, itself], 1)])
 

@@ -117,9 +117,7 @@ class Looped(nn.Module):
         self.apply(lambda module: huginn_init(module, width, depth))
 
     def context(self, x, cache):
-        """What all turns share: e (B, T, width) of tokens x (B, T), rotary angles, mask, and a counter of layers
-        applied.
-        """
+        """What all turns share: e (B, T, width) of tokens x (B, T), and what applies layers."""
         T, past = x.shape[1], cache.length if cache else 0
         rotary = rotary_angles(torch.arange(past, past + T, device=x.device), self.head_width)
         mask = causal_mask(T, past, x.device) if past and T > 1 else None
@@ -153,9 +151,7 @@ class LayerRunner:
 
 
 def huginn_init(module, width, depth):
-    """Truncated normal of std sqrt(2 / 5d), and of that over sqrt(2 * depth) for what writes into the residual
-    stream.
-    """
+    """Truncated normal of std sqrt(2 / 5d); over sqrt(2 * depth) for what writes to the residual stream."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.trunc_normal_(module.weight, std=math.sqrt(2 / (5 * width)))
     elif isinstance(module, Layer):
@@ -182,9 +178,7 @@ class Huginn(nn.Module):
         return rms_norm(apply(self.network.coda, s))
 
     def log_prior(self, x, cache=None, turns=None):
-        """ln p(y | x) after `turns` turns (default: settings.calls), (B, T, V), from the same random state each
-        time.
-        """
+        """ln p(y | x) (B, T, V) after `turns` turns (default: settings.calls), always from the same random state."""
         generator = torch.Generator().manual_seed(0)
         return self.head.log_prior(self.features(x, turns or self.settings.calls, cache, generator))
 

@@ -88,9 +88,7 @@ class Unmasker(nn.Module):
 
 
 def encode_fill(text, settings):
-    """The text of --fill as tokens, gaps as mask tokens, (T,); the rest of the length is hidden, too, as in
-    training.
-    """
+    """The text of --fill as tokens (T,), gaps as mask tokens; the rest of the length is hidden, too."""
     if len(settings.fill) > settings.seq_len:
         raise UsageError(f"--fill has {len(settings.fill)} characters, but the network reads {settings.seq_len}")
     mask = text.tokenizer.classes

@@ -74,24 +74,18 @@ class Text:
     sha256: str
 
     def frequencies(self):
-        """Share of each class in the training text, (V,); a class that is only held out gets the weight of one
-        occurrence.
-        """
+        """Share of each class in the training text, (V,); a class it has not counts as one occurrence."""
         counts = torch.bincount(self.train, minlength=self.tokenizer.classes).double().clamp(min=1)
         return counts / counts.sum()
 
     def batch(self, batch_size, seq_len, device="cpu"):
-        """Random windows of the training text, from torch's global generator: x (B, T) and y (B, T), the tokens that
-        follow.
-        """
+        """Random windows of the training text, by torch's global generator: x (B, T), and y (B, T) that follow."""
         starts = torch.randint(len(self.train) - seq_len, (batch_size, 1))
         windows = self.train[starts + torch.arange(seq_len + 1)].long().to(device)
         return windows[:, :-1], windows[:, 1:]
 
     def heldout_batches(self, batch_size, seq_len, device="cpu"):
-        """The held-out text in windows that do not overlap, each token predicted once. A last, shorter rest is left
-        out.
-        """
+        """The held-out text in windows that do not overlap, each token predicted once; a shorter rest is left out."""
         count = (len(self.heldout) - 1) // seq_len
         x, y = (self.heldout[i : i + count * seq_len].view(count, seq_len) for i in (0, 1))
         for i in range(0, count, batch_size):

@@ -45,9 +45,10 @@ def nats_per_block(posterior, y, codebook, partition, density=4, generator=None)
 def nats_of_walk(posterior, y, codebook, sigmas, generator=None):
     """The bound for a walk of finitely many calls, as sampler.sample_classes makes it: nats a symbol, a float.
 
-    The integral becomes a sum: each call's error stands for all levels down to the next call, and the last call decodes
-    (Kingma et al. 2021, discrete time: the likelihood of the walk that adds fresh noise at each step). The error falls with
-    sigma, so the fewer calls, the more the sum overrates the integral; but a single call decodes at once, at sigma_max.
+    The integral becomes a sum: each call's error stands for all levels down to the next call, and the last call
+    decodes (Kingma et al. 2021, discrete time: the likelihood of the walk that adds fresh noise at each step). The
+    error falls with sigma, so the fewer calls, the more the sum overrates the integral; but a single call decodes at
+    once, at sigma_max.
     """
     calls = [float(sigma) for sigma in sigmas[:-1]]
     nats = 1 / (2 * float(sigmas[0]) ** 2)  # the walk starts from N(0, sigma_max^2), not around E[y]; |E[y]| = 1

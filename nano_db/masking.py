@@ -45,9 +45,7 @@ class MaskSchedule:
 
 
 def visible_range(b, blocks, overlap=0.0):
-    """(least, most) visible share alpha that block b of B trains on: its interval, wider by overlap / B on both
-    sides.
-    """
+    """(least, most) visible share that block b of B trains on: its interval, wider by overlap / B at both ends."""
     return max(0.0, (b - overlap) / blocks), min(1.0, (b + 1 + overlap) / blocks)
 
 
@@ -118,9 +116,7 @@ def average(blocks):
 
 @torch.no_grad()
 def nats_per_block(blocks, x, levels=16, generator=None):
-    """The bound split by block, nats a token, (B,) float64: for each, `levels` visible shares at midpoints of its
-    interval.
-    """
+    """The bound by block, nats a token, (B,) float64: for each, `levels` visible shares, midpoints of its interval."""
     nats = torch.zeros(len(blocks), dtype=torch.float64)
     for b, block in enumerate(blocks):
         for i in range(levels):

@@ -10,9 +10,7 @@ from tqdm import tqdm
 
 @contextmanager
 def stop_requests():
-    """Turn Ctrl-C and SIGTERM into a list that is no longer empty, so that a step is never cut in half. A second
-    Ctrl-C kills.
-    """
+    """Ctrl-C or SIGTERM fills the list that this yields, so that no step is cut in half. A second Ctrl-C kills."""
     stop = []
 
     def request(number, frame):

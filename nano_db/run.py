@@ -160,9 +160,7 @@ def read_config(folder):
 
 
 def read_metrics(folder, kind):
-    """Records of one kind ("train" or "evaluation") in the order of their steps. A step done twice, after a kill,
-    counts once.
-    """
+    """Records of one kind ("train" or "evaluation") by block and step. A step done twice, after a kill, counts once."""
     latest = {}
     for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)

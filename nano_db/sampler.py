@@ -51,9 +51,7 @@ def heun_walk(denoise, z, sigmas):
 
 
 def draw(log_p, generator=None):
-    """One class a position from ln p (..., V). In float64 on the CPU: float32 draws are slightly too sure of
-    themselves.
-    """
+    """One class a position from ln p (..., V), in float64 on the CPU: float32 draws are a little too sure."""
     p = log_p.detach().cpu().double().exp()
     return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1]).to(log_p.device)
 
