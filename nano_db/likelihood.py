@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 
-def nats_per_block(posterior, y, codebook, partition, density=4, generator=None):
+def nats_per_block(posterior, y, codebook, partition, density=3, generator=None):
     """The bound, split by block: nats a symbol, (blocks,) float64. Its sum bounds the mean of -ln p(y | x).
 
     posterior(z, sigma) -> ln p(y | z, x), see stack.py. y (B, ...) classes. In each block's interval, Gauss-Legendre

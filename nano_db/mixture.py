@@ -16,7 +16,7 @@ class GaussianMixture:
         return self.means[component] + self.std * noise
 
     def denoise(self, z, sigma):
-        """The exact E[y | z] of z = y + sigma * eps (n, d): the components' posterior means, weighted by Bayes' rule."""
+        """The exact E[y | z] of z = y + sigma * eps (n, d): the components' means, weighted by Bayes' rule."""
         variance = self.std**2 + sigma**2
         offsets = z[:, None] - self.means  # (n, K, d)
         weights = (-offsets.square().sum(-1) / (2 * variance)).softmax(-1)  # (n, K)
