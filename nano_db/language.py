@@ -2,7 +2,7 @@
 
 import torch
 
-from nano_db.likelihood import nats_per_block
+from nano_db.likelihood import measure, quadrature, split_by_block
 from nano_db.run import write_text
 from nano_db.sampler import draw, sample_classes
 
@@ -16,18 +16,18 @@ def evaluate(stack, text, seq_len, windows=0, seed=0, device="cpu"):
     windows: how many to score, 0 for all. Returns bits_per_char, nats_per_token and its split, nats_per_block.
     """
     generator = torch.Generator().manual_seed(seed)
-    nats, tokens = torch.zeros(stack.partition.blocks if stack.denoises else 1, dtype=torch.float64), 0
+    levels = quadrature(stack.partition) if stack.denoises else []
+    summed, tokens = 0.0, 0
     for x, y in text.heldout_batches(EVALUATION_BATCH, seq_len, device):
         if stack.denoises:
-            nats += y.numel() * nats_per_block(
-                stack.posterior(x), y, stack.codebook, stack.partition, generator=generator
-            )
+            sigmas = [sigma for _, sigma in levels]
+            summed += y.numel() * measure(stack.posterior(x), y, stack.codebook, sigmas, generator)
         else:
-            nats -= float(stack.prior(x).gather(-1, y[..., None]).double().sum())
+            summed -= float(stack.prior(x).gather(-1, y[..., None]).double().sum())
         tokens += y.numel()
         if windows and tokens >= windows * seq_len:
             break
-    nats = nats / tokens
+    nats = split_by_block(levels, summed / tokens) if stack.denoises else torch.tensor([summed / tokens])
     total = float(nats.sum())
     return {
         "bits_per_char": text.bits_per_character(total),

@@ -6,8 +6,13 @@ With z = E[y] + sigma * eps and any denoiser D,
 
 (the I-MMSE relation: Guo, Shamai, Verdu 2005; Kong, Brekelmans, Ver Steeg 2023; with snr = 1 / sigma^2 it is half the
 integral of the squared error over snr). It is an equality where D is the exact posterior mean of one fixed p(y | x),
-whatever that p is: then the integral is the cross-entropy of p. It splits over sigma, hence over blocks, into the
-nats each block answers for.
+whatever that p is: then the integral is the cross-entropy of p. It splits over sigma, hence over blocks, into the nats
+each block answers for.
+
+A walk need not go on to sigma = 0: at any level s it may decode, that is draw y from p(y | z, x), and the integral
+below s gives way to -ln p(y | z_s, x). Each s gives a bound. That of sigma_min is taken, unless another one is clearly
+tighter. This matters to a network whose answer is only nearly certain where z leaves no doubt: 1 / sigma^2 would make
+thousands of nats of it.
 
 The paper reports no likelihood for its language models; this is the number that makes them comparable.
 """
@@ -15,60 +20,72 @@ The paper reports no likelihood for its language models; this is the number that
 import math
 from itertools import pairwise
 
-import numpy as np
 import torch
 
+MARGIN = 0.02  # "clearly": by more than the noise of the estimate, or the choice between many levels would flatter it
 
-def nats_per_block(posterior, y, codebook, partition, density=3, generator=None):
+
+def nats_per_block(posterior, y, codebook, partition, generator=None):
     """The bound, split by block: nats a symbol, (blocks,) float64. Its sum bounds the mean of -ln p(y | x).
 
-    posterior(z, sigma) -> ln p(y | z, x), see stack.py. y (B, ...) classes. In each block's interval, Gauss-Legendre
-    quadrature with about `density` points a unit of ln sigma, fresh noise at each. The two ends of the range are
-    closed, so that nothing is left out: above sigma_max the error is taken as constant (block 0 pays), at sigma_min
-    the symbol is decoded (the last block pays -ln p(y | z)).
+    posterior(z, sigma) -> ln p(y | z, x), see stack.py. y (B, ...) classes.
     """
-    nats = torch.zeros(partition.blocks, dtype=torch.float64)
-    for b in range(partition.blocks):
-        low, high = map(math.log, partition.interval(b))
-        points, weights = np.polynomial.legendre.leggauss(4 + math.ceil(density * (high - low)))  # on [-1, 1]
-        for point, weight in zip(points, weights, strict=True):
-            sigma = math.exp((low + high) / 2 + (high - low) / 2 * point)
-            error = _squared_error(posterior, y, codebook, sigma, generator)
-            nats[b] += (high - low) / 2 * weight * error / sigma**2
+    levels = quadrature(partition)
+    return split_by_block(levels, measure(posterior, y, codebook, [sigma for _, sigma in levels], generator))
 
-    top, bottom = partition.edges[0], partition.edges[-1]
-    nats[0] += _squared_error(posterior, y, codebook, top, generator) / (2 * top**2)
-    nats[-1] += _decoding(posterior, y, codebook, bottom, generator)
-    return nats
+
+def quadrature(partition, density=6):
+    """Levels to measure, [(block, sigma), ...] descending: `density` a unit of ln sigma, both ends of each interval."""
+    levels = []
+    for b in range(partition.blocks):
+        low, high = partition.interval(b)
+        low *= 1 + 1e-9  # an edge belongs to the block below it; this one is asked for its limit
+        count = 2 + math.ceil(density * math.log(high / low))
+        levels += [(b, math.exp(u)) for u in torch.linspace(math.log(high), math.log(low), count, dtype=torch.float64)]
+    return levels
+
+
+def measure(posterior, y, codebook, sigmas, generator=None):
+    """At each level, with fresh noise: E |E[y] - D|^2 and the nats of decoding, -ln p(y | z, x). (levels, 2) float64"""
+    clean, rows = codebook[y], []  # (B, ..., d)
+    for sigma in sigmas:
+        z = clean + sigma * torch.randn(clean.shape, generator=generator).to(clean.device)
+        log_p = posterior(z, sigma)  # (B, ..., V)
+        error = (clean - log_p.exp() @ codebook).square().sum(-1)
+        decoding = -log_p.gather(-1, y[..., None])
+        rows.append([float(error.double().mean()), float(decoding.double().mean())])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def split_by_block(levels, measured):
+    """The bound from what `measure` found at the levels of `quadrature`, by the trapezoidal rule. (blocks,)
+
+    Above sigma_max the error is taken as constant, and block 0 pays for it. The block at which the walk decodes pays
+    for that; blocks below it have nothing left to say, and pay nothing.
+    """
+    shares, bounds = torch.zeros(levels[-1][0] + 1, dtype=torch.float64), []  # one bound for each level to decode at
+    shares[0] = measured[0, 0] / (2 * levels[0][1] ** 2)
+    for k, ((b, sigma), (error, decoding)) in enumerate(zip(levels, measured, strict=True)):
+        if k and levels[k - 1][0] == b:
+            sigma_before, error_before = levels[k - 1][1], measured[k - 1, 0]
+            shares[b] += math.log(sigma_before / sigma) * (error_before / sigma_before**2 + error / sigma**2) / 2
+        bounds.append(shares.clone())
+        bounds[-1][b] += decoding
+    tightest = min(bounds, key=torch.sum)
+    return tightest if tightest.sum() < (1 - MARGIN) * bounds[-1].sum() else bounds[-1]
 
 
 def nats_of_walk(posterior, y, codebook, sigmas, generator=None):
     """The bound for a walk of finitely many calls, as sampler.sample_classes makes it: nats a symbol, a float.
 
-    The integral becomes a sum: each call's error stands for all levels down to the next call, and the last call
-    decodes (Kingma et al. 2021, discrete time: the likelihood of the walk that adds fresh noise at each step). The
-    error falls with sigma, so the fewer calls, the more the sum overrates the integral; but a single call decodes at
-    once, at sigma_max.
+    The integral becomes a sum: each call's error stands for all levels down to the next call, and the last call decodes
+    (Kingma et al. 2021, discrete time: the likelihood of the walk that adds fresh noise at each step). The error falls
+    with sigma, so the fewer calls, the more the sum overrates the integral; but a single call decodes at once, at
+    sigma_max.
     """
     calls = [float(sigma) for sigma in sigmas[:-1]]
-    nats = 1 / (2 * float(sigmas[0]) ** 2)  # the walk starts from N(0, sigma_max^2), not around E[y]; |E[y]| = 1
-    for sigma, sigma_next in pairwise(calls):
-        error = _squared_error(posterior, y, codebook, sigma, generator)
+    measured = measure(posterior, y, codebook, calls, generator)
+    nats = 1 / (2 * calls[0] ** 2)  # the walk starts from N(0, sigma_max^2), not around E[y]; |E[y]| = 1
+    for (sigma, sigma_next), error in zip(pairwise(calls), measured[:-1, 0].tolist(), strict=True):
         nats += (1 / sigma_next**2 - 1 / sigma**2) / 2 * error
-    return nats + _decoding(posterior, y, codebook, calls[-1], generator)
-
-
-def _answer(posterior, y, codebook, sigma, generator):
-    """ln p(y | z, x) for a fresh z = E[y] + sigma * eps."""
-    clean = codebook[y]
-    return posterior(clean + sigma * torch.randn(clean.shape, generator=generator).to(clean.device), sigma)
-
-
-def _squared_error(posterior, y, codebook, sigma, generator):
-    denoised = _answer(posterior, y, codebook, sigma, generator).exp() @ codebook
-    return float((codebook[y] - denoised).square().sum(-1).double().mean())
-
-
-def _decoding(posterior, y, codebook, sigma, generator):
-    """Mean of -ln p(y | z, x), in nats."""
-    return -float(_answer(posterior, y, codebook, sigma, generator).gather(-1, y[..., None]).double().mean())
+    return nats + float(measured[-1, 1])
