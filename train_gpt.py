@@ -177,7 +177,8 @@ def main():
         return DiffusionBlock(network, head, noise, span, settings.sigma_data, settings.loss_weight, shows_z)
 
     def evaluate_and_write(networks, folder):
-        stack = Stack(networks) if settings.baseline else Stack(networks, partition, settings.walk == "averaged")
+        average = settings.baseline or settings.walk == "averaged"
+        stack = Stack(networks, None if settings.baseline else partition, average)
         metrics = evaluate(stack, text, settings.seq_len, settings.eval_windows, settings.seed, device)
         print(f"{metrics['bits_per_char']:.4f} bits per character", "" if settings.baseline else "(bound)")
         print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))

@@ -2,7 +2,7 @@
 
 import torch
 
-from nano_db.likelihood import measure, quadrature, split_by_block
+from nano_db.likelihood import measure, nats_of_priors, quadrature, split_by_block
 from nano_db.run import write_text
 from nano_db.sampler import draw, sample_classes
 
@@ -16,18 +16,20 @@ def evaluate(stack, text, seq_len, windows=0, seed=0, device="cpu"):
     windows: how many to score, 0 for all. Returns bits_per_char, nats_per_token and its split, nats_per_block.
     """
     generator = torch.Generator().manual_seed(seed)
-    levels = quadrature(stack.partition) if stack.denoises else []
+    edges = stack.partition.edges[1:-1] if stack.denoises else ()
+    levels = quadrature(stack.partition) if stack.shows_z else []
     summed, tokens = 0.0, 0
     for x, y in text.heldout_batches(EVALUATION_BATCH, seq_len, device):
-        if stack.denoises:
+        if stack.shows_z:
             sigmas = [sigma for _, sigma in levels]
-            summed += y.numel() * measure(stack.posterior(x), y, stack.codebook, sigmas, generator)
+            found = measure(stack.posterior(x), y, stack.codebook, sigmas, generator)
         else:
-            summed -= float(stack.prior(x).gather(-1, y[..., None]).double().sum())
-        tokens += y.numel()
+            priors = stack.priors(x) if stack.denoises else stack.priors(x)[-1:]
+            found = nats_of_priors(priors, y, stack.codebook, edges, generator)
+        summed, tokens = summed + y.numel() * found, tokens + y.numel()
         if windows and tokens >= windows * seq_len:
             break
-    nats = split_by_block(levels, summed / tokens) if stack.denoises else torch.tensor([summed / tokens])
+    nats = split_by_block(levels, summed / tokens) if stack.shows_z else summed / tokens
     total = float(nats.sum())
     return {
         "bits_per_char": text.bits_per_character(total),
@@ -56,7 +58,8 @@ def generate(stack, tokens, length, seq_len, sigmas=None, temperature=1.0, gener
 def _next_token(stack, x, caches, sigmas, temperature, generator):
     """Draw the token after x (n, m), tokens whose keys and values the `caches` do not hold yet. (n, 1)"""
     if not stack.denoises:
-        return draw(stack.prior(x, caches, temperature)[:, -1:], generator)
+        log_p = stack.priors(x, caches)[-1][:, -1:]
+        return draw((log_p / temperature).log_softmax(-1), generator)
     posterior = stack.posterior(x, caches, temperature)
     known = stack.codebook[x[:, 1:]]  # what the z of earlier positions are noisy versions of
 

@@ -9,7 +9,7 @@ from nano_db.block import DiffusionBlock, EndToEnd
 from nano_db.codebook import PosteriorHead, make_codebook
 from nano_db.language import generate
 from nano_db.layers import Cache
-from nano_db.likelihood import nats_per_block
+from nano_db.likelihood import nats_of_priors, nats_per_block
 from nano_db.partition import make_partition
 from nano_db.schedule import LogNormal, equal_mass_grid
 from nano_db.stack import Stack
@@ -111,6 +111,20 @@ def test_the_bound_of_a_network_that_sees_no_z_is_its_exact_cross_entropy():
         bound = nats_per_block(stack.posterior(x), y, stack.codebook, stack.partition, generator=generator)
         exact = -stack.blocks[0].log_prior(x).gather(-1, y[..., None]).mean()
     assert float(bound.sum()) == pytest.approx(float(exact), rel=0.01)
+
+
+def test_without_z_in_the_network_the_bound_needs_no_integral():
+    """Blocks of different p(y | x): what nats_of_priors says must be what the integral says, in all and by block."""
+    stack, _ = make_stack(blocks=3, z="outside", walk="averaged")
+    generator = torch.Generator().manual_seed(0)
+    for block in stack.blocks:
+        block.head.readout.weight.data = 0.3 * torch.randn(CLASSES, 16, generator=generator)
+    x, y = (torch.randint(CLASSES, (3000, T), generator=generator) for _ in range(2))
+    with torch.no_grad():
+        integral = nats_per_block(stack.posterior(x), y, stack.codebook, stack.partition, generator)
+        closed = nats_of_priors(stack.priors(x), y, stack.codebook, stack.partition.edges[1:-1], generator)
+    assert float(closed.sum()) == pytest.approx(float(integral.sum()), rel=0.01)
+    torch.testing.assert_close(closed, integral, rtol=0.03, atol=0.02)
 
 
 def test_the_averaged_walk_is_the_mean_of_what_was_said(sequence):
