@@ -32,7 +32,7 @@ from nano_db.stack import Stack
 
 @dataclass
 class Settings(NoiseSettings, RunSettings):
-    data: str = option("pydocs", "text: pydocs, shakespeare, or the path of a UTF-8 file")
+    data: str = option("pydocs", "text: pydocs, shakespeare, text8, or the path of a UTF-8 file")
     tokenizer: str = option("char", "characters, or GPT-2's byte pairs", choices=("char", "gpt2"))
     width: int = option(128, "features of a token", least=2)
     heads: int = option(4, "attention heads", least=1)
@@ -52,7 +52,7 @@ class Settings(NoiseSettings, RunSettings):
     calls_per_block: int = option(4, "Euler calls of each block, a token", least=1, free=True, only="blocks")
     grid: str = option("equal-mass", "noise levels of the walk", ("equal-mass", "karras"), free=True, only="blocks")
     prompt: str = option("", "what the samples continue (default: the first held-out tokens)", free=True)
-    temperature: float = option(0.8, "of the samples; below 1 is more cautious", above=0, free=True)
+    temperature: float = option(0.8, "of the samples; below 1 is more cautious", least=0.01, free=True)
     sample_length: int = option(500, "tokens to write", least=1, free=True)
 
 

@@ -59,13 +59,15 @@ class Settings(NoiseSettings, RunSettings):
     mlp: str = option("gelu", "kind of MLP", choices=("gelu", "swiglu"))
     seq_len: int = option(128, "tokens of context", least=2)
     head: str = option("posterior", "output head (codebook.py)", choices=("posterior", "paper"), only="blocks")
-    mean_recurrence: float = option(32.0, "mean of the Poisson rate of further turns", above=0, only="baseline")
+    mean_recurrence: float = option(
+        32.0, "mean of the Poisson rate of further turns", above=0, below=10_000, only="baseline"
+    )
     backprop_turns: int = option(8, "last turns of the loop that keep a graph", least=1, only="baseline")
 
     eval_windows: int = option(0, "held-out windows to evaluate on; 0: all", least=0, free=True)
     calls: int = option(16, "K: Euler calls a token; for the baseline, turns of the loop", least=1, free=True)
     prompt: str = option("", "what the samples continue (default: the first held-out tokens)", free=True)
-    temperature: float = option(0.8, "of the samples; below 1 is more cautious", above=0, free=True)
+    temperature: float = option(0.8, "of the samples; below 1 is more cautious", least=0.01, free=True)
     sample_length: int = option(300, "tokens to write", least=1, free=True)
 
 
@@ -151,7 +153,9 @@ class LayerRunner:
 
 
 def huginn_init(module, width, depth):
-    """Truncated normal of std sqrt(2 / 5d); over sqrt(2 * depth) for what writes to the residual stream."""
+    """Huginn's normal initialisation: std sqrt(2 / 5d), and that over sqrt(2 * depth) for what writes to the residual
+    stream. `depth` counts Huginn's mean turns for both methods, so that both start from the same weights.
+    """
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.trunc_normal_(module.weight, std=math.sqrt(2 / (5 * width)))
     elif isinstance(module, Layer):
@@ -195,7 +199,7 @@ def recurrences(mean):
 
 
 def layer_evaluations(settings):
-    """Layers evaluated in one training step, on average: {"forward": ..., "backward": ...}."""
+    """Layers evaluated in one training step, at the mean number of turns: {"forward": ..., "backward": ...}."""
     ends, turns = settings.prelude + settings.coda, 1 + settings.mean_recurrence
     if not settings.baseline:
         return {"forward": ends + settings.core, "backward": ends + settings.core}

@@ -10,6 +10,7 @@ a GPT, what a block sees is the data itself, partly hidden: a block is a special
 is not all that the blocks lose or gain.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,16 @@ from data.text import load_text
 from nano_db.device import pick_device
 from nano_db.errors import UsageError
 from nano_db.layers import Layer, NoiseEmbedding, rms_norm, rotary_angles
-from nano_db.masking import MaskedBlock, MaskSchedule, average, nats_per_block, route, unmask, visible_range
+from nano_db.masking import (
+    MaskedBlock,
+    MaskSchedule,
+    average,
+    nats_per_block,
+    route,
+    unmask,
+    visible_range,
+    visible_share,
+)
 from nano_db.partition import split_layers
 from nano_db.run import write_text
 from nano_db.script import read_settings, run_script
@@ -39,7 +49,7 @@ class Settings(RunSettings):
     schedule: str = option("linear", "visible share alpha(t)", choices=("linear", "cosine"))
     eval_windows: int = option(0, "held-out windows to evaluate on; 0: all", least=0, free=True)
     unmask_steps: int = option(128, "steps from hidden to visible", least=1, free=True)
-    temperature: float = option(0.8, "of the samples; below 1 is more cautious", above=0, free=True)
+    temperature: float = option(0.8, "of the samples; below 1 is more cautious", least=0.01, free=True)
     fill: str = option("", f"a text whose gaps ({GAP}) are to be filled; the samples are of it", free=True)
 
 
@@ -109,13 +119,14 @@ def write_samples(blocks, text, settings, device):
     """Samples, and of the first one a strip: how far it is uncovered when each block has done its part."""
     start = encode_fill(text, settings).expand(settings.samples, -1).to(device)
     length = len(settings.fill) or settings.seq_len
-    strip, done = [f"hidden: {show(text, start[0, :length].tolist())}"], 0
     generator = torch.Generator().manual_seed(settings.seed)
-    for alpha, x in unmask(blocks, start, settings.unmask_steps, settings.temperature, generator):
-        if route(alpha, len(blocks)) > done or alpha == 1:
-            strip.append(f"after block {done}: {show(text, x[0, :length].tolist())}")
-            done += 1
-    return ["\n\n".join(strip), *(show(text, row[:length].tolist()) for row in x)]
+    strip, alpha = {}, visible_share(start, text.tokenizer.classes)
+    for alpha_next, x in unmask(blocks, start, settings.unmask_steps, settings.temperature, generator):
+        strip[route(alpha, len(blocks))] = show(text, x[0, :length].tolist())  # the last state of each block stays
+        alpha = alpha_next
+    lines = [f"after block {b}: {line}" for b, line in strip.items()]
+    hidden = f"hidden: {show(text, start[0, :length].tolist())}"
+    return ["\n\n".join([hidden, *lines]), *(show(text, row[:length].tolist()) for row in x)]
 
 
 @torch.no_grad()
@@ -124,7 +135,7 @@ def evaluate(blocks, text, settings, device):
     generator = torch.Generator().manual_seed(settings.seed)
     nats, windows = torch.zeros(len(blocks), dtype=torch.float64), 0
     for x, _ in text.heldout_batches(32, settings.seq_len, device):
-        nats += len(x) * nats_per_block(blocks, x, levels=48 // len(blocks), generator=generator)
+        nats += len(x) * nats_per_block(blocks, x, levels=math.ceil(48 / len(blocks)), generator=generator)
         windows += len(x)
         if settings.eval_windows and windows >= settings.eval_windows:
             break

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class CharTokenizer:
 
 
 def _codes(text):
-    return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
 
 
 class GPT2Tokenizer:
@@ -125,7 +126,7 @@ def _read(name, folder):
     if name == "text8":
         return text8.text(folder)
     path = Path(name)
-    if not path.exists():
+    if not os.path.exists(path):  # says no, too, to what cannot be a path at all
         raise UsageError(
             f"--data {name}: no such data set or file; choose {', '.join(NAMES)}, or the path of a UTF-8 text"
         )

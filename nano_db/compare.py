@@ -2,12 +2,11 @@
 brackets, and draws compare.png (or --picture FILE).
 """
 
-import argparse
 import json
 from pathlib import Path
 
 from nano_db.errors import UsageError
-from nano_db.settings import command
+from nano_db.settings import Parser, command
 
 
 def read_result(folder):
@@ -49,13 +48,14 @@ def markdown_table(names, results):
         cells = []
         for column, value in row.items():
             first = rows[0][column]
-            cells.append(f"{value:,.4g} ({value / first:.3f})" if first else f"{value:,.4g}")
+            shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+            cells.append(f"{shown} ({value / first:.3f})" if first else shown)
         lines.append(f"| {name} | {result['blocks']} | {result['steps']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m nano_db.compare", description=__doc__)
+    parser = Parser(prog="python -m nano_db.compare", description=__doc__)
     parser.add_argument("folders", nargs="+", help="output folders of finished runs; ratios are to the first")
     parser.add_argument("--picture", default="compare.png", help="where to draw (default compare.png)")
     args = parser.parse_args()

@@ -24,7 +24,7 @@ import torch
 
 from nano_db.codebook import log_likelihood
 
-MARGIN = 0.02  # "clearly": by more than the noise of the estimate, or the choice between many levels would flatter it
+MARGIN = 0.05  # "clearly": by more than the noise of an estimate from a few thousand tokens, or choosing would flatter
 
 
 def nats_per_block(posterior, y, codebook, partition, generator=None):
@@ -42,8 +42,9 @@ def quadrature(partition, density=6):
     for b in range(partition.blocks):
         low, high = partition.interval(b)
         low *= 1 + 1e-9  # an edge belongs to the block below it; this one is asked for its limit
-        count = 2 + math.ceil(density * math.log(high / low))
-        levels += [(b, math.exp(u)) for u in torch.linspace(math.log(high), math.log(low), count, dtype=torch.float64)]
+        steps = 1 + math.ceil(density * math.log(high / low))
+        inner = [high * (low / high) ** (i / steps) for i in range(1, steps)]
+        levels += [(b, sigma) for sigma in (high, *inner, low)]
     return levels
 
 
@@ -62,11 +63,11 @@ def measure(posterior, y, codebook, sigmas, generator=None):
 def split_by_block(levels, measured):
     """The bound from what `measure` found at the levels of `quadrature`, by the trapezoidal rule. (blocks,)
 
-    Above sigma_max the error is taken as constant, and block 0 pays for it. The block at which the walk decodes pays
-    for that; blocks below it have nothing left to say, and pay nothing.
-    """
+    Above sigma_max nothing is asked of a network: the walk starts from N(0, sigma_max^2) and not around E[y], and
+    block 0 pays the divergence of the two, |E[y]|^2 / (2 sigma_max^2) with |E[y]| = 1. The block at which the walk
+    decodes pays for that; blocks below it have nothing left to say, and pay nothing."""
     shares, bounds = torch.zeros(levels[-1][0] + 1, dtype=torch.float64), []  # one bound for each level to decode at
-    shares[0] = measured[0, 0] / (2 * levels[0][1] ** 2)
+    shares[0] = 1 / (2 * levels[0][1] ** 2)
     for k, ((b, sigma), (error, decoding)) in enumerate(zip(levels, measured, strict=True)):
         if k and levels[k - 1][0] == b:
             sigma_before, error_before = levels[k - 1][1], measured[k - 1, 0]
@@ -101,16 +102,17 @@ def nats_of_priors(priors, y, codebook, edges, generator=None):
 
 
 def nats_of_walk(posterior, y, codebook, sigmas, generator=None):
-    """The bound for a walk of finitely many calls, as sampler.sample_classes makes it: nats a symbol, a float.
+    """The bound for finitely many calls at the levels `sigmas` (a grid that ends at 0): nats a symbol, a float.
 
-    The integral becomes a sum: each call's error stands for all levels down to the next call, and the last call decodes
-    (Kingma et al. 2021, discrete time: the likelihood of the walk that adds fresh noise at each step). The error falls
-    with sigma, so the fewer calls, the more the sum overrates the integral; but a single call decodes at once, at
-    sigma_max.
-    """
+    It is the likelihood of a walk that adds fresh noise after each step and decodes at its last call (Kingma et al.
+    2021, discrete time). The integral becomes a sum: each call's error stands for all levels down to the next call.
+    Since the error falls with sigma, the sum overrates the integral down to the last call's level, by more the wider
+    the steps in 1 / sigma^2; a single call decodes at once at sigma_max, and has no sum. So even for an exact
+    posterior this is no monotone function of the number of calls: it is least at one call, and falls back to that
+    only for very many."""
     calls = [float(sigma) for sigma in sigmas[:-1]]
     measured = measure(posterior, y, codebook, calls, generator)
-    nats = 1 / (2 * calls[0] ** 2)  # the walk starts from N(0, sigma_max^2), not around E[y]; |E[y]| = 1
+    nats = 1 / (2 * calls[0] ** 2)  # as in split_by_block
     for (sigma, sigma_next), error in zip(pairwise(calls), measured[:-1, 0].tolist(), strict=True):
         nats += (1 / sigma_next**2 - 1 / sigma**2) / 2 * error
     return nats + float(measured[-1, 1])

@@ -4,7 +4,7 @@ At time t each token is visible with probability alpha(t), which falls from alph
 are hidden behind a mask token. A network guesses the hidden ones from the visible ones. In nats a sequence,
 
     -ln p(x) <= integral over t of -alpha'(t) / (1 - alpha(t)) * E[sum over hidden tokens of -ln p(token | visible)]
-             =  integral over alpha of E[mean over hidden tokens of -ln p(token | visible)] * length,
+             =  integral over alpha of E[sum over hidden tokens of -ln p(token | visible)] / (1 - alpha),
 
 so equal decrements of alpha are equal shares of the loss of a guesser who does not look at the context; that is the
 partition: block b owns the visible shares alpha in [b/B, (b+1)/B). Block 0 is the most masked one, and runs first, as
@@ -126,6 +126,11 @@ def nats_per_block(blocks, x, levels=16, generator=None):
     return nats
 
 
+def visible_share(x, mask_token):
+    """The share of x that is no mask token: the alpha at which its unmasking begins."""
+    return float((x != mask_token).double().mean())
+
+
 @torch.no_grad()
 def unmask(blocks, x, steps, temperature=1.0, generator=None):
     """Yield (alpha, x) after each of `steps` steps from a sequence x (B, T), in which mask tokens are to be filled in.
@@ -135,8 +140,9 @@ def unmask(blocks, x, steps, temperature=1.0, generator=None):
     changes.
     """
     classes = blocks[0].classes
+    start = visible_share(x, classes)
     for step in range(steps):
-        alpha, alpha_next = step / steps, (step + 1) / steps
+        alpha, alpha_next = (start + (1 - start) * i / steps for i in (step, step + 1))
         block = blocks[route(alpha, len(blocks))]
         t = block.schedule.time(alpha).float().to(x.device).expand(len(x))
         log_p = (block.network(x, t).float() / temperature).log_softmax(-1)

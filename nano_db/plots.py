@@ -2,7 +2,6 @@
 one).
 """
 
-import argparse
 import math
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from nano_db.partition import make_partition
 from nano_db.run import read_metrics, write_atomically
 from nano_db.sampler import euler_walk
 from nano_db.schedule import LogNormal
+from nano_db.settings import Parser, command
 
 COLOURS = plt.get_cmap("viridis")
 
@@ -135,8 +135,6 @@ def _save(figure, path):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        prog="python -m nano_db.plots", description="Draw the README's picture of the method."
-    )
+    parser = Parser(prog="python -m nano_db.plots", description="Draw the README's picture of the method.")
     parser.add_argument("file", help="a PNG to write")
-    draw_idea(parser.parse_args().file)
+    command(lambda: draw_idea(parser.parse_args().file))

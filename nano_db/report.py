@@ -40,7 +40,7 @@ def finish(script, trainer, metrics, make_baseline):
         "memory_bytes": largest,
         "seconds_per_step": max(seconds),
         "seconds_per_step_all_blocks": sum(seconds),
-        "peak_resident_bytes": trainer.peak_resident,
+        "peak_resident_bytes": trainer.peak_resident or trainer.run.result().get("peak_resident_bytes"),
         "device": trainer.device,
     }
     columns = {"one block" if settings.method == "blocks" else "baseline": largest}

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,8 @@ def write_atomically(path, write):
             os.fsync(file.fileno())
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
         reason = getattr(error, "strerror", None) or "the disk may be full"
         raise UsageError(
             f"cannot write {path} ({reason}); what it held before is untouched: "
@@ -60,33 +62,30 @@ class Run:
 
     def __init__(self, folder, settings, frozen, about=None):
         self.folder, self.settings = Path(folder), dict(settings)
-        self.frozen = {name: self.settings[name] for name in frozen}
         about = about or {}
+        self.frozen = {**{name: self.settings[name] for name in frozen}, **about}  # what a block file must agree with
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(
                 f"cannot make the output folder {folder} ({error.strerror}): choose another --out"
             ) from error
-        config = self.folder / "config.json"
-        if config.exists():
-            stored = read_config(self.folder)
-            there, here = {**stored["settings"], **stored["about"]}, {**self.frozen, **about}
-            different = [f"{k} {there.get(k)!r} there, {v!r} here" for k, v in here.items() if there.get(k) != v]
-            if different:
-                raise UsageError(
-                    f"{folder} holds a run of other settings: {'; '.join(different)}. Choose another --out"
-                )
-        elif any(self.folder.glob("block_*.pt")):
+        config, has_blocks = self.folder / "config.json", any(self.folder.glob("block_*.pt"))
+        if not config.exists() and has_blocks:
             raise UsageError(
                 f"{folder} holds block files but no config.json: it is no run of ours. Choose another --out"
             )
-        else:
+        stored = read_config(self.folder) if config.exists() else {"settings": {}, "about": {}}
+        there = {**stored["settings"], **stored["about"]}
+        different = [f"{k} {there.get(k)!r} there, {v!r} here" for k, v in self.frozen.items() if there.get(k) != v]
+        if different and has_blocks:
+            raise UsageError(f"{folder} holds a run of other settings: {'; '.join(different)}. Choose another --out")
+        if different:  # nothing has been trained here yet: the folder is free
+            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
             write_json(config, {"settings": self.settings, "about": about, "versions": versions()})
         self._mend_metrics()
 
-    # --- blocks
-    # -------------------------------------------------------------------------------------------------------------
+    # --- blocks ---
 
     def block_path(self, b):
         return self.folder / f"block_{b}.pt"
@@ -123,8 +122,7 @@ class Run:
             raise UsageError(f"{path} was trained with another {', '.join(different)}: it does not belong to this run")
         return state
 
-    # --- metrics
-    # ------------------------------------------------------------------------------------------------------------
+    # --- metrics ---
 
     def log(self, **record):
         try:
@@ -140,6 +138,12 @@ class Run:
         path = self.folder / "metrics.jsonl"
         if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
             write_text(path, content[: content.rfind(b"\n") + 1].decode())
+
+    def result(self):
+        """The result of an earlier finish, or an empty dictionary."""
+        with suppress(OSError, ValueError):
+            return json.loads((self.folder / "result.json").read_text())
+        return {}
 
     def finish(self, result):
         write_json(self.folder / "result.json", {**result, "versions": versions()})
@@ -163,7 +167,8 @@ def read_metrics(folder, kind):
     """Records of one kind ("train" or "evaluation") by block and step. A step done twice, after a kill, counts once."""
     latest = {}
     for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if record["kind"] == kind:
-            latest[record.get("block", -1), record["step"]] = record
+        with suppress(ValueError):  # a line that something else damaged is no reason to lose the picture
+            record = json.loads(line)
+            if record["kind"] == kind:
+                latest[record.get("block", -1), record["step"]] = record
     return [latest[key] for key in sorted(latest)]

@@ -15,6 +15,8 @@ import math
 import numpy as np
 import torch
 
+from nano_db.errors import UsageError
+
 
 class LogNormal:
     """ln sigma ~ N(p_mean, p_std^2), truncated to [sigma_min, sigma_max]. The paper's choice, with EDM's constants."""
@@ -23,18 +25,18 @@ class LogNormal:
         self.p_mean, self.p_std = p_mean, p_std
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
         self._below = self._normal_cdf(sigma_min)  # mass of the untruncated normal below the range
-        self._inside = self._normal_cdf(sigma_max) - self._below
+        self.mass = self._normal_cdf(sigma_max) - self._below  # inside the range
 
     def _normal_cdf(self, sigma):
         sigma = torch.as_tensor(sigma, dtype=torch.float64)
         return torch.special.ndtr((sigma.log() - self.p_mean) / self.p_std)
 
     def cdf(self, sigma):
-        return (self._normal_cdf(sigma) - self._below) / self._inside
+        return (self._normal_cdf(sigma) - self._below) / self.mass
 
     def inverse_cdf(self, q):
         q = torch.as_tensor(q, dtype=torch.float64)
-        sigma = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(self._below + q * self._inside))
+        sigma = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(self._below + q * self.mass))
         return sigma.clamp(self.sigma_min, self.sigma_max)
 
 
@@ -80,7 +82,13 @@ def make_noise(settings, frequencies, codebook):
     """The p_noise that the settings (settings.NoiseSettings) name."""
     if settings.noise == "information":
         return Information(frequencies, codebook, settings.sigma_min, settings.sigma_max, seed=settings.seed)
-    return LogNormal(settings.p_mean, settings.p_std, settings.sigma_min, settings.sigma_max)
+    noise = LogNormal(settings.p_mean, settings.p_std, settings.sigma_min, settings.sigma_max)
+    if not float(noise.mass) > 1e-6:
+        raise UsageError(
+            f"p_noise has next to no mass in [{settings.sigma_min}, {settings.sigma_max}]: "
+            "change --p-mean, --p-std, --sigma-min or --sigma-max"
+        )
+    return noise
 
 
 def sample_sigma(noise, count, low, high, generator=None):

@@ -3,10 +3,11 @@
 from dataclasses import asdict
 from pathlib import Path
 
+from nano_db.errors import UsageError
 from nano_db.report import benchmark, finish
 from nano_db.run import Run, read_config
 from nano_db.settings import frozen_fields, parse
-from nano_db.trainer import Trainer
+from nano_db.trainer import Trainer, chosen_blocks
 
 
 def output_folder(script, settings):
@@ -17,7 +18,11 @@ def read_settings(script, settings_class, presets, recipes, description):
     """The command line of `script` as checked settings; with --eval-only, completed from the run's config.json."""
 
     def stored(settings):
-        return read_config(output_folder(script, settings))["settings"]
+        folder = output_folder(script, settings)
+        config = read_config(folder)
+        if config["about"].get("script") != script:
+            raise UsageError(f"{folder} holds no run of train_{script}.py: name the folder of one with --out")
+        return config["settings"]
 
     return parse(settings_class, presets, recipes, description=description, stored=stored)
 
@@ -33,6 +38,8 @@ def run_script(script, settings, data_sha256, device, make, make_baseline, draw_
     if settings.benchmark:
         benchmark(Trainer(None, make, draw_batch, settings, device), make_baseline, settings.benchmark)
         return
+    networks = settings.ensemble if settings.baseline else settings.blocks
+    chosen_blocks(settings.only, networks)  # a wrong --only is told before the folder is made
     about = {"script": script, "data_sha256": data_sha256}
     run = Run(output_folder(script, settings), asdict(settings), frozen_fields(type(settings)), about)
     trainer = Trainer(run, make, draw_batch, settings, device)
@@ -40,7 +47,7 @@ def run_script(script, settings, data_sha256, device, make, make_baseline, draw_
 
     def after_round(step):
         networks = [trainer.restore(b) for b in range(trainer.networks)]
-        print(f"after {step} steps", "of each block:" if trainer.networks > 1 else "")
+        print(f"after {step} steps" + (" of each network:" if trainer.networks > 1 else ":"))
         metrics.update(evaluate(networks, None if settings.eval_only else run.folder))
         if not settings.eval_only:
             run.log(kind="evaluation", step=step, **metrics)

@@ -53,7 +53,7 @@ class RunSettings:
     ema: float = option(
         0.0, "decay of an exponential moving average of the weights, used to evaluate; 0: none", least=0, below=1
     )
-    seed: int = option(0, "of everything random", least=0)
+    seed: int = option(0, "of everything random", least=0, below=2**31)
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"), free=True)
     dtype: str = option(
         "auto", "auto: bfloat16 autocast on CUDA, else float32", choices=("auto", "float32", "bfloat16")
@@ -105,7 +105,7 @@ class NoiseSettings:
     loss_weight: str = option("none", "weight of the loss over sigma", choices=("none", "edm"), only="blocks")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message):  # one line, without argparse's usage block
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
@@ -117,7 +117,7 @@ def parse(settings_class, presets, recipes, argv=None, description="", stored=No
     "<preset>-baseline", with what differs there. stored: called with settings that hold --out, returns the settings
     saved there; with --eval-only these take the place of preset and recipe.
     """
-    parser = _Parser(
+    parser = Parser(
         usage="python %(prog)s [flags]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -150,7 +150,10 @@ def _add_flag(parser, f, usual):
 
 def _resolve(settings_class, presets, recipes, given, stored):
     if given.get("eval_only") and stored:
-        return settings_class(**{**stored(settings_class(**given)), **given})
+        useless = [name for name in ("preset", "recipe", "benchmark") if name in given]
+        if useless:
+            raise UsageError(f"--{useless[0]} does nothing with --eval-only, which keeps the run's settings: drop it")
+        return settings_class(**{**_sound(settings_class, stored(settings_class(**given))), **given})
     preset = given.get("preset", settings_class.preset)
     bundle = dict(presets[preset])
     if given.get("baseline"):
@@ -158,6 +161,17 @@ def _resolve(settings_class, presets, recipes, given, stored):
     if recipes and not given.get("baseline"):
         bundle |= recipes[given.get("recipe", settings_class.recipe)]
     return settings_class(**{**bundle, **given})
+
+
+def _sound(settings_class, values):
+    """The values of a config.json that the settings know, if each has its field's type."""
+    kept = {}
+    for f in dataclasses.fields(settings_class):
+        value = values.get(f.name, f.default)
+        if not isinstance(value, type(f.default)) and not (isinstance(f.default, float) and isinstance(value, int)):
+            raise UsageError(f"the config.json of that run is damaged: {f.name} is {value!r}")
+        kept[f.name] = value
+    return kept
 
 
 def check(settings, given=()):

@@ -39,7 +39,8 @@ class Stack:
 
         A network that is shown z answers anew at each call; one that is not is asked once, however many calls the walk
         makes. caches: a dict in which networks keep keys and values between positions, the former for each noise level.
-        temperature T sharpens the network's part, p(y | x)^(1/T), and leaves the likelihood of z as it is.
+        temperature T sharpens the network's part: p(y | x)^(1/T) with a posterior head, which leaves the likelihood of
+        z as it is; the whole answer with the paper's head.
         """
         priors = None if self.shows_z else self.priors(x, caches)
 

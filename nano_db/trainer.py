@@ -22,7 +22,10 @@ from nano_db.progress import ProgressBar, stop_requests
 
 
 def seed_from(*numbers):
-    """Seed torch's generators from a tuple of whole numbers; different tuples give unrelated streams."""
+    """Seed torch's generators from a tuple of whole numbers below 2^32: different tuples give unrelated streams.
+
+    Zeros at the end do not count, so a block's first weights and its step 0 share a stream, which does no harm.
+    """
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
@@ -54,13 +57,17 @@ class Trainer:
             if settings.only and (not last or self.unfinished()):
                 continue
             if any(trained) or last:
-                evaluate(until)
+                evaluate(min(self._steps()))
         return not self.unfinished()
 
     def unfinished(self):
         """Numbers of the blocks that still have steps to go."""
+        return [b for b, step in enumerate(self._steps()) if step < self.settings.steps]
+
+    def _steps(self):
+        """The step at which each block's file stands."""
         states = (self.run.load_block(b) for b in range(self.networks))
-        return [b for b, state in enumerate(states) if state is None or state["step"] < self.settings.steps]
+        return [state["step"] if state else 0 for state in states]
 
     def build(self, b):
         """Block b with its first weights, which depend on the seed and b alone."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nano_db.codebook import log_likelihood, make_codebook
-from nano_db.likelihood import nats_of_walk, nats_per_block
+from nano_db.likelihood import nats_of_walk, nats_per_block, quadrature
 from nano_db.partition import make_partition
 from nano_db.schedule import LogNormal, equal_mass_grid
 
@@ -78,3 +78,18 @@ def test_the_bound_of_a_walk_has_its_minimum_at_one_call_and_falls_to_the_integr
         assert nats > 1.05 * entropy
     else:
         assert nats == pytest.approx(entropy, rel=0.02)
+
+
+@pytest.mark.parametrize("sigma_max", [20.0, 40.0, 50.0, 80.0])
+def test_each_level_of_the_quadrature_is_answered_by_the_block_that_pays(sigma_max):
+    for blocks in range(1, 13):
+        for noise in (LogNormal(sigma_max=sigma_max), LogNormal(0.3, 0.8, 0.05, sigma_max)):
+            partition = make_partition(noise, blocks)
+            assert all(partition.route(sigma) == b for b, sigma in quadrature(partition))
+
+
+def test_a_narrow_range_of_noise_is_still_a_bound():
+    """At sigma_max = 0.2 the walk would have to start from what no noise of 0.2 looks like: that has its price."""
+    p = torch.full((10,), 0.1)
+    y = torch.randint(10, (5000,), generator=torch.Generator().manual_seed(0))
+    assert float(bound(p.log(), y, make_codebook(10, 10), LogNormal(sigma_max=0.2)).sum()) > math.log(10)

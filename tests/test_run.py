@@ -23,12 +23,12 @@ def test_a_block_comes_back_as_it_was_saved(tmp_path):
     assert run.load_block(0) is None
     save(run)
     state = run.load_block(0)
-    assert (state["step"], state["seconds"], state["settings"]) == (5, 1.5, {"width": 8})
+    assert (state["step"], state["seconds"], state["settings"]) == (5, 1.5, {"width": 8, "data": "abc"})
     assert torch.equal(state["weights"]["w"], torch.ones(4000))
 
 
 def test_a_folder_belongs_to_one_setting_and_one_text(tmp_path):
-    make_run(tmp_path)
+    save(make_run(tmp_path))
     make_run(tmp_path, prompt="b")  # weights do not depend on it
     with pytest.raises(UsageError, match="width 8 there, 9 here"):
         make_run(tmp_path, width=9)

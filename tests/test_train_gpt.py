@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+import train_mdm
 from nano_db.block import DiffusionBlock, EndToEnd
 from nano_db.codebook import PosteriorHead, make_codebook
 from nano_db.language import generate
@@ -164,8 +165,7 @@ def test_blocks_share_no_trainable_tensor():
             assert owners.setdefault(p.untyped_storage().data_ptr(), b) == b
 
 
-# --- the command
-# ------------------------------------------------------------------------------------------------------------
+# --- the command ---
 
 
 @pytest.mark.parametrize(
@@ -204,6 +204,27 @@ def test_eval_only_takes_the_settings_of_the_run_and_continues_the_prompt(small,
     assert code == 0 and "the dog|" in out, err
     code, _, err = cli("--eval-only", "--out", tmp_path / "run", "--blocks", "4")
     assert code == 2 and "blocks 2 there, 4 here" in err
+    code, _, err = cli("--eval-only", "--out", tmp_path / "nowhere")
+    assert code == 2 and "holds no run" in err
+    code, _, err = cli("--eval-only", "--out", tmp_path / "run", main=train_mdm.main)
+    assert code == 2 and "holds no run of train_mdm.py" in err
+    config = tmp_path / "run" / "config.json"
+    config.write_text(config.read_text().replace('"width": 16', '"width": "16"'))
+    code, _, err = cli("--eval-only", "--out", tmp_path / "run")
+    assert code == 2 and "width is '16'" in err
+
+
+def test_a_finished_run_keeps_its_peak_memory_when_it_is_run_again(small, tmp_path):
+    peaks = []
+    for _ in range(2):
+        small("--out", tmp_path / "run")
+        peaks.append(json.loads((tmp_path / "run" / "result.json").read_text())["peak_resident_bytes"])
+    assert peaks[0] == peaks[1] > 0
+
+
+def test_a_start_that_failed_leaves_the_folder_free(small, tmp_path):
+    assert small("--out", tmp_path / "run", "--learning-rate", "1e30", "--warmup", "0", "--clip", "1e30")[0] == 2
+    assert small("--out", tmp_path / "run", "--only", "0")[0] == 0
 
 
 def test_only_trains_one_block_and_the_last_one_completes_the_run(small, tmp_path):
@@ -235,7 +256,11 @@ BAD = {
     ("--baseline", "--overlap", "0.2"): "does nothing for the baseline",
     ("--ensemble", "2"): "does nothing for the blocks",
     ("--noise", "information", "--p-mean", "1"): "do nothing for --noise information",
-    ("--eval-only",): "holds no run",
+    ("--eval-only",): "--preset does nothing with --eval-only",
+    ("--temperature", "0"): "at least 0.01",
+    ("--seed", str(2**31)): "less than",
+    ("--p-mean", "50"): "no mass",
+    ("--prompt", "\udcff"): "'\\udcff'",
 }
 
 
