@@ -14,7 +14,7 @@ What Bayes' rule says about K, the number of calls when writing: the first call,
 in z, and its answer is p(y | x), which is all there is to know of the next token. A perfect network gains nothing
 from a second call: the walk only carries out the draw that one call has already described, and with few steps it
 carries it out roughly. So if quality grows with K, the network is better at little noise than at much; if it falls,
-discretisation or low noise levels cost more than they bring.
+discretisation or low noise levels cost more than they bring. (It falls, and by what discretisation costs: README.)
 """
 
 import math

@@ -56,9 +56,8 @@ def write_json(path, content):
 
 
 class Run:
-    """The folder of one run. `frozen` are the settings that the weights depend on, `about` what else config.json
-    records.
-    """
+    """The folder of one run. frozen: names of the settings that the weights depend on. about: what else they depend
+    on."""
 
     def __init__(self, folder, settings, frozen, about=None):
         self.folder, self.settings = Path(folder), dict(settings)
@@ -91,9 +90,7 @@ class Run:
         return self.folder / f"block_{b}.pt"
 
     def save_block(self, b, step, seconds, weights, optimizer, ema=None):
-        """seconds: pure training time so far. Everything is tensors and plain values, readable with
-        weights_only=True.
-        """
+        """seconds: pure training time so far. All is tensors and plain values, to be read with weights_only=True."""
         state = {"format": FORMAT, "block": b, "step": step, "seconds": seconds, "settings": self.frozen}
         state |= {"weights": weights, "optimizer": optimizer, "ema": ema}
         write_atomically(self.block_path(b), lambda file: torch.save(state, file))

@@ -7,7 +7,7 @@ from nano_db.errors import UsageError
 from nano_db.report import benchmark, finish
 from nano_db.run import Run, read_config
 from nano_db.settings import frozen_fields, parse
-from nano_db.trainer import Trainer, chosen_blocks
+from nano_db.trainer import Trainer
 
 
 def output_folder(script, settings):
@@ -35,15 +35,13 @@ def run_script(script, settings, data_sha256, device, make, make_baseline, draw_
     it finds of the trained networks, writes its samples into `folder` (None with --eval-only) and returns a
     dictionary of metrics; of these, `metric` (in `unit`) is drawn in curves.png.
     """
+    trainer = Trainer(None, make, draw_batch, settings, device)
     if settings.benchmark:
-        benchmark(Trainer(None, make, draw_batch, settings, device), make_baseline, settings.benchmark)
+        benchmark(trainer, make_baseline, settings.benchmark)
         return
-    networks = settings.ensemble if settings.baseline else settings.blocks
-    chosen_blocks(settings.only, networks)  # a wrong --only is told before the folder is made
     about = {"script": script, "data_sha256": data_sha256}
     run = Run(output_folder(script, settings), asdict(settings), frozen_fields(type(settings)), about)
-    trainer = Trainer(run, make, draw_batch, settings, device)
-    metrics = {}
+    trainer.run, metrics = run, {}
 
     def after_round(step):
         networks = [trainer.restore(b) for b in range(trainer.networks)]

@@ -32,8 +32,8 @@ def seed_from(*numbers):
 class Trainer:
     """Trains the blocks of a run.
 
-    run: its folder (run.py). make(b): builds block b, on the CPU. batch(): draws a training batch, on the device, from
-    torch's global generator. settings: has the fields of settings.RunSettings.
+    run: its folder (run.py), or None where nothing is kept. make(b): builds block b, on the CPU. batch(): draws a
+    training batch, on the device, from torch's global generator. settings: has the fields of settings.RunSettings.
     """
 
     def __init__(self, run, make, batch, settings, device):
