@@ -1,6 +1,6 @@
 """A looped transformer, trained without backpropagation through time.
 
-    python train_looped.py                                # one noisy forward pass a step: about 8 minutes on two cores
+    python train_looped.py                                # one noisy forward pass a step
     python train_looped.py --baseline                     # Huginn's way: about 33 turns of the loop a step
     python train_looped.py --eval-only --calls 16         # write with another number of calls
     python -m nano_db.compare out/looped-baseline out/looped-blocks     # also draws quality against K

@@ -1,6 +1,6 @@
 """Masked diffusion in blocks: a text is uncovered letter by letter, each block at work for its share of the covering.
 
-    python train_mdm.py --blocks 3                           # about 5 minutes on two CPU cores, no network needed
+    python train_mdm.py --blocks 3                           # no network needed
     python train_mdm.py --baseline                           # the same network, one for all shares
     python train_mdm.py --eval-only --fill "The ____ of"     # fill the gaps of a text
 
