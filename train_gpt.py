@@ -22,7 +22,7 @@ from nano_db.codebook import PaperHead, PosteriorHead, make_codebook
 from nano_db.device import pick_device
 from nano_db.errors import UsageError
 from nano_db.language import evaluate, write_samples
-from nano_db.layers import Layer, NoiseEmbedding, causal_mask, rms_norm, rotary_angles
+from nano_db.layers import Layer, NoiseEmbedding, causal_mask, check_width, rms_norm, rotary_angles
 from nano_db.partition import make_partition, split_layers
 from nano_db.schedule import equal_mass_grid, karras_grid, make_noise
 from nano_db.script import read_settings, run_script
@@ -85,10 +85,7 @@ RECIPES = {
 
 def check_options(s):
     """Combinations that mean nothing."""
-    if s.width % (2 * s.heads):
-        raise UsageError(
-            f"--width {s.width} must be a multiple of twice --heads {s.heads}: rotary positions turn channel pairs"
-        )
+    check_width(s.width, s.heads)
     if s.z == "outside" and (s.head != "posterior" or s.streams != 1):
         raise UsageError("--z outside needs --head posterior and --streams 1: else nothing would bring the noise in")
     if s.walk == "averaged" and s.z != "outside":
@@ -177,8 +174,7 @@ def main():
         return DiffusionBlock(network, head, noise, span, settings.sigma_data, settings.loss_weight, shows_z)
 
     def evaluate_and_write(networks, folder):
-        average = settings.baseline or settings.walk == "averaged"
-        stack = Stack(networks, None if settings.baseline else partition, average)
+        stack = Stack(networks) if settings.baseline else Stack(networks, partition, settings.walk == "averaged")
         metrics = evaluate(stack, text, settings.seq_len, settings.eval_windows, settings.seed, device)
         print(f"{metrics['bits_per_char']:.4f} bits per character", "" if settings.baseline else "(bound)")
         print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))

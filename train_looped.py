@@ -32,7 +32,7 @@ from nano_db.codebook import PaperHead, PosteriorHead, make_codebook
 from nano_db.device import pick_device
 from nano_db.errors import UsageError
 from nano_db.language import EVALUATION_BATCH, evaluate, write_samples
-from nano_db.layers import Layer, NoiseEmbedding, causal_mask, rms_norm, rotary_angles
+from nano_db.layers import Layer, NoiseEmbedding, causal_mask, check_width, rms_norm, rotary_angles
 from nano_db.likelihood import nats_of_walk
 from nano_db.partition import make_partition
 from nano_db.schedule import equal_mass_grid, make_noise
@@ -154,7 +154,7 @@ class LayerRunner:
 
 def huginn_init(module, width, depth):
     """Huginn's normal initialisation: std sqrt(2 / 5d), and that over sqrt(2 * depth) for what writes to the residual
-    stream. `depth` counts Huginn's mean turns for both methods, so that both start from the same weights.
+    stream. `depth` counts Huginn's mean turns for both methods, so that both start from weights of the same scale.
     """
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.trunc_normal_(module.weight, std=math.sqrt(2 / (5 * width)))
@@ -219,7 +219,7 @@ def quality_by_calls(network, stack, text, settings, noise, device):
         nats, batches = 0.0, list(islice(text.heldout_batches(EVALUATION_BATCH, settings.seq_len, device), 4))
         for x, y in batches:
             if settings.baseline:
-                nats -= float(network.log_prior(x, turns=k).gather(-1, y[..., None]).double().mean())
+                nats -= float(network.log_prior(x, turns=k).gather(-1, y[..., None]).cpu().double().mean())
             else:
                 nats += nats_of_walk(stack.posterior(x), y, stack.codebook, equal_mass_grid(noise, k), generator)
         bits[str(k)] = text.bits_per_character(nats / len(batches))
@@ -228,8 +228,7 @@ def quality_by_calls(network, stack, text, settings, noise, device):
 
 def main():
     settings = read_settings("looped", Settings, PRESETS, RECIPES, __doc__)
-    if settings.width % (2 * settings.heads):
-        raise UsageError(f"--width {settings.width} must be a multiple of twice --heads {settings.heads}")
+    check_width(settings.width, settings.heads)
     if settings.compile and settings.baseline:
         raise UsageError("--compile does nothing for the baseline, whose turns change in number: drop it")
     device = pick_device(settings.device)

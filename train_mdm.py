@@ -19,7 +19,7 @@ import torch.nn as nn
 from data.text import load_text
 from nano_db.device import pick_device
 from nano_db.errors import UsageError
-from nano_db.layers import Layer, NoiseEmbedding, rms_norm, rotary_angles
+from nano_db.layers import Layer, NoiseEmbedding, check_width, rms_norm, rotary_angles
 from nano_db.masking import (
     MaskedBlock,
     MaskSchedule,
@@ -149,8 +149,7 @@ def evaluate(blocks, text, settings, device):
 
 def main():
     settings = read_settings("mdm", Settings, PRESETS, None, __doc__)
-    if settings.width % (2 * settings.heads):
-        raise UsageError(f"--width {settings.width} must be a multiple of twice --heads {settings.heads}")
+    check_width(settings.width, settings.heads)
     device = pick_device(settings.device)
     text = load_text(settings.data, "char", settings.data_dir, settings.seq_len)
     encode_fill(text, settings)  # too long, or a character the data has not: say so now, not after the training

@@ -24,8 +24,7 @@ def evaluate(stack, text, seq_len, windows=0, seed=0, device="cpu"):
             sigmas = [sigma for _, sigma in levels]
             found = measure(stack.posterior(x), y, stack.codebook, sigmas, generator)
         else:
-            priors = stack.priors(x) if stack.denoises else stack.priors(x)[-1:]
-            found = nats_of_priors(priors, y, stack.codebook, edges, generator)
+            found = nats_of_priors(stack.priors(x), y, stack.codebook, edges, generator)
         summed, tokens = summed + y.numel() * found, tokens + y.numel()
         if windows and tokens >= windows * seq_len:
             break

@@ -12,10 +12,20 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nano_db.errors import UsageError
+
 
 def rms_norm(h):
     """RMSNorm (Zhang & Sennrich 2019) over the features, without weights."""
     return F.rms_norm(h, h.shape[-1:])
+
+
+def check_width(width, heads):
+    """Raise UsageError unless each head gets whole pairs of channels, which rotary positions turn."""
+    if width % (2 * heads):
+        raise UsageError(
+            f"--width {width} must be a multiple of twice --heads {heads}: rotary positions turn channel pairs"
+        )
 
 
 def rotary_angles(positions, head_width, base=10_000.0):

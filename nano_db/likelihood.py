@@ -56,7 +56,7 @@ def measure(posterior, y, codebook, sigmas, generator=None):
         log_p = posterior(z, sigma)  # (B, ..., V)
         error = (clean - log_p.exp() @ codebook).square().sum(-1)
         decoding = -log_p.gather(-1, y[..., None])
-        rows.append([float(error.double().mean()), float(decoding.double().mean())])
+        rows.append([float(error.cpu().double().mean()), float(decoding.cpu().double().mean())])
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -88,7 +88,7 @@ def nats_of_priors(priors, y, codebook, edges, generator=None):
     network pays its exact cross-entropy."""
 
     def decoding(log_p):
-        return -float(log_p.log_softmax(-1).gather(-1, y[..., None]).double().mean())
+        return -float(log_p.log_softmax(-1).gather(-1, y[..., None]).cpu().double().mean())
 
     nats = torch.zeros(len(priors), dtype=torch.float64)
     nats[0] = decoding(priors[0])

@@ -122,7 +122,7 @@ def nats_per_block(blocks, x, levels=16, generator=None):
         for i in range(levels):
             alpha = (b + (i + 0.5) / levels) / len(blocks)
             t = block.schedule.time(alpha).expand(len(x))
-            nats[b] += float(block.nats(x, t, generator).double().mean()) / (levels * len(blocks))
+            nats[b] += float(block.nats(x, t, generator).cpu().double().mean()) / (levels * len(blocks))
     return nats
 
 
@@ -146,7 +146,7 @@ def unmask(blocks, x, steps, temperature=1.0, generator=None):
         block = blocks[route(alpha, len(blocks))]
         t = block.schedule.time(alpha).float().to(x.device).expand(len(x))
         log_p = (block.network(x, t).float() / temperature).log_softmax(-1)
-        chance = torch.rand(x.shape, dtype=torch.float64, generator=generator).to(x.device)
-        revealed = (x == classes) & (chance < (alpha_next - alpha) / (1 - alpha))
+        chance = torch.rand(x.shape, dtype=torch.float64, generator=generator)
+        revealed = (x == classes) & (chance < (alpha_next - alpha) / (1 - alpha)).to(x.device)
         x = torch.where(revealed, draw(log_p, generator), x)
         yield alpha_next, x

@@ -28,8 +28,10 @@ class Stack:
         assert not (average and self.shows_z), "an average needs networks that are not shown z"
 
     def priors(self, x, caches=None):
-        """What is said of ln p(y | x) at each block, for networks not shown z: a list of (B, ..., V)."""
+        """ln p(y | x) as each block says it, for networks not shown z: a list of (B, ..., V); of an ensemble, one."""
         said = [block.log_prior(x, **_cache(caches, b)) for b, block in enumerate(self.blocks)]
+        if not self.denoises:
+            return [torch.stack(said).mean(0).log_softmax(-1)]
         if self.average:
             said = [torch.stack(said[: b + 1]).mean(0).log_softmax(-1) for b in range(len(said))]
         return said
