@@ -26,12 +26,12 @@ from nano_db.layers import Layer, NoiseEmbedding, causal_mask, check_width, rms_
 from nano_db.partition import make_partition, split_layers
 from nano_db.schedule import equal_mass_grid, karras_grid, make_noise
 from nano_db.script import read_settings, run_script
-from nano_db.settings import NoiseSettings, RunSettings, command, option
+from nano_db.settings import DiscreteSettings, RunSettings, check_discrete, command, option
 from nano_db.stack import Stack
 
 
 @dataclass
-class Settings(NoiseSettings, RunSettings):
+class Settings(DiscreteSettings, RunSettings):
     data: str = option("pydocs", "text: pydocs, shakespeare, text8, or the path of a UTF-8 file")
     tokenizer: str = option("char", "characters, or GPT-2's byte pairs", choices=("char", "gpt2"))
     width: int = option(128, "features of a token", least=2)
@@ -41,16 +41,10 @@ class Settings(NoiseSettings, RunSettings):
     seq_len: int = option(128, "tokens of context", least=2)
     eval_windows: int = option(0, "held-out windows to evaluate on; 0: all", least=0, free=True)
 
-    # The method, option by option (README: "Two recipes").
-    head: str = option("posterior", "output head (codebook.py)", choices=("posterior", "paper"), only="blocks")
     streams: int = option(1, "1: noise rides on the tokens; 2: a noisy copy beside them", choices=(1, 2), only="blocks")
-    range: str = option("own", "train on the own noise levels, or up to sigma_max", ("own", "upward"), only="blocks")
-    z: str = option("inside", "is the network shown the noisy target?", choices=("inside", "outside"), only="blocks")
-    walk: str = option("last", "who answers: the block at work, or all so far", ("last", "averaged"), only="blocks")
 
     # Writing.
     calls_per_block: int = option(4, "Euler calls of each block, a token", least=1, free=True, only="blocks")
-    grid: str = option("equal-mass", "noise levels of the walk", ("equal-mass", "karras"), free=True, only="blocks")
     prompt: str = option("", "what the samples continue (default: the first held-out tokens)", free=True)
     temperature: float = option(0.8, "of the samples; below 1 is more cautious", least=0.01, free=True)
     sample_length: int = option(500, "tokens to write", least=1, free=True)
@@ -81,19 +75,6 @@ RECIPES = {
         p_mean=0.3, p_std=0.8, sigma_min=0.05, sigma_max=20.0,
     ),
 }  # fmt: skip
-
-
-def check_options(s):
-    """Combinations that mean nothing."""
-    check_width(s.width, s.heads)
-    if s.z == "outside" and (s.head != "posterior" or s.streams != 1):
-        raise UsageError("--z outside needs --head posterior and --streams 1: else nothing would bring the noise in")
-    if s.walk == "averaged" and s.z != "outside":
-        raise UsageError(
-            "--walk averaged needs --z outside: an average of words on p(y | x) needs words that know no z"
-        )
-    if s.range == "upward" and s.head != "posterior":
-        raise UsageError("--range upward needs --head posterior: only there is one answer right at every noise level")
 
 
 class GPT(nn.Module):
@@ -151,7 +132,10 @@ def two_stream_mask(T, past, device):
 
 def main():
     settings = read_settings("gpt", Settings, PRESETS, RECIPES, __doc__)
-    check_options(settings)
+    check_width(settings.width, settings.heads)
+    check_discrete(settings)
+    if settings.z == "outside" and settings.streams != 1:
+        raise UsageError("--streams 2 needs --z inside: the second stream is the noisy target's")
     device = pick_device(settings.device)
     text = load_text(settings.data, settings.tokenizer, settings.data_dir, settings.seq_len)
     text.tokenizer.encode(settings.prompt)  # a character the data has not: say so now, not after the training

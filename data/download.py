@@ -9,14 +9,15 @@ from pathlib import Path
 from nano_db.errors import UsageError
 
 
-def fetch(url, path, sha256, size):
-    """Return `path`, downloaded from `url` if it is not there yet; whichever way, its content has this sha256.
+def fetch(url, path, checksum, size, algorithm="sha256"):
+    """Return `path`, downloaded from `url` if it is not there yet; whichever way, its content has this checksum.
 
-    size: bytes expected; a longer answer is cut off. Raises UsageError without network or with a wrong checksum.
+    algorithm: the checksum's, of those hashlib has. size: bytes expected; a longer answer is cut off. Raises UsageError
+    without network or with a wrong checksum.
     """
     path = Path(path)
     if path.exists():
-        _check(path, path.read_bytes(), sha256)
+        _check(path, path.read_bytes(), checksum, algorithm)
         return path
     try:
         with urllib.request.urlopen(url, timeout=30) as answer:
@@ -26,7 +27,7 @@ def fetch(url, path, sha256, size):
             f"cannot download {url} ({getattr(error, 'reason', error)}): "
             f"with no network, fetch it elsewhere and put it at {path}"
         ) from error
-    _check(url, content, sha256)
+    _check(url, content, checksum, algorithm)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -37,10 +38,10 @@ def fetch(url, path, sha256, size):
     return path
 
 
-def _check(source, content, sha256):
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
+def _check(source, content, checksum, algorithm):
+    found = hashlib.new(algorithm, content).hexdigest()
+    if found != checksum:
         raise UsageError(
-            f"{source} has sha256 {found[:16]}..., not the expected {sha256[:16]}...: "
-            "delete the file to download it again, or name a file of your own with --data PATH"
+            f"{source} has {algorithm} {found[:16]}..., not the expected {checksum[:16]}...: "
+            "delete the file to download it again"
         )

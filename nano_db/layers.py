@@ -1,4 +1,5 @@
-"""Transformer layers shared by all architectures: pre-norm, rotary positions, modulated by the noise level or not.
+"""Transformer layers shared by all architectures: pre-norm, with rotary positions or without, modulated by the noise
+level or not.
 
 A layer is conditioned on the noise level by adaLN-Zero (Peebles & Xie 2023): shift, scale and gate of both residual
 branches are linear in a conditioning vector, and zero at the start, so that a new layer is the identity.
@@ -77,7 +78,8 @@ class Attention(nn.Module):
     def forward(self, h, rotary, mask, causal, remember):
         B, T, D = h.shape
         q, k, v = self.qkv(h).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each (B, H, T, D/H)
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
         if remember is not None:
             k, v = remember(k, v)
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
@@ -121,8 +123,10 @@ class Layer(nn.Module):
             nn.init.zeros_(self.attention.out.weight)
             nn.init.zeros_(self.mlp.out.weight)
 
-    def forward(self, h, rotary, cond=None, mask=None, causal=False, remember=None):
-        """h (B, T, D); cond (B, cond_width) where the layer is conditioned; mask (T, keys), True where to look."""
+    def forward(self, h, rotary=None, cond=None, mask=None, causal=False, remember=None):
+        """h (B, T, D); rotary: angles of the positions, or None; cond (B, cond_width) where the layer is conditioned;
+        mask (T, keys), True where to look.
+        """
         attend = (rotary, mask, causal, remember)
         if self.modulation is None:
             h = self.norm_sum(h + self.dropout(self.attention(rms_norm(h), *attend)))

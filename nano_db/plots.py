@@ -77,6 +77,82 @@ def draw_by_calls(path, curves, unit):
     _save(figure, path)
 
 
+def draw_classification(path, images, log_p, labels, metrics, hardest=25):
+    """samples.png of a classifier: what it takes for what, the test images that surprise it most, and the accuracy
+    after each block of the walk. log_p (N, V) and labels (N,) of the first N test images.
+    """
+    classes, guesses = len(images.classes), log_p.argmax(-1)
+    counts = torch.zeros(classes, classes)
+    counts.index_put_((labels, guesses), torch.ones(len(labels)), accumulate=True)
+    figure, axes = plt.subplots(1, 3 if "accuracy_walk" in metrics else 2, figsize=(15, 4.8), layout="constrained")
+    axes[0].imshow(counts / counts.sum(1, keepdim=True).clamp(min=1), cmap="Greys", vmin=0, vmax=1)
+    if classes <= 40:
+        axes[0].set_xticks(range(classes), images.classes, fontsize=7, rotation=90)
+        axes[0].set_yticks(range(classes), images.classes, fontsize=7)
+    axes[0].set(xlabel="named", ylabel="true class", title="share of each class (row) named so (column)")
+
+    surprise = -log_p.gather(1, labels[:, None])[:, 0]
+    axes[1].set_axis_off()
+    axes[1].set_title("the hardest test images: true -> named")
+    side = math.ceil(math.sqrt(hardest))
+    for k, i in enumerate(surprise.topk(min(hardest, len(labels))).indices.tolist()):
+        tile = axes[1].inset_axes([k % side / side, 1 - (k // side + 1) / side, 0.8 / side, 0.8 / side])
+        tile.imshow(images.test[i].permute(1, 2, 0).squeeze(-1), cmap="gray")
+        tile.set_axis_off()
+        tile.set_title(f"{images.classes[labels[i]]} -> {images.classes[guesses[i]]}", fontsize=7, pad=2)
+
+    if "accuracy_walk" in metrics:
+        for name, style in (("noise_free", "o-"), ("walk", "s--")):
+            shares = metrics[f"accuracy_{name}_after_each_block"]
+            axes[2].plot(
+                range(len(shares)), shares, style, label={"walk": "from noise", "noise_free": "from z = 0"}[name]
+            )
+        axes[2].axhline(metrics["accuracy_mean_of_walks"], ls=":", color="black", label="mean of walks, at the end")
+        axes[2].set(
+            xlabel="after block", ylabel="share of test images named right", title="accuracy along the walk",
+            xticks=range(len(shares)),
+        )  # fmt: skip
+        axes[2].legend()
+    _save(figure, path)
+
+
+def draw_images(path, states, owners, names, sigma_data, walks=3, columns=13):
+    """samples.png of an image generator: a grid of images, titled with their classes, and some walks from noise to image.
+
+    states: of the whole walk (sampler.State), images (B, C, H, W) in [-1, 1]; owners: the block of each call; names
+    (B,). A walk is two rows: the noisy image z, scaled to the range of a clean one, and D, what the block at work takes
+    it for. The frame's colour is the block's.
+    """
+
+    def show(ax, image):
+        ax.imshow((image.clamp(-1, 1) * 0.5 + 0.5).permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1)
+        ax.set(xticks=[], yticks=[])
+
+    images, walks = states[-1].z.cpu(), min(walks, len(names))
+    rows = math.ceil(len(images) / columns)
+    figure = plt.figure(figsize=(columns, 1.25 * rows + 2.1 * walks + 1.2), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.25 * rows, 2.1 * walks + 1))
+    axes = top.subplots(rows, columns, squeeze=False)
+    for i, ax in enumerate(axes.flat):
+        ax.set_axis_off()
+        if i < len(images):
+            show(ax, images[i])
+            ax.set_title(names[i], fontsize=8, pad=2)
+
+    bottom.suptitle("from noise to image: above z, below what the block at work takes it for", fontsize=10)
+    axes, colours = bottom.subplots(2 * walks, columns, squeeze=False), block_colours(max(owners) + 1)
+    chosen = np.linspace(0, len(states) - 1, columns).round().astype(int)
+    for column, call in enumerate(chosen):
+        state, colour = states[call], colours[owners[call]]
+        scale = sigma_data / math.hypot(sigma_data, state.sigma)
+        for i in range(walks):
+            for ax, image in zip(axes[2 * i : 2 * i + 2, column], (scale * state.z[i], state.denoised[i]), strict=True):
+                show(ax, image.cpu())
+                ax.spines[:].set(color=colour, linewidth=2.5)
+        axes[0, column].set_title(f"block {owners[call]}\nto $\\sigma$ = {state.sigma:.2g}", fontsize=8, color=colour)
+    _save(figure, path)
+
+
 def draw_idea(path, blocks=4):
     """The README's picture: the noise levels cut into blocks, and a walk from noise to data that passes through them.
 

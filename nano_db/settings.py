@@ -32,6 +32,7 @@ class RunSettings:
     """What every script has: the method, the training, the machine and the output."""
 
     no_flags: ClassVar[tuple[str, ...]] = ()  # fields that a script keeps as they are: its method has no use for them
+    for_both: ClassVar[tuple[str, ...]] = ()  # fields marked `only` that this script's other method heeds, too
 
     preset: str = option("laptop", "scale of everything below", choices=("tiny", "laptop", "gpu", "paper"), free=True)
     blocks: int = option(4, "independently trained blocks", least=1, only="blocks")
@@ -105,6 +106,29 @@ class NoiseSettings:
     loss_weight: str = option("none", "weight of the loss over sigma", choices=("none", "edm"), only="blocks")
 
 
+@dataclass
+class DiscreteSettings(NoiseSettings):
+    """What scripts have besides whose blocks denoise one discrete answer (README: "Two recipes")."""
+
+    head: str = option("posterior", "output head (codebook.py)", choices=("posterior", "paper"), only="blocks")
+    range: str = option("own", "train on the own noise levels, or up to sigma_max", ("own", "upward"), only="blocks")
+    z: str = option("inside", "is the network shown the noisy target?", choices=("inside", "outside"), only="blocks")
+    walk: str = option("last", "who answers: the block at work, or all so far", ("last", "averaged"), only="blocks")
+    grid: str = option("equal-mass", "noise levels of the walk", ("equal-mass", "karras"), free=True, only="blocks")
+
+
+def check_discrete(s):
+    """Raise UsageError for combinations of a DiscreteSettings that mean nothing."""
+    if s.z == "outside" and s.head != "posterior":
+        raise UsageError("--z outside needs --head posterior: else nothing would bring the noise in")
+    if s.walk == "averaged" and s.z != "outside":
+        raise UsageError(
+            "--walk averaged needs --z outside: an average of words on p(y | x) needs words that know no z"
+        )
+    if s.range == "upward" and s.head != "posterior":
+        raise UsageError("--range upward needs --head posterior: only there is one answer right at every noise level")
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # one line, without argparse's usage block
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
@@ -126,7 +150,12 @@ def parse(settings_class, presets, recipes, argv=None, description="", stored=No
     usual = {**presets[settings_class.preset], **(recipes[settings_class.recipe] if recipes else {})}
     for f in dataclasses.fields(settings_class):
         if f.name not in settings_class.no_flags:
-            _add_flag(parser, f, usual.get(f.name, f.default))
+            _add_flag(
+                parser,
+                f,
+                usual.get(f.name, f.default),
+                None if f.name in settings_class.for_both else f.metadata["only"],
+            )
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     try:
         settings = _resolve(settings_class, presets, recipes, given, stored)
@@ -136,9 +165,9 @@ def parse(settings_class, presets, recipes, argv=None, description="", stored=No
     return settings
 
 
-def _add_flag(parser, f, usual):
-    """The flag of a field; `usual` is the value it has when no flag is given at all."""
-    flag, choices, only = "--" + f.name.replace("_", "-"), f.metadata["limits"]["choices"], f.metadata["only"]
+def _add_flag(parser, f, usual, only):
+    """The flag of a field; `usual` is its value when no flag is given at all; `only`: the one method that heeds it."""
+    flag, choices = "--" + f.name.replace("_", "-"), f.metadata["limits"]["choices"]
     help = f.metadata["help"].replace("%", "%%") + (f" [{only} only]" if only else "")
     if isinstance(f.default, bool):
         parser.add_argument(flag, action="store_true", default=None, help=help)
@@ -189,7 +218,7 @@ def check(settings, given=()):
             raise UsageError(f"{flag} must be less than {below}, not {value}")
         if limits["choices"] and value not in limits["choices"]:
             raise UsageError(f"{flag} must be one of {', '.join(map(str, limits['choices']))}, not {value}")
-        if f.name in given and f.metadata["only"] not in (None, settings.method):
+        if f.name in given and f.name not in settings.for_both and f.metadata["only"] not in (None, settings.method):
             raise UsageError(f"{flag} does nothing for the {settings.method} method: drop it")
     if getattr(settings, "sigma_min", 0) >= getattr(settings, "sigma_max", math.inf):
         raise UsageError(f"--sigma-min {settings.sigma_min} must be less than --sigma-max {settings.sigma_max}")

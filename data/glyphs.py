@@ -1,0 +1,66 @@
+"""Labelled pictures made on the spot: digits and letters in the fonts that matplotlib carries along. No network needed.
+
+Test fonts are other fonts than training fonts, so that the test asks for the letter and not for a memory of it.
+"""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import RendererAgg
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
+from matplotlib.transforms import Affine2D
+
+CLASSES = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SIZE = 32  # pixels a side
+LETTER = 19  # height of a capital in pixels, before it is scaled
+TRAIN_FONTS = (
+    "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique", "DejaVuSansMono-Bold",
+    "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique", "DejaVuSerif", "DejaVuSerif-Italic",
+    "DejaVuSerif-BoldItalic", "STIXGeneralBol", "STIXGeneralItalic", "cmb10", "cmr10", "cmtt10",
+)  # fmt: skip
+TEST_FONTS = ("DejaVuSansMono", "DejaVuSerif-Bold", "STIXGeneral", "STIXGeneralBolIta", "cmss10", "cmti10")
+
+
+def make(fonts, count, seed):
+    """Draw `count` glyphs: images (count, 1, 32, 32) uint8, white on black, and labels (count,), as numpy arrays.
+
+    Classes and fonts take turns, so that each is drawn equally often. By the seed, each glyph is scaled, sheared,
+    turned and shifted a little, and its strokes are made thicker or thinner.
+    """
+    random = np.random.default_rng(seed)
+    outlines = [[_outline(font, character) for font in fonts] for character in CLASSES]
+    labels = np.arange(count) % len(CLASSES)
+    styles = np.arange(count) // len(CLASSES) % len(fonts)
+    order = random.permutation(count)
+    images = np.empty((count, 1, SIZE, SIZE), np.uint8)
+    for i, (label, style) in enumerate(zip(labels[order], styles[order], strict=True)):
+        images[i, 0] = _draw(outlines[label][style], random)
+    return images, labels[order]
+
+
+def _outline(font, character):
+    """The character's outline with its centre at the origin, a capital being about one unit high."""
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{font}.ttf")
+    outline = TextPath((0, 0), character, size=1 / 0.7, prop=FontProperties(fname=path))
+    (left, bottom), (right, top) = outline.get_extents().get_points()
+    return Affine2D().translate(-(left + right) / 2, -(bottom + top) / 2).transform_path(outline)
+
+
+def _draw(outline, random):
+    width, height = LETTER * random.uniform(0.85, 1.15, 2)
+    place = (
+        Affine2D()
+        .scale(width, height)
+        .skew(random.uniform(-0.15, 0.15), 0)
+        .rotate_deg(random.uniform(-10, 10))
+        .translate(*(SIZE / 2 + random.uniform(-2, 2, 2)))
+    )
+    renderer = RendererAgg(SIZE, SIZE, 72)
+    pen, change = renderer.new_gc(), random.uniform(-0.7, 1.0)
+    pen.set_linewidth(abs(change))
+    pen.set_foreground("white" if change > 0 else "black")  # a black outline takes from the stroke's edge
+    renderer.draw_path(pen, outline, place, (1.0, 1.0, 1.0))
+    red, _, _, cover = np.asarray(renderer.buffer_rgba(), dtype=np.float32).transpose(2, 0, 1)
+    return np.round(red * cover / 255)  # (32, 32)
