@@ -54,13 +54,14 @@ class Settings(NoiseSettings, RunSettings):
     guidance: float = option(2.0, "classifier-free guidance; 1: none", least=0, free=True)
     test_images: int = option(1000, "held-out images to evaluate the loss on; 0: all", least=0, free=True)
     samples: int = option(39, "images to paint for samples.png", least=0, free=True)
+    frechet_steps: int = option(300, "training steps of the classifier behind frechet_small", least=1, free=True)
     frechet_images: int = option(500, "images to paint for frechet_small; 0: none", least=0, free=True)
 
 
 PRESETS = {
     "tiny": dict(
         blocks=3, layers=12, width=16, heads=2, patch=8, batch_size=16, steps=40, warmup=5, log_every=10,
-        glyphs=400, overlap=0.05, calls=12, test_images=32, frechet_images=66,
+        glyphs=400, overlap=0.05, calls=12, test_images=32, frechet_images=66, frechet_steps=20,
     ),
     "laptop": dict(blocks=3, layers=6, batch_size=32, steps=2000, warmup=100, overlap=0.05, ema=0.995),
     "gpu": dict(
@@ -104,7 +105,7 @@ class DiT(nn.Module):
         """x (B,) labels, z (B, C, H, W) scaled noisy images, c_noise (B,)."""
         if self.training:
             x = torch.where(torch.rand(len(x)).to(x.device) < self.label_dropout, self.null_label, x)
-        h = self.embedding(patchify(z, self.patch)) + self.positions  # (B, T, width)
+        h = self.embedding(patchify(z, self.patch, self.shape)) + self.positions  # (B, T, width)
         cond = self.noise_embedding(c_noise) + self.label_embedding(x)  # (B, width)
         for layer in self.layers:
             h = layer(h, cond=cond)
@@ -147,10 +148,10 @@ def main():
         y, labels = images.batch(settings.batch_size, settings.augment, device)
         return labels, y
 
-    def paint(stack, labels, seed):
-        """Walk to one image for each label. Yields the States."""
-        generator = torch.Generator().manual_seed(seed)
-        labels = torch.as_tensor(labels, device=device)
+    def paint(networks, count):
+        """Walk to `count` images, of each class in turn. Yields the States."""
+        stack = ImageStack(networks, make_partition(noise, len(networks), settings.partition), classes)
+        labels, generator = torch.arange(count, device=device) % classes, torch.Generator().manual_seed(settings.seed)
         return stack.walk(labels, images.shape, sigmas, settings.guidance, settings.solver, generator)
 
     def evaluate_and_paint(networks, folder):
@@ -160,19 +161,17 @@ def main():
         metrics = edm_loss(stack, batches, noise, settings.sigma_data, seed=settings.seed)
         print(f"EDM loss {metrics['edm_loss']:.4f}, by block", *(f"{p:.4f}" for p in metrics["edm_loss_by_block"]))
         if settings.frechet_images:
-            frechet = frechet or FrechetSmall(images, settings.frechet_images, device=device)
-            *_, last = paint(stack, [i % classes for i in range(settings.frechet_images)], settings.seed)
+            frechet = frechet or FrechetSmall(images, settings.frechet_images, settings.frechet_steps, device)
+            *_, last = paint(networks, settings.frechet_images)
             metrics |= {"frechet_small": frechet(last.z.clamp(-1, 1)), "frechet_small_real": frechet.floor}
             print(f"frechet_small {metrics['frechet_small']:.4f} (real images: {frechet.floor:.4f})")
         if folder and settings.samples:
             from nano_db.plots import draw_images
 
-            chosen = [i % classes for i in range(settings.samples)]
-            states = list(paint(stack, chosen, settings.seed))
+            states = list(paint(networks, settings.samples))
             owners = [partition.route(float(sigma)) for sigma in sigmas[:-1]]
-            draw_images(
-                folder / "samples.png", states, owners, [images.classes[i] for i in chosen], settings.sigma_data
-            )
+            names = [images.classes[i % classes] for i in range(settings.samples)]
+            draw_images(folder / "samples.png", states, owners, names, settings.sigma_data)
         return metrics
 
     run_script(
@@ -186,6 +185,8 @@ def main():
         evaluate=evaluate_and_paint,
         metric="edm_loss",
         unit="held-out EDM loss",
+        use=lambda networks, count: list(paint(networks, count)),
+        in_turn=True,
     )
 
 

@@ -17,7 +17,7 @@ import torch.nn as nn
 
 from data.images import NAMES, load_images
 from nano_db.block import DiffusionBlock, EndToEnd
-from nano_db.classify import evaluate
+from nano_db.classify import classify, evaluate
 from nano_db.codebook import PaperHead, PosteriorHead, make_codebook
 from nano_db.device import pick_device
 from nano_db.layers import Layer, NoiseEmbedding, rms_norm
@@ -84,7 +84,7 @@ class ViT(nn.Module):
 
     def __init__(self, shape, settings, layers, shows_z):
         super().__init__()
-        width, self.patch, self.readout = settings.width, settings.patch, settings.readout
+        width, self.shape, self.patch, self.readout = settings.width, shape, settings.patch, settings.readout
         cond_width = max(8, width // 6) if shows_z else 0
         self.embedding = nn.Linear(shape[0] * settings.patch**2, width)
         self.register_buffer("positions", patch_positions(shape, settings.patch, width), persistent=False)
@@ -98,7 +98,7 @@ class ViT(nn.Module):
 
     def forward(self, x, z, c_noise):
         """x (B, C, H, W) images; z (B, width) scaled noisy labels and c_noise (B,), or None for both."""
-        patches = self.embedding(patchify(x, self.patch)) + self.positions  # (B, T, width)
+        patches = self.embedding(patchify(x, self.patch, self.shape)) + self.positions  # (B, T, width)
         label = self.label_token.expand(len(x), 1, -1)
         cond = None if z is None else self.noise_embedding(c_noise)
         if z is not None:
@@ -135,10 +135,18 @@ def main():
         span = partition.training_range(b, upward=settings.range == "upward")
         return DiffusionBlock(network, head, noise, span, settings.sigma_data, settings.loss_weight, shows_z)
 
+    def make_stack(networks):
+        if isinstance(networks[0], EndToEnd):
+            return Stack(networks)
+        return Stack(networks, partition, settings.walk == "averaged")
+
+    def classify_some(networks, count):
+        x, _ = next(images.test_batches(count, count, device))
+        return classify(make_stack(networks), x, sigmas)
+
     def evaluate_and_draw(networks, folder):
-        stack = Stack(networks) if settings.baseline else Stack(networks, partition, settings.walk == "averaged")
         batches = images.test_batches(256, settings.test_images, device)
-        metrics, log_p, labels = evaluate(stack, batches, sigmas, settings.walks, settings.seed)
+        metrics, log_p, labels = evaluate(make_stack(networks), batches, sigmas, settings.walks, settings.seed)
         for name, value in metrics.items():
             print(
                 name.replace("_", " "), *(f"{share:.4f}" for share in (value if isinstance(value, list) else [value]))
@@ -160,6 +168,7 @@ def main():
         evaluate=evaluate_and_draw,
         metric="accuracy",
         unit="share of test images named right",
+        use=classify_some,
     )
 
 

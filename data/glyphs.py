@@ -40,10 +40,13 @@ def make(fonts, count, seed):
     return images, labels[order]
 
 
+def font_file(font):
+    return Path(matplotlib.get_data_path(), "fonts", "ttf", f"{font}.ttf")
+
+
 def _outline(font, character):
     """The character's outline with its centre at the origin, a capital being about one unit high."""
-    path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{font}.ttf")
-    outline = TextPath((0, 0), character, size=1 / 0.7, prop=FontProperties(fname=path))
+    outline = TextPath((0, 0), character, size=1 / 0.7, prop=FontProperties(fname=font_file(font)))
     (left, bottom), (right, top) = outline.get_extents().get_points()
     return Affine2D().translate(-(left + right) / 2, -(bottom + top) / 2).transform_path(outline)
 

@@ -10,6 +10,7 @@ import torch
 
 from data import cifar, glyphs
 from data.augment import augment
+from nano_db.errors import UsageError
 
 NAMES = ("glyphs", "cifar10", "cifar100")
 
@@ -34,6 +35,11 @@ class Images:
     classes: list[str]
     mirrors: bool
     sha256: str
+
+    def __post_init__(self):
+        for labels in (self.train_labels, self.test_labels):
+            if labels.min() < 0 or labels.max() >= len(self.classes):
+                raise UsageError(f"labels must lie between 0 and {len(self.classes) - 1}, the number of the last class")
 
     @property
     def shape(self):

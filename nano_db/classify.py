@@ -27,6 +27,14 @@ def after_each_block(stack, x, sigmas, z):
 
 
 @torch.no_grad()
+def classify(stack, x, sigmas=None):
+    """ln p(y | x) of images x (B, ...), (B, V): by the noise-free walk; of end-to-end networks, at once."""
+    if not stack.denoises:
+        return stack.priors(x)[-1]
+    return after_each_block(stack, x, sigmas, torch.zeros(len(x), stack.codebook.shape[1], device=x.device))[-1]
+
+
+@torch.no_grad()
 def evaluate(stack, batches, sigmas=None, walks=8, seed=0):
     """Shares of test images named right. batches: yields (x, labels).
 
@@ -53,7 +61,7 @@ def evaluate(stack, batches, sigmas=None, walks=8, seed=0):
             count("accuracy_mean_of_walks", [torch.stack([said[-1].exp() for said in noisy]).mean(0)], labels)
             log_p = noise_free[-1]
         else:
-            log_p = stack.priors(x)[-1]
+            log_p = classify(stack, x)
             count("accuracy", [log_p], labels)
         all_log_p.append(log_p.float().cpu())
         all_labels.append(labels.cpu())

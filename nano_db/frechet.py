@@ -54,7 +54,7 @@ class FrechetSmall:
     `count` images of the other half. Raises UsageError where `count` is too small for a covariance of 64 features.
     """
 
-    def __init__(self, images, count, steps=300, device="cpu"):
+    def __init__(self, images, count, steps, device="cpu"):
         check_count(count, len(images.train))
         self.device, self.count = device, count
         seed_from(0)

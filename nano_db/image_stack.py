@@ -44,11 +44,6 @@ class ImageStack:
         z = float(sigmas[0]) * torch.randn(len(labels), *shape, generator=generator).to(labels.device)
         yield from WALKS[solver](self.denoiser(labels, guidance), z, sigmas)
 
-    def sample(self, labels, *options, **more):
-        """The walk's end: images (B, C, H, W) in [-1, 1]."""
-        *_, last = self.walk(labels, *options, **more)
-        return last.z.clamp(-1, 1)
-
 
 @torch.no_grad()
 def edm_loss(stack, batches, noise, sigma_data, levels=24, seed=0):

@@ -16,11 +16,19 @@ def check_patches(shape, patch, width, heads):
         raise UsageError(f"--width {width} must be a multiple of 4 and of --heads {heads}")
 
 
-def patchify(images, patch):
-    """(B, C, H, W) -> (B, T, C * patch^2), row by row; T = H * W / patch^2."""
-    B, C, H, W = images.shape
-    grid = images.view(B, C, H // patch, patch, W // patch, patch)
-    return grid.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * patch**2)
+def patchify(images, patch, shape):
+    """(B, C, H, W) -> (B, T, C * patch^2), row by row; T = H * W / patch^2. shape: the (C, H, W) that is expected.
+
+    Raises UsageError for images of another shape.
+    """
+    if images.shape[1:] != tuple(shape):
+        raise UsageError(
+            f"the network is made for images of shape {tuple(shape)} (channels, height, width), "
+            f"but these are of shape {tuple(images.shape[1:])}"
+        )
+    C, H, W = shape
+    grid = images.view(-1, C, H // patch, patch, W // patch, patch)
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def unpatchify(patches, patch, shape):

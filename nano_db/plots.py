@@ -85,21 +85,21 @@ def draw_classification(path, images, log_p, labels, metrics, hardest=25):
     counts = torch.zeros(classes, classes)
     counts.index_put_((labels, guesses), torch.ones(len(labels)), accumulate=True)
     figure, axes = plt.subplots(1, 3 if "accuracy_walk" in metrics else 2, figsize=(15, 4.8), layout="constrained")
-    axes[0].imshow(counts / counts.sum(1, keepdim=True).clamp(min=1), cmap="Greys", vmin=0, vmax=1)
+    axes[0].imshow((counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy(), cmap="Greys", vmin=0, vmax=1)
     if classes <= 40:
         axes[0].set_xticks(range(classes), images.classes, fontsize=7, rotation=90)
         axes[0].set_yticks(range(classes), images.classes, fontsize=7)
     axes[0].set(xlabel="named", ylabel="true class", title="share of each class (row) named so (column)")
 
     surprise = -log_p.gather(1, labels[:, None])[:, 0]
+    chosen = surprise.topk(min(hardest, len(labels))).indices
+    canvas, corners = _mosaic([image / 127.5 - 1 for image in images.test[chosen].float()], columns=5, gap=12)
+    axes[1].imshow(canvas)
+    for i, (x, y) in zip(chosen.tolist(), corners, strict=True):
+        name = f"{images.classes[labels[i]]} -> {images.classes[guesses[i]]}"
+        axes[1].text(x + images.shape[2] / 2, y - 2, name, ha="center", fontsize=7)
     axes[1].set_axis_off()
     axes[1].set_title("the hardest test images: true -> named")
-    side = math.ceil(math.sqrt(hardest))
-    for k, i in enumerate(surprise.topk(min(hardest, len(labels))).indices.tolist()):
-        tile = axes[1].inset_axes([k % side / side, 1 - (k // side + 1) / side, 0.8 / side, 0.8 / side])
-        tile.imshow(images.test[i].permute(1, 2, 0).squeeze(-1), cmap="gray")
-        tile.set_axis_off()
-        tile.set_title(f"{images.classes[labels[i]]} -> {images.classes[guesses[i]]}", fontsize=7, pad=2)
 
     if "accuracy_walk" in metrics:
         for name, style in (("noise_free", "o-"), ("walk", "s--")):
@@ -117,40 +117,56 @@ def draw_classification(path, images, log_p, labels, metrics, hardest=25):
 
 
 def draw_images(path, states, owners, names, sigma_data, walks=3, columns=13):
-    """samples.png of an image generator: a grid of images, titled with their classes, and some walks from noise to image.
+    """samples.png of an image generator: images, titled with their classes, and some walks from noise to image.
 
     states: of the whole walk (sampler.State), images (B, C, H, W) in [-1, 1]; owners: the block of each call; names
     (B,). A walk is two rows: the noisy image z, scaled to the range of a clean one, and D, what the block at work takes
     it for. The frame's colour is the block's.
     """
-
-    def show(ax, image):
-        ax.imshow((image.clamp(-1, 1) * 0.5 + 0.5).permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1)
-        ax.set(xticks=[], yticks=[])
-
     images, walks = states[-1].z.cpu(), min(walks, len(names))
-    rows = math.ceil(len(images) / columns)
-    figure = plt.figure(figsize=(columns, 1.25 * rows + 2.1 * walks + 1.2), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.25 * rows, 2.1 * walks + 1))
-    axes = top.subplots(rows, columns, squeeze=False)
-    for i, ax in enumerate(axes.flat):
-        ax.set_axis_off()
-        if i < len(images):
-            show(ax, images[i])
-            ax.set_title(names[i], fontsize=8, pad=2)
+    rows, colours = math.ceil(len(images) / columns), block_colours(max(owners) + 1)
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(columns, 1.2 * rows + 2.4 * walks + 1), height_ratios=(1.2 * rows, 2.4 * walks + 0.5),
+        layout="constrained",
+    )  # fmt: skip
+    canvas, corners = _mosaic(list(images), columns, gap=8)
+    top.imshow(canvas)
+    for (x, y), name in zip(corners, names, strict=False):
+        top.text(x + images.shape[-1] / 2, y - 1, name, ha="center", va="bottom", fontsize=8)
 
-    bottom.suptitle("from noise to image: above z, below what the block at work takes it for", fontsize=10)
-    axes, colours = bottom.subplots(2 * walks, columns, squeeze=False), block_colours(max(owners) + 1)
     chosen = np.linspace(0, len(states) - 1, columns).round().astype(int)
-    for column, call in enumerate(chosen):
-        state, colour = states[call], colours[owners[call]]
-        scale = sigma_data / math.hypot(sigma_data, state.sigma)
-        for i in range(walks):
-            for ax, image in zip(axes[2 * i : 2 * i + 2, column], (scale * state.z[i], state.denoised[i]), strict=True):
-                show(ax, image.cpu())
-                ax.spines[:].set(color=colour, linewidth=2.5)
-        axes[0, column].set_title(f"block {owners[call]}\nto $\\sigma$ = {state.sigma:.2g}", fontsize=8, color=colour)
+    tiles, frames = [], []
+    for i in range(walks):
+        for kind in ("z", "denoised"):
+            for call in chosen:
+                scale = sigma_data / math.hypot(sigma_data, states[call].sigma) if kind == "z" else 1.0
+                tiles.append(scale * getattr(states[call], kind)[i].cpu())
+                frames.append(colours[owners[call]])
+    canvas, corners = _mosaic(tiles, columns, gap=4, frames=frames)
+    bottom.imshow(canvas)
+    for (x, _), call in zip(corners, chosen, strict=False):
+        label = f"block {owners[call]}\nto $\\sigma$ = {states[call].sigma:.2g}"
+        bottom.text(x + images.shape[-1] / 2, -3, label, ha="center", fontsize=8, color=colours[owners[call]])
+    bottom.set_title("from noise to image: above z, below what the block at work takes it for", fontsize=10, pad=32)
+    for ax in (top, bottom):
+        ax.set_axis_off()
     _save(figure, path)
+
+
+def _mosaic(images, columns, gap, frames=None):
+    """Images (C, H, W) in [-1, 1] side by side as one, (height, width, 3) in [0, 1], and the upper left corner (x, y)
+    of each. frames: a colour for each, of which the inner half of the gap around it is painted.
+    """
+    H, W = images[0].shape[1:]
+    rows = math.ceil(len(images) / columns)
+    canvas = np.ones((rows * (H + gap) + gap, columns * (W + gap) + gap, 3))
+    corners = [(i % columns * (W + gap) + gap, i // columns * (H + gap) + gap) for i in range(len(images))]
+    for i, (image, (x, y)) in enumerate(zip(images, corners, strict=True)):
+        if frames:
+            edge = gap // 2
+            canvas[y - edge : y + H + edge, x - edge : x + W + edge] = frames[i][:3]
+        canvas[y : y + H, x : x + W] = (image.clamp(-1, 1) * 0.5 + 0.5).permute(1, 2, 0).numpy()
+    return canvas, corners
 
 
 def draw_idea(path, blocks=4):

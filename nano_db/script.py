@@ -7,7 +7,7 @@ from nano_db.errors import UsageError
 from nano_db.report import benchmark, finish
 from nano_db.run import Run, read_config
 from nano_db.settings import frozen_fields, parse
-from nano_db.trainer import Trainer
+from nano_db.trainer import InTurn, Trainer
 
 
 def output_folder(script, settings):
@@ -27,24 +27,42 @@ def read_settings(script, settings_class, presets, recipes, description):
     return parse(settings_class, presets, recipes, description=description, stored=stored)
 
 
-def run_script(script, settings, data_sha256, device, make, make_baseline, draw_batch, evaluate, metric, unit):
+def run_script(
+    script,
+    settings,
+    data_sha256,
+    device,
+    make,
+    make_baseline,
+    draw_batch,
+    evaluate,
+    metric,
+    unit,
+    use=None,
+    in_turn=False,
+):
     """Train what is not trained yet, evaluate after each round, report at the end.
 
     make(b): builds the b-th network to train. make_baseline(): the end-to-end network to measure beside blocks.
     draw_batch(): a training batch on `device`, from torch's global generator. evaluate(networks, folder): prints what
     it finds of the trained networks, writes its samples into `folder` (None with --eval-only) and returns a
     dictionary of metrics; of these, `metric` (in `unit`) is drawn in curves.png.
+
+    use(networks, n): classifies or paints n images, for scripts that report what one costs (inference.py). in_turn:
+    evaluate goes through the networks one after the other, so that one at a time is enough in memory.
     """
     trainer = Trainer(None, make, draw_batch, settings, device)
     if settings.benchmark:
-        benchmark(trainer, make_baseline, settings.benchmark)
+        benchmark(trainer, make_baseline, settings.benchmark, use)
         return
     about = {"script": script, "data_sha256": data_sha256}
     run = Run(output_folder(script, settings), asdict(settings), frozen_fields(type(settings)), about)
     trainer.run, metrics = run, {}
 
     def after_round(step):
-        networks = [trainer.restore(b) for b in range(trainer.networks)]
+        networks = InTurn(trainer)
+        if not in_turn:
+            networks = list(networks)
         print(f"after {step} steps" + (" of each network:" if trainer.networks > 1 else ":"))
         metrics.update(evaluate(networks, None if settings.eval_only else run.folder))
         if not settings.eval_only:
@@ -54,7 +72,7 @@ def run_script(script, settings, data_sha256, device, make, make_baseline, draw_
     if not complete:
         print(f"still to train: blocks {', '.join(map(str, trainer.unfinished()))} of {run.folder}")
     elif not settings.eval_only:
-        finish(script, trainer, metrics, make_baseline)
+        finish(script, trainer, metrics, make_baseline, use)
         from nano_db.plots import draw_curves  # not at the top: importing matplotlib takes a second
 
         draw_curves(run.folder, metric, unit, metrics.get("nats_per_block", ()))

@@ -10,6 +10,7 @@ interruption, nor training a block alone elsewhere can change its weights: bit f
 
 import math
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -163,6 +164,27 @@ class Trainer:
         except RuntimeError as error:
             path = self.run.block_path(b)
             raise UsageError(f"{path} does not fit the network of these settings: it is no part of this run") from error
+
+
+class InTurn(Sequence):
+    """The trained blocks of a run as a list that holds one of them in memory at a time: the last that was asked for.
+
+    For walks that go through the blocks once. trainer: the run's.
+    """
+
+    def __init__(self, trainer):
+        self.trainer, self.held, self.block = trainer, None, None
+
+    def __len__(self):
+        return self.trainer.networks
+
+    def __getitem__(self, b):
+        if not 0 <= b < len(self):
+            raise IndexError(b)
+        if b != self.held:
+            self.held, self.block = None, None  # free the one before first
+            self.held, self.block = b, self.trainer.restore(b)
+        return self.block
 
 
 def chosen_blocks(only, count):

@@ -1,0 +1,78 @@
+import pytest
+import torch
+import torch.nn as nn
+
+from nano_db.image_stack import ImageStack, edm_loss
+from nano_db.partition import make_partition
+from nano_db.sampler import euler_walk
+from nano_db.schedule import LogNormal, edm_weight, equal_mass_grid, karras_grid
+
+SHAPE, MEANS = (1, 2, 2), torch.tensor([[[[0.5]]], [[[-0.5]]], [[[0.0]]]])  # of class 0, class 1 and no class
+
+
+class Gaussian(nn.Module):
+    """The exact denoiser of images y ~ N(mean of the class, std^2): a block that has learnt all there is to learn."""
+
+    def __init__(self, std=0.5):
+        super().__init__()
+        self.std, self.calls = std, []
+
+    def forward(self, labels, z, sigma):
+        self.calls.append((float(sigma), labels.tolist()))
+        share = self.std**2 / (self.std**2 + sigma**2)
+        return share * z + (1 - share) * MEANS[labels]
+
+
+@pytest.fixture
+def stack():
+    return ImageStack([Gaussian() for _ in range(3)], make_partition(LogNormal(), 3), null_label=2)
+
+
+def test_each_call_of_the_walk_is_answered_by_the_block_that_trained_there(stack):
+    noise = LogNormal()
+    sigmas = equal_mass_grid(noise, 12)
+    list(stack.walk(torch.tensor([0, 1]), SHAPE, sigmas, generator=torch.Generator().manual_seed(0)))
+    for b, block in enumerate(stack.blocks):
+        low, high = stack.partition.interval(b)
+        assert len(block.calls) == 4 and all(low < sigma <= high for sigma, _ in block.calls)
+
+
+def test_guidance_1_is_no_guidance_and_costs_one_call(stack):
+    labels, z = torch.tensor([0, 1]), torch.randn(2, *SHAPE)
+    plain = stack.blocks[0](labels, z, 5.0)
+    stack.blocks[0].calls.clear()
+    assert torch.equal(stack.denoiser(labels, guidance=1.0)(z, 5.0), plain) and len(stack.blocks[0].calls) == 1
+    without = stack.blocks[0](torch.tensor([2, 2]), z, 5.0)
+    torch.testing.assert_close(stack.denoiser(labels, guidance=3.0)(z, 5.0), without + 3 * (plain - without))
+    torch.testing.assert_close(stack.denoiser(labels, guidance=0.0)(z, 5.0), without)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_the_walk_paints_the_distribution_of_its_class(stack, solver):
+    sigmas, generator = karras_grid(LogNormal(), 60), torch.Generator().manual_seed(0)
+    labels = torch.arange(4000) % 2
+    *_, last = stack.walk(labels, SHAPE, sigmas, solver=solver, generator=generator)
+    for label in (0, 1):
+        painted = last.z[labels == label]
+        assert float(painted.mean()) == pytest.approx(float(MEANS[label]), abs=0.02)
+        assert float(painted.std()) == pytest.approx(0.5, rel=0.05 if solver == "euler" else 0.02)
+
+
+def test_the_edm_loss_of_an_exact_denoiser_is_known_and_adds_up(stack):
+    """E |D - y|^2 = std^2 sigma^2 / (std^2 + sigma^2), which is 1 / w for std = sigma_data: the loss is 1."""
+    y = MEANS[torch.arange(6000) % 2] + 0.5 * torch.randn(6000, *SHAPE, generator=torch.Generator().manual_seed(1))
+    batches = [(y[:2500], torch.arange(2500) % 2), (y[2500:], torch.arange(2500, 6000) % 2)]
+    found = edm_loss(stack, batches, LogNormal(), sigma_data=0.5)
+    assert found["edm_loss"] == pytest.approx(1.0, rel=0.02)
+    assert sum(found["edm_loss_by_block"]) == pytest.approx(found["edm_loss"])
+    torch.testing.assert_close(torch.tensor(found["edm_loss_by_block"]), torch.full((3,), 1 / 3), rtol=0.03, atol=0)
+    assert edm_loss(stack, batches, LogNormal(), sigma_data=0.5) == found, "the noise is fixed"
+
+
+def test_the_walk_is_the_sampler_s(stack):
+    sigmas, labels = equal_mass_grid(LogNormal(), 6), torch.tensor([1])
+    *_, last = stack.walk(labels, SHAPE, sigmas, generator=torch.Generator().manual_seed(3))
+    z = float(sigmas[0]) * torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(3))
+    *_, expected = euler_walk(lambda z, sigma: stack.blocks[0](labels, z, sigma), z, sigmas)
+    assert torch.equal(last.z, expected.z)
+    assert float(edm_weight(torch.tensor(0.5), 0.5)) == pytest.approx(8.0)

@@ -1,0 +1,213 @@
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+
+from data import cifar, glyphs
+from data.augment import OPERATIONS, augment, flip, padded_crop
+from data.images import Images, load_images, to_floats
+from nano_db.errors import UsageError
+
+NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def records(count, seed, classes=10, label_bytes=1):
+    random = np.random.default_rng(seed)
+    labels, pixels = random.integers(classes, size=(count, label_bytes)), random.integers(256, size=(count, 3072))
+    return np.concatenate([labels, pixels], axis=1).astype(np.uint8)
+
+
+def members(count=6):
+    """The files of a small CIFAR-10 of the official layout."""
+    files = {f"data_batch_{i}.bin": records(count, i).tobytes() for i in range(1, 6)}
+    return files | {
+        "test_batch.bin": records(count, 9).tobytes(),
+        "batches.meta.txt": "\n".join([*NAMES, "", ""]).encode(),
+    }
+
+
+def write_folder(folder, files):
+    inside = folder / "cifar-10-batches-bin"
+    inside.mkdir(parents=True)
+    for name, content in files.items():
+        (inside / name).write_bytes(content)
+
+
+def write_archive(path, files, prefix="cifar-10-batches-bin/", extra=()):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(prefix + name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        for member in extra:
+            archive.addfile(member)
+    return path
+
+
+def test_glyphs_are_deterministic_and_every_class_is_drawn_equally_often():
+    images, labels = glyphs.make(glyphs.TRAIN_FONTS, 360, seed=3)
+    again, _ = glyphs.make(glyphs.TRAIN_FONTS, 360, seed=3)
+    other, _ = glyphs.make(glyphs.TRAIN_FONTS, 360, seed=4)
+    assert np.array_equal(images, again) and not np.array_equal(images, other)
+    assert images.shape == (360, 1, 32, 32) and images.dtype == np.uint8
+    assert (np.bincount(labels) == 10).all() and len(np.bincount(labels)) == 36
+    assert (images.reshape(360, -1).max(1) > 200).all(), "a glyph is white on black"
+    assert images[:, :, [0, -1]].mean() < 2, "and lies inside its picture"
+
+
+def test_train_and_test_fonts_are_different_ones_and_have_all_characters():
+    from matplotlib.ft2font import FT2Font
+
+    assert not set(glyphs.TRAIN_FONTS) & set(glyphs.TEST_FONTS)
+    for font in glyphs.TRAIN_FONTS + glyphs.TEST_FONTS:
+        characters = FT2Font(str(glyphs.font_file(font))).get_charmap()
+        assert {ord(c) for c in glyphs.CLASSES} <= characters.keys()
+
+
+def test_a_glyph_is_drawn_by_its_own_font():
+    """The same letter by the same random numbers, but in another font, is another picture."""
+    a, _ = glyphs.make(("DejaVuSans",), 36, seed=0)
+    b, _ = glyphs.make(("cmr10",), 36, seed=0)
+    assert all((x != y).any() for x, y in zip(a, b, strict=True))
+
+
+def test_images_are_floats_from_minus_one_to_one():
+    assert torch.equal(to_floats(torch.tensor([0, 255], dtype=torch.uint8)), torch.tensor([-1.0, 1.0]))
+    images = load_images("glyphs", count=180)
+    torch.manual_seed(0)
+    x, labels = images.batch(7)
+    assert x.shape == (7, 1, 32, 32) and labels.shape == (7,) and images.shape == (1, 32, 32)
+    assert x.min() == -1 and x.max() <= 1
+    parts = list(images.test_batches(10, 25))
+    assert [len(y) for _, y in parts] == [10, 10, 5] and torch.equal(parts[0][0], to_floats(images.test[:10]))
+
+
+@pytest.mark.parametrize("kind", ["folder", "archive"])
+def test_cifar_is_read_record_by_record(tmp_path, kind):
+    files = members()
+    if kind == "folder":
+        write_folder(tmp_path, files)
+        train, test, names = cifar.load("cifar10", tmp_path)
+    else:
+        train, test, names = cifar.read_archive(cifar.ARCHIVES["cifar10"], write_archive(tmp_path / "c.tar.gz", files))
+    assert names == NAMES and train[0].shape == (30, 3, 32, 32) and test[0].shape == (6, 3, 32, 32)
+    expected = records(6, 2)  # data_batch_2 follows data_batch_1
+    assert np.array_equal(train[1][6:12], expected[:, 0])
+    assert train[0][8, 1, 3, 5] == expected[2, 1 + 1024 + 3 * 32 + 5], "green, row 3, column 5"
+
+
+def test_cifar100_takes_the_fine_label(tmp_path):
+    inside = tmp_path / "cifar-100-binary"
+    inside.mkdir()
+    data = records(5, 0, classes=100, label_bytes=2)
+    for name in ("train.bin", "test.bin"):
+        (inside / name).write_bytes(data.tobytes())
+    (inside / "fine_label_names.txt").write_text("\n".join(f"class{i}" for i in range(100)))
+    train, _, _ = cifar.load("cifar100", tmp_path)
+    assert np.array_equal(train[1], data[:, 1])
+
+
+def test_an_archive_with_another_checksum_is_not_trusted(tmp_path):
+    write_archive(tmp_path / "cifar-10-binary.tar.gz", members())
+    with pytest.raises(UsageError, match="md5"):
+        cifar.load("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("data_batch_3.bin", records(6, 3).tobytes()[:-1], "no multiple of 3073"),
+        ("test_batch.bin", b"", "no multiple of 3073"),
+        ("data_batch_1.bin", b"\x0a" + records(1, 0).tobytes()[1:], "the label 10"),
+        ("batches.meta.txt", b"cat\ndog\n", "names 2 classes"),
+        ("data_batch_5.bin", None, "data_batch_5.bin"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, message):
+    files = members() | {name: content}
+    files = {name: content for name, content in files.items() if content is not None}
+    write_folder(tmp_path, files)
+    with pytest.raises(UsageError, match=message):
+        cifar.load("cifar10", tmp_path)
+    with pytest.raises(UsageError, match=message):
+        cifar.read_archive(cifar.ARCHIVES["cifar10"], write_archive(tmp_path / "c.tar.gz", files))
+
+
+def test_damaged_archives_are_one_line_each(tmp_path):
+    path = write_archive(tmp_path / "c.tar.gz", members())
+    whole, random = path.read_bytes(), np.random.default_rng(0)
+    for trial in range(40):
+        content = bytearray(whole)
+        if trial % 2:
+            del content[random.integers(len(whole)) :]
+        else:
+            content[random.integers(10, len(whole))] ^= 1 << random.integers(8)
+        path.write_bytes(content)
+        with pytest.raises(UsageError) as caught:  # gzip's checksum finds what the layout does not
+            cifar.read_archive(cifar.ARCHIVES["cifar10"], path)
+        assert "\n" not in str(caught.value)
+
+
+def link(name, target, kind=tarfile.SYMTYPE):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member
+
+
+def test_a_malicious_archive_writes_nothing_and_reads_nothing_else(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_bytes(records(6, 1).tobytes())
+    files = members()
+    path = write_archive(tmp_path / "c.tar.gz", files | {"../../escaped": b"x", "/tmp/absolute": b"x"})
+    before = sorted(tmp_path.rglob("*"))
+    cifar.read_archive(cifar.ARCHIVES["cifar10"], path)  # extra members are of no consequence
+    assert sorted(tmp_path.rglob("*")) == before
+    del files["data_batch_1.bin"]
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+        wanted = link("cifar-10-batches-bin/data_batch_1.bin", str(secret), kind)
+        with pytest.raises(UsageError, match="is no file"):
+            cifar.read_archive(cifar.ARCHIVES["cifar10"], write_archive(path, files, extra=[wanted]))
+
+
+def test_a_flip_mirrors_about_half_and_letters_never():
+    images = torch.randint(256, (400, 1, 8, 8), dtype=torch.uint8)
+    torch.manual_seed(0)
+    flipped = (flip(images) != images).flatten(1).any(1)
+    assert 150 < flipped.sum() < 250
+    assert torch.equal(augment(images, "flip", mirrors=False), images)
+    assert torch.equal(augment(images, "none", mirrors=True), images)
+
+
+def test_a_padded_crop_is_a_shift():
+    images = torch.randint(1, 256, (50, 3, 8, 8), dtype=torch.uint8)
+    torch.manual_seed(1)
+    moved = padded_crop(images)
+    shifts = set()
+    for before, after in zip(images, moved, strict=True):
+        padded = torch.nn.functional.pad(before, (4,) * 4)
+        found = [(i, j) for i in range(9) for j in range(9) if torch.equal(padded[:, i : i + 8, j : j + 8], after)]
+        assert len(found) == 1
+        shifts.update(found)
+    assert len(shifts) > 20
+
+
+def test_randaugment_keeps_shape_and_type_and_its_first_operation_does_nothing():
+    images = torch.randint(256, (64, 3, 16, 16), dtype=torch.uint8)
+    torch.manual_seed(0)
+    changed = augment(images, "randaugment", mirrors=True)
+    assert changed.shape == images.shape and changed.dtype == torch.uint8 and not torch.equal(changed, images)
+    x = images.float() / 255
+    for operation in OPERATIONS:
+        assert operation(x, torch.full((64,), 0.3)).shape == x.shape
+        assert torch.isfinite(operation(x, torch.full((64,), -1.0))).all()
+    geometric = OPERATIONS[:6]
+    for operation in geometric:
+        torch.testing.assert_close(operation(x, torch.zeros(64)), x, atol=1e-4, rtol=0)
+
+
+def test_labels_out_of_range_are_refused():
+    pixels, labels = torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1, 2])
+    with pytest.raises(UsageError, match="between 0 and 1"):
+        Images(pixels, labels, pixels, labels % 2, ["a", "b"], mirrors=True, sha256="")

@@ -1,0 +1,115 @@
+import json
+
+import pytest
+import torch
+
+import train_dit
+from nano_db.trainer import InTurn
+
+TINY = ("--preset", "tiny", "--layers", "3", "--steps", "6", "--device", "cpu", "--glyphs", "180", "--calls", "6")
+
+
+@pytest.fixture
+def dit(cli, tmp_path):
+    return lambda *flags: cli(*TINY, "--out", tmp_path / "run", *flags, main=train_dit.main)
+
+
+def result_of(folder):
+    return json.loads((folder / "run" / "result.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--ema", "0.9"), ("--baseline",), ("--partition", "uniform", "--solver", "heun", "--frechet-images", "0")],
+)
+def test_a_run_scores_paints_and_resumes(dit, tmp_path, flags):
+    code, out, err = dit(*flags)
+    assert code == 0, err
+    result = result_of(tmp_path)
+    metrics = result["metrics"]
+    assert sum(metrics["edm_loss_by_block"]) == pytest.approx(metrics["edm_loss"])
+    assert ("frechet_small" in metrics) == ("--frechet-images" not in flags)
+    assert ("(real images:" in out) == ("--frechet-images" not in flags), "never without its floor"
+    assert (tmp_path / "run" / "samples.png").read_bytes().startswith(b"\x89PNG")
+    code, out, _ = dit(*flags)
+    assert code == 0 and "loss 0" not in out and result_of(tmp_path)["metrics"] == metrics
+
+
+def test_three_blocks_evaluate_a_third_of_the_layers(dit, tmp_path):
+    quick = ("--frechet-images", "0", "--samples", "0")
+    dit("--guidance", "1", *quick)
+    assert result_of(tmp_path)["one_image"]["layer_evaluations"] == 6 * 1  # calls, layers a block
+    dit("--baseline", "--guidance", "2", *quick, "--out", tmp_path / "run" / "b")
+    assert (
+        json.loads((tmp_path / "run" / "b" / "result.json").read_text())["one_image"]["layer_evaluations"] == 6 * 3 * 2
+    )
+
+
+def test_the_ema_is_what_is_evaluated(dit, tmp_path):
+    flags = ("--ema", "0.5", "--frechet-images", "0", "--samples", "0")
+    dit(*flags)
+    state = torch.load(tmp_path / "run" / "block_1.pt", weights_only=True)
+    assert any(not torch.equal(state["ema"][name], state["weights"][name]) for name in state["weights"])
+    before = result_of(tmp_path)["metrics"]["edm_loss"]
+    state["ema"] = state["weights"]
+    torch.save(state, tmp_path / "run" / "block_1.pt")
+    dit(*flags)
+    assert result_of(tmp_path)["metrics"]["edm_loss"] != before
+
+
+def test_only_one_block_is_in_memory_at_a_time():
+    class Trainer:
+        networks, restored = 3, []
+
+        def restore(self, b):
+            self.restored.append(b)
+            return f"block {b}"
+
+    blocks = InTurn(Trainer())
+    assert [blocks[b] for b in (0, 0, 1, 1, 1, 2)] == [f"block {b}" for b in (0, 0, 1, 1, 1, 2)]
+    assert Trainer.restored == [0, 1, 2] and len(blocks) == 3 and blocks.block == "block 2"
+    assert list(blocks) == ["block 0", "block 1", "block 2"]
+
+
+def test_dropped_labels_are_the_null_label_in_training_only():
+    settings = train_dit.Settings(width=16, heads=2, patch=8, label_dropout=0.5)
+    torch.manual_seed(0)
+    dit = train_dit.DiT((1, 32, 32), 10, settings, 1)
+    for parameter in dit.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    z, c, labels = torch.randn(1, 1, 32, 32).expand(200, -1, -1, -1), torch.zeros(200), torch.full((200,), 3)
+    null, told = dit.eval()(torch.full((1,), 10), z[:1], c[:1]), dit(labels[:1], z[:1], c[:1])
+    trained = dit.train()(labels, z, c)
+    dropped = torch.isclose(trained, null, atol=1e-5).flatten(1).all(1)
+    kept = torch.isclose(trained, told, atol=1e-5).flatten(1).all(1)
+    assert (dropped ^ kept).all() and 70 < dropped.sum() < 130
+    assert torch.allclose(dit.eval()(labels, z, c), told.expand(200, -1, -1, -1), atol=1e-5)
+
+
+def test_an_untrained_network_answers_c_skip_z():
+    settings = train_dit.Settings(width=16, heads=2, patch=8)
+    network = train_dit.DiT((3, 32, 32), 10, settings, 2)
+    assert not network(torch.tensor([1]), torch.randn(1, 3, 32, 32), torch.zeros(1)).any()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--patch", "5"), "must divide"),
+        (("--label-dropout", "0"), "--label-dropout above 0"),
+        (("--frechet-images", "20"), "more than 64"),
+        (("--frechet-images", "100"), "at most half"),
+        (("--recipe", "nano"), "unrecognized"),
+        (("--calls", "0"), "at least 1"),
+        (("--layer-split", "1,1"), "must name 3 blocks"),
+        (("--baseline", "--partition", "uniform"), "does nothing for the baseline"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(dit, flags, message):
+    code, _, err = dit(*flags)
+    assert code == 2 and message in err and err.count("\n") == 1, err
+
+
+def test_the_baseline_heeds_the_noise_levels(dit, tmp_path):
+    code, _, err = dit("--baseline", "--sigma-max", "10", "--frechet-images", "0")
+    assert code == 0, err

@@ -1,0 +1,71 @@
+import json
+
+import pytest
+import torch
+
+import train_vit
+
+TINY = ("--preset", "tiny", "--layers", "3", "--steps", "6", "--device", "cpu", "--glyphs", "180")
+
+
+@pytest.fixture
+def vit(cli, tmp_path):
+    return lambda *flags: cli(*TINY, "--out", tmp_path / "run", *flags, main=train_vit.main)
+
+
+def result_of(folder):
+    return json.loads((folder / "run" / "result.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--recipe", "paper"),
+        ("--baseline", "--ensemble", "2"),
+        ("--readout", "mean", "--z", "inside", "--walk", "last", "--layer-split", "1,1,1", "--calls-per-block", "2"),
+    ],
+)
+def test_a_run_scores_draws_and_resumes(vit, tmp_path, flags):
+    code, _, err = vit(*flags)
+    assert code == 0, err
+    metrics = result_of(tmp_path)["metrics"]
+    assert 0 <= metrics["accuracy"] <= 1
+    if "--baseline" not in flags:
+        assert len(metrics["accuracy_walk_after_each_block"]) == 3
+        assert {"accuracy_walk", "accuracy_noise_free", "accuracy_mean_of_walks"} <= metrics.keys()
+    assert (tmp_path / "run" / "samples.png").read_bytes().startswith(b"\x89PNG")
+    code, out, _ = vit(*flags)
+    assert code == 0 and "loss" not in out and result_of(tmp_path)["metrics"] == metrics
+
+
+def test_a_network_that_is_shown_z_depends_on_it_and_on_the_noise_level():
+    settings = train_vit.Settings(width=16, heads=2, patch=8)
+    torch.manual_seed(0)
+    vit = train_vit.ViT((1, 32, 32), settings, 2, shows_z=True)
+    for parameter in vit.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x, z, c = torch.randn(3, 1, 32, 32), torch.randn(3, 16), torch.zeros(3)
+    features = vit(x, z, c)
+    assert features.shape == (3, 16)
+    assert not torch.allclose(features, vit(x, z + 1, c)) and not torch.allclose(features, vit(x, z, c + 1))
+    assert not torch.allclose(features, vit(x.flip(-1), z, c)), "patches know their place"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--patch", "5"), "must divide"),
+        (("--width", "18"), "multiple of 4"),
+        (("--blocks", "4"), "more than --layers 3"),
+        (("--glyphs", "10"), "at least 100"),
+        (("--data", "mnist"), "invalid choice"),
+        (("--data", "cifar10", "--data-dir", "/nowhere"), "cifar-10-binary.tar.gz"),
+        (("--head", "paper"), "--z outside needs"),
+        (("--z", "inside"), "--walk averaged needs"),
+        (("--baseline", "--walks", "3"), "does nothing for the baseline"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(vit, flags, message):
+    code, _, err = vit(*flags)
+    assert code == 2 and message in err and err.count("\n") == 1, err
