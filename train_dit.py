@@ -28,8 +28,10 @@ from nano_db.partition import make_partition, split_layers
 from nano_db.patches import check_patches, patch_positions, patchify, unpatchify
 from nano_db.regression import EDMHead
 from nano_db.schedule import equal_mass_grid, karras_grid, make_noise
-from nano_db.script import read_settings, run_script
+from nano_db.script import output_folder, picture_path, read_settings, run_script
 from nano_db.settings import NoiseSettings, RunSettings, command, option
+
+EXPORT_BATCH = 250  # images painted at a time
 
 
 @dataclass
@@ -54,6 +56,7 @@ class Settings(NoiseSettings, RunSettings):
     guidance: float = option(2.0, "classifier-free guidance; 1: none", least=0, free=True)
     test_images: int = option(1000, "held-out images to evaluate the loss on; 0: all", least=0, free=True)
     samples: int = option(39, "images to paint for samples.png", least=0, free=True)
+    export: int = option(0, "images to paint into the folder `images` of --out, a PNG each", least=0, free=True)
     frechet_steps: int = option(300, "training steps of the classifier behind frechet_small", least=1, free=True)
     frechet_images: int = option(500, "images to paint for frechet_small; 0: none", least=0, free=True)
 
@@ -148,13 +151,13 @@ def main():
         y, labels = images.batch(settings.batch_size, settings.augment, device)
         return labels, y
 
-    def paint(networks, count):
+    def paint(networks, count, seed=settings.seed):
         """Walk to `count` images, of each class in turn. Yields the States."""
         stack = ImageStack(networks, make_partition(noise, len(networks), settings.partition), classes)
-        labels, generator = torch.arange(count, device=device) % classes, torch.Generator().manual_seed(settings.seed)
+        labels, generator = torch.arange(count, device=device) % classes, torch.Generator().manual_seed(seed)
         return stack.walk(labels, images.shape, sigmas, settings.guidance, settings.solver, generator)
 
-    def evaluate_and_paint(networks, folder):
+    def evaluate_and_paint(networks, _):
         nonlocal frechet
         stack = ImageStack(networks, partition, classes)
         batches = list(images.test_batches(250, settings.test_images, device))
@@ -165,13 +168,18 @@ def main():
             *_, last = paint(networks, settings.frechet_images)
             metrics |= {"frechet_small": frechet(last.z.clamp(-1, 1)), "frechet_small_real": frechet.floor}
             print(f"frechet_small {metrics['frechet_small']:.4f} (real images: {frechet.floor:.4f})")
-        if folder and settings.samples:
+        if settings.samples:
             from nano_db.plots import draw_images
 
             states = list(paint(networks, settings.samples))
             owners = [partition.route(float(sigma)) for sigma in sigmas[:-1]]
             names = [images.classes[i % classes] for i in range(settings.samples)]
-            draw_images(folder / "samples.png", states, owners, names, settings.sigma_data)
+            draw_images(picture_path("dit", settings), states, owners, names, settings.sigma_data)
+        for first in range(0, settings.export, EXPORT_BATCH):
+            from nano_db.plots import save_images
+
+            *_, last = paint(networks, min(EXPORT_BATCH, settings.export - first), settings.seed + first)
+            save_images(output_folder("dit", settings) / "images", last.z, first)
         return metrics
 
     run_script(

@@ -24,7 +24,7 @@ from nano_db.layers import Layer, NoiseEmbedding, rms_norm
 from nano_db.partition import make_partition, split_layers
 from nano_db.patches import check_patches, patch_positions, patchify
 from nano_db.schedule import equal_mass_grid, karras_grid, make_noise
-from nano_db.script import read_settings, run_script
+from nano_db.script import picture_path, read_settings, run_script
 from nano_db.settings import DiscreteSettings, RunSettings, check_discrete, command, option
 from nano_db.stack import Stack
 
@@ -42,6 +42,7 @@ class Settings(DiscreteSettings, RunSettings):
     readout: str = option("token", "where the class is read: the label token, or the mean", choices=("token", "mean"))
     calls_per_block: int = option(1, "Euler calls of each block", least=1, free=True, only="blocks")
     walks: int = option(8, "walks from noise to average", least=1, free=True, only="blocks")
+    samples: int = option(25, "hardest test images to show in samples.png; 0: no picture", least=0, free=True)
     test_images: int = option(0, "test images to evaluate on; 0: all", least=0, free=True)
 
 
@@ -144,17 +145,17 @@ def main():
         x, _ = next(images.test_batches(count, count, device))
         return classify(make_stack(networks), x, sigmas)
 
-    def evaluate_and_draw(networks, folder):
+    def evaluate_and_draw(networks, _):
         batches = images.test_batches(256, settings.test_images, device)
         metrics, log_p, labels = evaluate(make_stack(networks), batches, sigmas, settings.walks, settings.seed)
         for name, value in metrics.items():
             print(
                 name.replace("_", " "), *(f"{share:.4f}" for share in (value if isinstance(value, list) else [value]))
             )
-        if folder:
+        if settings.samples:
             from nano_db.plots import draw_classification
 
-            draw_classification(folder / "samples.png", images, log_p, labels, metrics)
+            draw_classification(picture_path("vit", settings), images, log_p, labels, metrics, settings.samples)
         return metrics
 
     run_script(

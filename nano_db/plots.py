@@ -77,7 +77,7 @@ def draw_by_calls(path, curves, unit):
     _save(figure, path)
 
 
-def draw_classification(path, images, log_p, labels, metrics, hardest=25):
+def draw_classification(path, images, log_p, labels, metrics, hardest):
     """samples.png of a classifier: what it takes for what, the test images that surprise it most, and the accuracy
     after each block of the walk. log_p (N, V) and labels (N,) of the first N test images.
     """
@@ -151,6 +151,14 @@ def draw_images(path, states, owners, names, sigma_data, walks=3, columns=13):
     for ax in (top, bottom):
         ax.set_axis_off()
     _save(figure, path)
+
+
+def save_images(folder, images, first):
+    """Images (B, C, H, W) in [-1, 1] as <folder>/00000.png and so on, numbered from `first`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images, first):
+        pixels = (image.clamp(-1, 1) * 0.5 + 0.5).expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
+        plt.imsave(folder / f"{i:05}.png", pixels)
 
 
 def _mosaic(images, columns, gap, frames=None):

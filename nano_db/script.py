@@ -14,6 +14,13 @@ def output_folder(script, settings):
     return Path(settings.out or f"out/{script}-{settings.method}")
 
 
+def picture_path(script, settings):
+    """Where the run's picture goes. With --eval-only it gets a name of its own: the one of the training stays."""
+    path = output_folder(script, settings) / ("samples-again.png" if settings.eval_only else "samples.png")
+    print(f"picture: {path}")
+    return path
+
+
 def read_settings(script, settings_class, presets, recipes, description):
     """The command line of `script` as checked settings; with --eval-only, completed from the run's config.json."""
 

@@ -1,5 +1,6 @@
 import json
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -43,6 +44,13 @@ def test_three_blocks_evaluate_a_third_of_the_layers(dit, tmp_path):
     assert (
         json.loads((tmp_path / "run" / "b" / "result.json").read_text())["one_image"]["layer_evaluations"] == 6 * 3 * 2
     )
+
+
+def test_painted_images_can_be_exported(dit, tmp_path):
+    dit("--frechet-images", "0", "--samples", "0", "--export", "3")
+    paths = sorted((tmp_path / "run" / "images").iterdir())
+    assert [path.name for path in paths] == ["00000.png", "00001.png", "00002.png"]
+    assert plt.imread(paths[1]).shape[:2] == (32, 32)
 
 
 def test_the_ema_is_what_is_evaluated(dit, tmp_path):
