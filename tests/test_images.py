@@ -1,5 +1,8 @@
 import io
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ from data.images import Images, load_images, to_floats
 from nano_db.errors import UsageError
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+MAKE_CIFAR = Path(__file__).parents[2] / "shared" / "data" / "make_cifar10.py"
 
 
 def records(count, seed, classes=10, label_bytes=1):
@@ -211,3 +216,12 @@ def test_labels_out_of_range_are_refused():
     pixels, labels = torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1, 2])
     with pytest.raises(UsageError, match="between 0 and 1"):
         Images(pixels, labels, pixels, labels % 2, ["a", "b"], mirrors=True, sha256="")
+
+
+@pytest.mark.skipif(not MAKE_CIFAR.exists(), reason="no local copy of CIFAR-10")
+def test_real_photographs_are_read(tmp_path):
+    subprocess.run([sys.executable, MAKE_CIFAR, tmp_path, "--train", "60", "--test", "20"], check=True)
+    images = load_images("cifar10", tmp_path)
+    assert images.train.shape == (60, 3, 32, 32) and len(images.test) == 20 and images.classes == NAMES
+    neighbours = (images.train[..., 1:].float() - images.train[..., :-1].float()).abs().mean()
+    assert neighbours < 20, "neighbouring pixels of a photograph are alike: planes and rows are in their places"
