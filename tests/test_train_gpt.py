@@ -318,12 +318,3 @@ def test_help_needs_no_plotting(cli):
     code, out, _ = cli("--help")
     assert code == 0 and "--blocks" in out and "matplotlib.pyplot" not in sys.modules
     assert all(f"--{f.name.replace('_', '-')}" in out for f in dataclasses.fields(Settings))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("flags", [(), ("--recipe", "paper"), ("--baseline",)])
-def test_cuda_trains_and_reports_the_allocator(small, tmp_path, flags):
-    code, _, err = small("--out", tmp_path / "run", *flags, "--device", "cuda")
-    assert code == 0, err
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["device"] == "cuda" and result["memory_bytes"]["allocator_peak"] > 0
