@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nano_db.errors import UsageError
 
@@ -108,7 +109,11 @@ class Layer(nn.Module):
     """h <- h + attention(norm(h)); h <- h + mlp(norm(h)). With cond_width, both branches are modulated (adaLN-Zero).
 
     sandwich: normalise each sum, too (Geiping et al. 2025), which keeps a layer stable that is applied again and again.
+    With `checkpointed` set, a layer keeps its input alone for the backward pass, and is evaluated again there (Chen et
+    al. 2016).
     """
+
+    checkpointed = False
 
     def __init__(self, width, heads, mlp="gelu", cond_width=0, dropout=0.0, sandwich=False):
         super().__init__()
@@ -127,6 +132,11 @@ class Layer(nn.Module):
         """h (B, T, D); rotary: angles of the positions, or None; cond (B, cond_width) where the layer is conditioned;
         mask (T, keys), True where to look.
         """
+        if self.checkpointed and torch.is_grad_enabled():
+            return checkpoint(self._update, h, rotary, cond, mask, causal, remember, use_reentrant=False)
+        return self._update(h, rotary, cond, mask, causal, remember)
+
+    def _update(self, h, rotary, cond, mask, causal, remember):
         attend = (rotary, mask, causal, remember)
         if self.modulation is None:
             h = self.norm_sum(h + self.dropout(self.attention(rms_norm(h), *attend)))
@@ -134,6 +144,13 @@ class Layer(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(cond))[:, None].chunk(6, dim=-1)
         h = self.norm_sum(h + gate_a * self.dropout(self.attention(rms_norm(h) * (1 + scale_a) + shift_a, *attend)))
         return self.norm_sum(h + gate_m * self.dropout(self.mlp(rms_norm(h) * (1 + scale_m) + shift_m)))
+
+
+def checkpoint_layers(module, on=True):
+    """Let all Layers of `module` keep their inputs alone, or all that they compute."""
+    for layer in module.modules():
+        if isinstance(layer, Layer):
+            layer.checkpointed = on
 
 
 class NoiseEmbedding(nn.Module):

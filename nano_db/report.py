@@ -5,6 +5,7 @@ from functools import partial
 
 from nano_db.device import autocast
 from nano_db.inference import cost_of_use, cost_table, seconds_of
+from nano_db.layers import checkpoint_layers
 from nano_db.memory import memory_table, training_bytes
 from nano_db.optimizer import make_optimizer
 
@@ -12,6 +13,7 @@ from nano_db.optimizer import make_optimizer
 def count_training_bytes(trainer, module):
     """Bytes by part of one training step of `module`, a fresh one of which nothing is kept (see memory.py)."""
     module = module.to(trainer.device).train()
+    checkpoint_layers(module, trainer.settings.checkpoint_activations)
     optimizer = make_optimizer(module, trainer.settings)
     return training_bytes(module, trainer.batch(), optimizer, autocast(trainer.settings, trainer.device))
 
@@ -70,6 +72,7 @@ def benchmark(trainer, make_baseline, pairs, use=None):
     Timings drift with the machine, so both take turns, and what counts is the ratio within each pair.
     """
     baseline = make_baseline().to(trainer.device).train()
+    checkpoint_layers(baseline, trainer.settings.checkpoint_activations)
     blocks = [trainer.build(b).train() for b in range(trainer.networks)]
     optimizers = [make_optimizer(module, trainer.settings) for module in (*blocks, baseline)]
 

@@ -60,6 +60,9 @@ class RunSettings:
         "auto", "auto: bfloat16 autocast on CUDA, else float32", choices=("auto", "float32", "bfloat16")
     )
     compile: bool = option(False, "torch.compile the network", free=True)
+    checkpoint_activations: bool = option(
+        False, "keep a layer's input alone for the backward pass, and evaluate the layer again there", free=True
+    )
     data_dir: str = option("data/cache", "where downloads are kept, or found", free=True)
     out: str = option("", "output folder (default: out/<script>-<method>)", free=True)
     only: str = option("", "train these blocks alone, like 2 or 0,3; evaluate when all are complete", free=True)

@@ -17,6 +17,7 @@ import torch
 
 from nano_db.device import autocast
 from nano_db.errors import UsageError
+from nano_db.layers import checkpoint_layers
 from nano_db.memory import peak_resident_bytes
 from nano_db.optimizer import learning_rate, make_optimizer
 from nano_db.progress import ProgressBar, stop_requests
@@ -73,7 +74,9 @@ class Trainer:
     def build(self, b):
         """Block b with its first weights, which depend on the seed and b alone."""
         seed_from(self.settings.seed, b)
-        return self.make(b).to(self.device)
+        module = self.make(b).to(self.device)
+        checkpoint_layers(module, self.settings.checkpoint_activations)
+        return module
 
     def restore(self, b):
         """Block b as its file has it, for evaluation: with the moving average of its weights, where there is one."""

@@ -318,3 +318,17 @@ def test_help_needs_no_plotting(cli):
     code, out, _ = cli("--help")
     assert code == 0 and "--blocks" in out and "matplotlib.pyplot" not in sys.modules
     assert all(f"--{f.name.replace('_', '-')}" in out for f in dataclasses.fields(Settings))
+
+
+def test_checkpointed_activations_change_memory_and_no_weight(small, tmp_path):
+    flags = ("--blocks", "2", "--z", "inside", "--walk", "last")
+    for name, more in (("plain", ()), ("checkpointed", ("--checkpoint-activations",))):
+        code, _, err = small(*flags, *more, "--out", tmp_path / name)
+        assert code == 0, err
+    plain, checkpointed = (torch.load(tmp_path / name / "block_1.pt") for name in ("plain", "checkpointed"))
+    assert all(torch.equal(checkpointed["weights"][name], weight) for name, weight in plain["weights"].items())
+    bytes_of = [
+        json.loads((tmp_path / name / "result.json").read_text())["memory_bytes"]["activations"]
+        for name in ("plain", "checkpointed")
+    ]
+    assert bytes_of[1] < 0.8 * bytes_of[0]
