@@ -204,22 +204,22 @@ def all_settings(config):
     return {**config["settings"], **config["about"]}
 
 
-def read_folder(folder):
-    """(config, {b: state}) of a run's folder, the states as read_block(whole=False) gives them.
+def read_folder(folder, whole=False):
+    """(config, {b: {"step", "seconds"}}) of a run's folder. whole: verify the tensors' checksums, too (read_block).
 
     Raises UsageError where a block's file does not belong to the config.json beside it, and names the difference.
     """
     config, states = read_config(folder), {}
     here = all_settings(config)
     for path in sorted(Path(folder).glob("block_*.pt")):
-        state = read_block(path, whole=False)
+        state = read_block(path, whole)
         if path.name != f"block_{state['block']}.pt":
             raise UsageError(f"{path} holds block {state['block']}: it has been renamed or copied")
         if different := differences(state["settings"], {name: here.get(name) for name in state["settings"]}):
             raise UsageError(
                 f"{path} does not belong to {folder}/config.json: {'; '.join(different)} (there: the block's file)"
             )
-        states[state["block"]] = state
+        states[state["block"]] = {"step": state["step"], "seconds": state["seconds"]}
     return config, states
 
 

@@ -29,7 +29,7 @@ def read_settings(script, settings_class, presets, recipes, description):
 
 
 def run_script(script, settings, data_sha256, device, make, make_baseline, draw_batch, evaluate, metric, unit):
-    """Train what is not trained yet, evaluate after each round, report at the end; under torchrun, this process's share.
+    """Train what is not trained yet (under torchrun, this process's share), evaluate after each round, and report.
 
     make(b): builds the b-th network to train. make_baseline(): the end-to-end network to measure beside blocks.
     draw_batch(): a training batch on `device`, from torch's global generator. evaluate(networks, folder): prints what

@@ -50,7 +50,7 @@ class Team:
             yield
             return
         if device == "mps":
-            raise UsageError("--device mps: torch.distributed cannot use it; start one process a block at the most")
+            raise UsageError("--device mps cannot share a block between processes: start one process a block")
         if device == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
             raise UsageError(f"{self.size} processes share block {b}, and need a GPU each: start fewer processes")
         backend, store = "nccl" if device == "cuda" else "gloo", dist.PrefixStore(f"block {b}", self.store)
@@ -67,9 +67,7 @@ class Team:
         if self.size == 1:
             return module.loss
         if "rows" not in inspect.signature(module.loss).parameters:
-            raise UsageError(
-                "this network's loss cannot take a share of a batch: start one process a block at the most"
-            )
+            raise UsageError("this network cannot share a batch (its loss takes no rows): start one process a block")
         if batch_size < self.size:
             raise UsageError(f"--batch-size {batch_size} is too small for the {self.size} processes of a block")
         start, stop = (batch_size * place // self.size for place in (self.place, self.place + 1))

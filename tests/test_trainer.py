@@ -4,20 +4,17 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
-from conftest import SMALL
+from conftest import ROOT, SMALL, same, tensors
 
 from nano_db.errors import UsageError
 from nano_db.optimizer import learning_rate
 from nano_db.run import Run, read_metrics
 from nano_db.settings import RunSettings, frozen_fields
 from nano_db.trainer import Trainer, chosen_blocks, seed_from
-
-ROOT = Path(__file__).parent.parent
 
 
 class Regression(nn.Module):
@@ -41,16 +38,6 @@ def make_trainer(folder, spoil=lambda loss: loss, **options):
     settings = Settings(**options)
     run = Run(folder, vars(settings), frozen_fields(Settings))
     return Trainer(run, lambda b: Regression(spoil), lambda: torch.randn(16, 4), settings, "cpu")
-
-
-def tensors(folder, b):
-    state = torch.load(Path(folder) / f"block_{b}.pt", weights_only=True)
-    optimizer = [v for state in state["optimizer"]["state"].values() for v in state.values()]
-    return [*state["weights"].values(), *optimizer, torch.tensor(state["step"])]
-
-
-def same(first, second):
-    return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
 def test_rounds_order_and_only_make_no_difference(tmp_path):
