@@ -189,8 +189,9 @@ def read_block(path, whole=True):
         raise UsageError(f"{path} is damaged or no block of nano_db ({type(error).__name__}): {mend}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UsageError(f"{path} is no block of nano_db: {mend}")
-    if wrong := [name for name, kind in CONTENT.items() if not isinstance(state.get(name, ...), kind)]:
-        raise UsageError(f"{path} is damaged (no sound {', '.join(wrong)}): {mend}")
+    wrong = [name for name, kind in CONTENT.items() if not isinstance(state.get(name, ...), kind)]
+    if wrong or state["step"] < 0:
+        raise UsageError(f"{path} is damaged (no sound {', '.join(wrong or ['step'])}): {mend}")
     return state
 
 

@@ -11,6 +11,7 @@ interruption, nor training a block alone elsewhere can change its weights: bit f
 import math
 import time
 from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ import torch
 from nano_db.device import autocast
 from nano_db.errors import UsageError
 from nano_db.memory import peak_resident_bytes
-from nano_db.optimizer import learning_rate, make_optimizer
+from nano_db.optimizer import learning_rate, load_moments, make_optimizer
 from nano_db.progress import ProgressBar, stop_requests
 from nano_db.workers import Worker
 
@@ -92,7 +93,7 @@ class Trainer:
         if state is None:
             raise UsageError(f"{self.run.block_path(b)} is missing: block {b} has not been trained yet")
         module = self.build(b)
-        self._fill(module, state["ema"] or state["weights"], b)
+        self._fill(module.load_state_dict, state["ema"] or state["weights"], b)
         return module.eval()
 
     def train(self, b, until):
@@ -116,13 +117,15 @@ class Trainer:
             return False
         module = self.build(b).train()
         optimizer = make_optimizer(module, settings)
-        if state:
-            self._fill(module, state["weights"], b)
-            optimizer.load_state_dict(state["optimizer"])
         ema = None
         if settings.ema:
+            if state:
+                self._fill(module.load_state_dict, state["ema"] or {}, b)  # to see that it fits; the weights come next
             start = state["ema"] if state else module.state_dict()
             ema = {name: tensor.clone().to(self.device) for name, tensor in start.items()}
+        if state:
+            self._fill(module.load_state_dict, state["weights"], b)
+            self._fill(partial(load_moments, optimizer), state["optimizer"], b)
         if settings.compile:
             module.network.compile()  # in place: the names of the weights stay as they are
         loss_of = team.loss(module, settings.batch_size)
@@ -183,10 +186,11 @@ class Trainer:
     def _label(self, b):
         return f"baseline {b}" if self.settings.baseline else f"block {b}"
 
-    def _fill(self, module, weights, b):
+    def _fill(self, load, state, b):
+        """Let load(state) take up a part of block b's file."""
         try:
-            module.load_state_dict(weights)
-        except RuntimeError as error:
+            load(state)
+        except Exception as error:  # which one depends on what does not fit
             path = self.run.block_path(b)
             raise UsageError(f"{path} does not fit the network of these settings: it is no part of this run") from error
 

@@ -1,14 +1,11 @@
 import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ROOT, SMALL, same, tensors
+from conftest import same, tensors
 
 from nano_db.errors import UsageError
 from nano_db.optimizer import learning_rate
@@ -102,23 +99,6 @@ def test_a_finite_loss_with_an_infinite_gradient_stops_before_it_is_saved(tmp_pa
     with pytest.raises(UsageError, match="gradient's norm"):
         make_trainer(tmp_path, spoil).train(0, 12)
     assert not (tmp_path / "block_0.pt").exists()
-
-
-def test_sigkill_at_any_moment_and_resume_gives_the_same_tensors(tmp_path, text_file, monkeypatch):
-    def command(out):
-        flags = [*SMALL, "--steps", "150", "--save-every", "3", "--only", "2", "--data", text_file, "--out", str(out)]
-        return [sys.executable, "train_gpt.py", *flags]
-
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    subprocess.run(command(tmp_path / "whole"), cwd=ROOT, check=True, capture_output=True)
-    for moment in (0.01, 0.06, 0.15):  # seconds after the first line of progress
-        process = subprocess.Popen(command(tmp_path / "killed"), cwd=ROOT, stdout=subprocess.PIPE)
-        process.stdout.readline()
-        time.sleep(moment)
-        process.kill()
-        process.wait()
-    subprocess.run(command(tmp_path / "killed"), cwd=ROOT, check=True, capture_output=True)
-    assert same(tensors(tmp_path / "whole", 2), tensors(tmp_path / "killed", 2))
 
 
 def test_ema_is_the_moving_average_of_the_weights(tmp_path):
