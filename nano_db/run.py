@@ -148,7 +148,7 @@ class Run:
     # --- metrics ---
 
     def log(self, **record):
-        """Append a record to the metrics: of its block, if it names one. No two processes write to one such file."""
+        """Append a record to the metrics: to those of its block, if it names one, which its trainer alone writes."""
         path = self.folder / (f"metrics_{record['block']}.jsonl" if "block" in record else "metrics.jsonl")
         try:
             with open(path, "ab+") as file:
@@ -190,8 +190,10 @@ def read_block(path, whole=True):
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UsageError(f"{path} is no block of nano_db: {mend}")
     wrong = [name for name, kind in CONTENT.items() if not isinstance(state.get(name, ...), kind)]
-    if wrong or state["step"] < 0:
-        raise UsageError(f"{path} is damaged (no sound {', '.join(wrong or ['step'])}): {mend}")
+    if not wrong and (state["step"] < 0 or any(map(torch.is_tensor, state["settings"].values()))):
+        wrong = ["step or settings"]
+    if wrong:
+        raise UsageError(f"{path} is damaged (no sound {', '.join(wrong)}): {mend}")
     return state
 
 

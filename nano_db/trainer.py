@@ -51,8 +51,8 @@ class Trainer:
         """Let the blocks take turns: in R rounds, each trains steps / R steps a round. After a round, evaluate(step).
 
         With --only, or as one of several processes, there is one round of all steps, as the other blocks stand
-        elsewhere: evaluation waits until all of them are complete, too. Returns whether they are, to process 0.
-        Raises UsageError if another process is training one of the blocks.
+        elsewhere; process 0 evaluates when all of them are complete, too. Returns whether they are (process 0), and
+        False for other processes. Raises UsageError if another process is training one of the blocks.
         """
         settings, worker = self.settings, self.worker
         mine = [] if settings.eval_only else self.chosen
@@ -66,10 +66,9 @@ class Trainer:
                 if any(trained) and self.peak_resident is None:
                     self.peak_resident = peak_resident_bytes()
                 worker.finish()
-                last = r == rounds
                 if worker.rank or (apart and self.unfinished()):
-                    continue
-                if any(trained) or last:
+                    return False
+                if any(trained) or r == rounds:
                     evaluate(min(self._steps()))
         return not self.unfinished()
 

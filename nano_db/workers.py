@@ -90,9 +90,10 @@ class Team:
 
     def agrees(self, number, device):
         """Whether all members have the same number."""
+        if self.size == 1:
+            return True
         ends = torch.tensor([number, -number], device=device)
-        if self.size > 1:
-            dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX)
         return bool(ends[0] == -ends[1])
 
 
