@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from nano_db.codebook import broadcast
 from nano_db.schedule import edm_coefficients, edm_weight, sample_sigma
 
-ALL = slice(None)  # rows
-
 
 class DiffusionBlock(nn.Module):
     """One denoiser, for the noise levels `span` = (low, high) of the distribution `noise`.
@@ -45,7 +43,7 @@ class DiffusionBlock(nn.Module):
         assert not self.shows_z, "a network that is shown z has no word on p(y | x) alone"
         return self.head.log_prior(self.network(x, None, None, **extra))
 
-    def loss(self, batch, rows=ALL):
+    def loss(self, batch, rows=slice(None)):
         """Denoising at random levels of the block's own span: the mean over samples of w(sigma_i) * loss_i."""
         x, y = batch
         sigma = sample_sigma(self.noise, len(y), *self.span).float().to(y.device)  # (B,)
@@ -69,7 +67,7 @@ class EndToEnd(nn.Module):
         """ln p(y | x) (B, ..., V)."""
         return self.head.log_prior(self.network(x, None, None, **extra))
 
-    def loss(self, batch, rows=ALL):
+    def loss(self, batch, rows=slice(None)):
         x, y = (part[rows] for part in batch)
         logits = self.head.readout(self.network(x, None, None)).float()
         return F.cross_entropy(logits.flatten(0, -2), y.flatten())

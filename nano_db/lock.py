@@ -9,7 +9,7 @@ a warning says that nothing is locked, and that the user must see to it.
 import os
 import platform
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from nano_db.errors import UsageError
 
@@ -45,7 +45,7 @@ def lock(path, purpose, wait=False):
                 f"warning: no locks here ({error.strerror}): see to it that no other process trains {purpose}",
                 file=sys.stderr,
             )
-        file.truncate(0)  # "a+" writes at the end, whatever was read
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
+        with suppress(OSError):  # on a full disk the owner remains unnamed
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode())
         yield
