@@ -55,7 +55,14 @@ class Team:
             raise UsageError(f"{self.size} processes share block {b}, and need a GPU each: start fewer processes")
         backend, store = "nccl" if device == "cuda" else "gloo", dist.PrefixStore(f"block {b}", self.store)
         dist.init_process_group(backend, store=store, rank=self.place, world_size=self.size)
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or "peer" in str(error):  # the latter is what gloo says
+                raise UsageError(
+                    f"block {b} lost a process of its team: the same command goes on from the last save"
+                ) from error
+            raise
         dist.destroy_process_group()
 
     def loss(self, module, batch_size):

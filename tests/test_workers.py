@@ -12,13 +12,14 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, SMALL, needs_namespaces, same, tensors
 
 import nano_db.lock
 import train_gpt
 import train_looped
 import train_mdm
-from nano_db import check
+from nano_db import check, speedup
 from nano_db.block import DiffusionBlock, EndToEnd
 from nano_db.codebook import PosteriorHead, make_codebook
 from nano_db.errors import UsageError
@@ -119,6 +120,19 @@ def test_a_team_is_refused_where_it_cannot_work():
         Team(0, 2).loss(Plain(), 8)
     with pytest.raises(UsageError, match="--batch-size 2 is too small"):
         Team(0, 3).loss(make_blocks()["baseline"], 2)
+
+
+def test_a_lost_member_of_a_team_is_one_line_and_other_errors_stay_what_they_are(monkeypatch):
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: None)
+    team = Team(0, 2, dist.HashStore())
+    with pytest.raises(UsageError, match="block 3 lost a process"), team.connected(3, "cpu"):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234")
+    with pytest.raises(UsageError, match="block 3 lost a process"), team.connected(3, "cpu"):
+        raise dist.DistNetworkError("timeout")
+    with pytest.raises(RuntimeError, match="shapes"), team.connected(3, "cpu"):
+        raise RuntimeError("shapes do not fit")
+    with pytest.raises(UsageError, match="mps"), team.connected(3, "mps"):
+        pass
 
 
 # --- torchrun ---
@@ -376,3 +390,24 @@ def test_check_runs_no_script_but_our_own(tmp_path):
     with pytest.raises(UsageError, match="there are gpt"):
         check.script_path({"about": {"script": "../../evil"}})
     assert check.script_path({"about": {"script": "mdm"}}) == ROOT / "train_mdm.py"
+
+
+# --- what more processes gain ---
+
+
+def test_the_speedup_is_the_median_of_ratios_within_pairs(cli, monkeypatch):
+    times = iter([(4.0, 1.0), (8.0, 2.0), (12.0, 6.0), (3.0, 2.0), (6.0, 3.0), (12.0, 6.0)])  # 2 first, then 1 first
+    monkeypatch.setattr(speedup, "measure", lambda workers, script, flags: next(times))
+    code, out, _ = cli("--pairs", "3", "train_gpt.py", "--steps", "5", main=speedup.main)
+    assert code == 0 and "whole command: 2 workers are 2.00 times as fast" in out
+    assert "training: 2 workers are 2.00 times as fast" in out
+    assert cli("--workers", "1", "train_gpt.py", main=speedup.main)[0] == 2
+
+
+@pytest.mark.slow
+def test_the_speedup_is_measured_from_real_runs(text_file):
+    for workers in (1, 2):
+        whole, training = speedup.measure(workers, "train_gpt.py", [*SMALL, "--blocks", "2", "--data", text_file])
+        assert 0 < training < whole
+    with pytest.raises(UsageError, match="no such data set"):
+        speedup.measure(1, "train_gpt.py", ["--data", "nowhere"])
