@@ -172,10 +172,14 @@ class Huginn(nn.Module):
         super().__init__()
         self.network, self.head, self.settings = network, head, settings
 
-    def features(self, x, turns, cache=None, generator=None):
-        """The coda's features after `turns` turns of the loop; only the last settings.backprop_turns keep a graph."""
-        e, apply = self.network.context(x, cache)
-        s = math.sqrt(2 / 5) * torch.randn(e.shape, generator=generator).to(e)
+    def features(self, x, turns, cache=None, generator=None, rows=slice(None)):
+        """The coda's features after `turns` turns of the loop; only the last settings.backprop_turns keep a graph.
+
+        rows: the sequences to compute (block.py); the random state is drawn for all of them.
+        """
+        s = math.sqrt(2 / 5) * torch.randn(*x.shape, self.settings.width, generator=generator)[rows]
+        e, apply = self.network.context(x[rows], cache)
+        s = s.to(e)
         for i in range(turns):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= turns - self.settings.backprop_turns):
                 s = self.network.turn(s, e, apply)
@@ -186,10 +190,11 @@ class Huginn(nn.Module):
         generator = torch.Generator().manual_seed(0)
         return self.head.log_prior(self.features(x, turns or self.settings.calls, cache, generator))
 
-    def loss(self, batch):
+    def loss(self, batch, rows=slice(None)):
         x, y = batch
-        logits = self.head.readout(self.features(x, recurrences(self.settings.mean_recurrence))).float()
-        return F.cross_entropy(logits.flatten(0, -2), y.flatten())
+        turns = recurrences(self.settings.mean_recurrence)
+        logits = self.head.readout(self.features(x, turns, rows=rows)).float()
+        return F.cross_entropy(logits.flatten(0, -2), y[rows].flatten())
 
 
 def recurrences(mean):

@@ -21,6 +21,8 @@ def fetch(url, path, checksum, size, algorithm="sha256"):
         return path
     try:
         with urllib.request.urlopen(url, timeout=30) as answer:
+            if not getattr(answer, "url", url).startswith("https://"):  # also where a redirection led
+                raise OSError("not https")
             content = answer.read(size + 1)
     except (urllib.error.URLError, OSError) as error:
         raise UsageError(

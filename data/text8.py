@@ -23,7 +23,11 @@ def text(folder):
     """The text, from `folder`/text8 or `folder`/text8.zip; the archive is downloaded if neither is there."""
     unpacked = Path(folder) / "text8"
     if unpacked.exists():
-        source, content = unpacked, unpacked.read_bytes()
+        source = unpacked
+        try:
+            content = unpacked.read_bytes()
+        except OSError as error:
+            raise UsageError(f"{source} cannot be read ({error.strerror})") from error
     else:
         source = fetch(URL, Path(folder) / "text8.zip", SHA256, ZIP_SIZE)
         with zipfile.ZipFile(source) as archive:

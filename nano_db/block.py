@@ -1,8 +1,9 @@
 """A DiffusionBlock: some layers, trained alone to undo noise of one interval of levels; and the end-to-end baseline.
 
-Both are modules with `.loss(batch)`; the trainer (trainer.py) knows no more of them. A block owns every parameter it
-trains, from the input embedding to the output head: no trainable tensor is shared, so a block can be trained
-anywhere, in any order.
+Both are modules with `.loss(batch, rows)`; the trainer (trainer.py) knows no more of them. rows, a slice, are the
+samples to compute, where several processes share a batch (workers.py); noise is drawn for all samples whatever the
+rows, so that each meets the same noise as in a single process. A block owns every parameter it trains, from the input
+embedding to the output head: no trainable tensor is shared, so a block can be trained anywhere, in any order.
 
 The network is the script's own: network(x, z, c_noise, ...) -> features (B, ..., width). z comes scaled by c_in; both
 z and c_noise are None where the network is not shown the noisy target.
@@ -42,12 +43,14 @@ class DiffusionBlock(nn.Module):
         assert not self.shows_z, "a network that is shown z has no word on p(y | x) alone"
         return self.head.log_prior(self.network(x, None, None, **extra))
 
-    def loss(self, batch):
+    def loss(self, batch, rows=slice(None)):
         """Denoising at random levels of the block's own span: the mean over samples of w(sigma_i) * loss_i."""
         x, y = batch
         sigma = sample_sigma(self.noise, len(y), *self.span).float().to(y.device)  # (B,)
         clean = self.head.clean(y)  # (B, ..., d)
         z = clean + broadcast(sigma, clean) * torch.randn_like(clean)
+        x = None if x is None else x[rows]
+        y, z, sigma = y[rows], z[rows], sigma[rows]
         per_sample = self.head.loss(self(x, z, sigma), y)  # (B,)
         weight = edm_weight(sigma, self.sigma_data) if self.loss_weight == "edm" else torch.ones_like(sigma)
         assert weight.shape == per_sample.shape == (len(y),)  # (B,) times (B, 1) would make every pair's product
@@ -65,7 +68,7 @@ class EndToEnd(nn.Module):
         """ln p(y | x) (B, ..., V)."""
         return self.head.log_prior(self.network(x, None, None, **extra))
 
-    def loss(self, batch):
-        x, y = batch
+    def loss(self, batch, rows=slice(None)):
+        x, y = (part[rows] for part in batch)
         logits = self.head.readout(self.network(x, None, None)).float()
         return F.cross_entropy(logits.flatten(0, -2), y.flatten())

@@ -93,24 +93,26 @@ class MaskedBlock(nn.Module):
         super().__init__()
         self.network, self.schedule, self.classes, self.span = network, schedule, classes, span
 
-    def nats(self, x, t, generator=None):
+    def nats(self, x, t, generator=None, rows=slice(None)):
         """-ln p of the hidden tokens at times t (B,), each sequence's sum divided by its expected number of them. (B,)
 
-        Its mean over all of [0, 1] in alpha is the bound in nats a token.
+        Its mean over all of [0, 1] in alpha is the bound in nats a token. rows: the sequences to compute, out of (B,);
+        tokens are hidden in all of them, as block.py says of noise.
         """
         alpha = self.schedule.alpha(t)
         masked, hidden = hide(x, alpha, self.classes, generator)
+        masked, hidden, x, t, alpha = masked[rows], hidden[rows], x[rows], t[rows], alpha[rows]
         logits = self.network(masked, t.float().to(x.device)).float()
         nats = F.cross_entropy(logits.transpose(1, 2), x, reduction="none") * hidden  # (B, T)
         return nats.sum(1) / ((1 - alpha).clamp(min=LEAST_HIDDEN).float().to(x.device) * x.shape[1])
 
-    def loss(self, batch):
+    def loss(self, batch, rows=slice(None)):
         """The block's part of the bound, as a mean over its span: times spread evenly, weighted by -alpha'."""
         least, most = self.span
         t_low, t_high = float(self.schedule.time(most)), float(self.schedule.time(least))
         t = spread_times(len(batch), t_low, t_high)
         weight = -self.schedule.slope(t) * (t_high - t_low) / (most - least)  # (B,), 1 on average
-        return (weight.float().to(batch.device) * self.nats(batch, t)).mean()
+        return (weight[rows].float().to(batch.device) * self.nats(batch, t, rows=rows)).mean()
 
 
 class _Mean(nn.Module):

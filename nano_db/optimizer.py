@@ -13,6 +13,17 @@ def make_optimizer(module, settings):
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99), fused=True)
 
 
+def load_moments(optimizer, state):
+    """Fill AdamW with the averages of a state_dict, and with nothing else of it: the rest comes from the settings.
+
+    Raises whatever error comes first where the averages do not fit.
+    """
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state["state"]})
+    for p, moments in optimizer.state.items():
+        assert set(moments) == {"step", "exp_avg", "exp_avg_sq"} and moments["step"].shape == ()
+        assert moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape
+
+
 def learning_rate(step, settings):
     """Linear warm-up, then a cosine from the peak to final_rate of it, at `step` of settings.steps."""
     if step < settings.warmup:

@@ -29,12 +29,13 @@ def stop_requests():
 
 
 class ProgressBar:
-    """A tqdm bar on a terminal; elsewhere a plain line per logging interval."""
+    """A tqdm bar on a terminal, if the process has it for itself; elsewhere a plain line per logging interval."""
 
-    def __init__(self, label, start, until):
+    def __init__(self, label, start, until, alone=True):
         self.label = label
         self.start, self.until, self.began = start, until, time.perf_counter()
-        self.bar = tqdm(total=until, initial=start, desc=self.label, unit="step") if sys.stderr.isatty() else None
+        show = alone and sys.stderr.isatty()
+        self.bar = tqdm(total=until, initial=start, desc=self.label, unit="step") if show else None
 
     def __enter__(self):
         return self
@@ -48,7 +49,7 @@ class ProgressBar:
             self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             self.bar.update(step - self.bar.n)
             return
-        rate = (step - self.start) / (time.perf_counter() - self.began)
+        rate = (step - self.start) / max(1e-9, time.perf_counter() - self.began)
         left = (self.until - step) / rate
         print(
             f"{self.label}  step {step}/{self.until}  loss {loss:.4f}  {rate:.1f} steps/s  {left:.0f} s left",

@@ -26,7 +26,7 @@ def finish(script, trainer, metrics, make_baseline, use=None):
     stands beside. use: see inference.cost_of_use; the cost of one image is reported, too.
     """
     settings = trainer.settings
-    states = [trainer.run.load_block(b) for b in range(trainer.networks)]
+    states = [trainer.run.load_block(b, whole=False) for b in range(trainer.networks)]
     seconds = [state["seconds"] / state["step"] for state in states]
     counts = [count_training_bytes(trainer, trainer.build(b)) for b in range(trainer.networks)]
     largest = max(counts, key=lambda count: count["total"])

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from nano_db.errors import UsageError
 from nano_db.report import benchmark, finish
-from nano_db.run import Run, read_config
+from nano_db.run import Run, read_folder
 from nano_db.settings import frozen_fields, parse
 from nano_db.trainer import InTurn, Trainer
+from nano_db.workers import join
 
 
 def output_folder(script, settings):
@@ -26,7 +27,7 @@ def read_settings(script, settings_class, presets, recipes, description):
 
     def stored(settings):
         folder = output_folder(script, settings)
-        config = read_config(folder)
+        config, _ = read_folder(folder)
         if config["about"].get("script") != script:
             raise UsageError(f"{folder} holds no run of train_{script}.py: name the folder of one with --out")
         return config["settings"]
@@ -48,7 +49,7 @@ def run_script(
     use=None,
     in_turn=False,
 ):
-    """Train what is not trained yet, evaluate after each round, report at the end.
+    """Train what is not trained yet (under torchrun, this process's share), evaluate after each round, and report.
 
     make(b): builds the b-th network to train. make_baseline(): the end-to-end network to measure beside blocks.
     draw_batch(): a training batch on `device`, from torch's global generator. evaluate(networks, folder): prints what
@@ -58,8 +59,11 @@ def run_script(
     use(networks, n): classifies or paints n images, for scripts that report what one costs (inference.py). in_turn:
     evaluate goes through the networks one after the other, so that one at a time is enough in memory.
     """
-    trainer = Trainer(None, make, draw_batch, settings, device)
+    worker = join()
+    trainer = Trainer(None, make, draw_batch, settings, device, worker)
     if settings.benchmark:
+        if worker.ranks > 1:
+            raise UsageError("--benchmark times a single process: start it without torchrun")
         benchmark(trainer, make_baseline, settings.benchmark, use)
         return
     about = {"script": script, "data_sha256": data_sha256}
@@ -76,6 +80,8 @@ def run_script(
             run.log(kind="evaluation", step=step, **metrics)
 
     complete = trainer.train_all(after_round)
+    if worker.rank:
+        return  # process 0 reports for all
     if not complete:
         print(f"still to train: blocks {', '.join(map(str, trainer.unfinished()))} of {run.folder}")
     elif not settings.eval_only:
@@ -83,4 +89,5 @@ def run_script(
         from nano_db.plots import draw_curves  # not at the top: importing matplotlib takes a second
 
         draw_curves(run.folder, metric, unit, metrics.get("nats_per_block", ()))
-        print(f"\n{run.folder}: {', '.join(sorted(path.name for path in run.folder.iterdir()))}")
+        files = sorted(path.name for path in run.folder.iterdir() if not path.name.startswith("."))
+        print(f"\n{run.folder}: {', '.join(files)}")

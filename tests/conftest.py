@@ -1,10 +1,14 @@
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import train_gpt
 from nano_db.settings import command
+
+ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait for each other
 
@@ -24,6 +28,29 @@ SMALL = [
     "5",
 ]
 SMALL += ["--warmup", "2", "--log-every", "4", "--save-every", "5", "--device", "cpu"]
+
+
+def tensors(folder, b):
+    """All that block b's file says of its training, but for the seconds: weights, EMA, optimizer's state, step."""
+    state = torch.load(Path(folder) / f"block_{b}.pt", weights_only=True)
+    optimizer = [v for state in state["optimizer"]["state"].values() for v in state.values()]
+    return [*state["weights"].values(), *(state["ema"] or {}).values(), *optimizer, torch.tensor(state["step"])]
+
+
+def same(first, second):
+    """Bit for bit."""
+    return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+def _namespaces():
+    """Whether Linux lets this user have mounts and a network of their own: how tests fill disks and count bytes."""
+    try:
+        return subprocess.run(["unshare", "-rmn", "ip", "link", "set", "lo", "up"], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+needs_namespaces = pytest.mark.skipif(not _namespaces(), reason="needs Linux and its user namespaces")
 
 
 @pytest.fixture

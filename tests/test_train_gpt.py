@@ -188,6 +188,7 @@ def test_a_run_leaves_all_its_files_and_resumes_to_the_same_result(small, tmp_pa
     for name in (
         "config.json",
         "metrics.jsonl",
+        "metrics_0.jsonl",
         "curves.png",
         "samples.txt",
         *(f"block_{b}.pt" for b in range(result["blocks"])),
@@ -211,7 +212,7 @@ def test_eval_only_takes_the_settings_of_the_run_and_continues_the_prompt(small,
     config = tmp_path / "run" / "config.json"
     config.write_text(config.read_text().replace('"width": 16', '"width": "16"'))
     code, _, err = cli("--eval-only", "--out", tmp_path / "run")
-    assert code == 2 and "width is '16'" in err
+    assert code == 2 and "width 16 there, '16' here" in err
 
 
 def test_a_finished_run_keeps_its_peak_memory_when_it_is_run_again(small, tmp_path):

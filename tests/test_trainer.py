@@ -1,23 +1,17 @@
 import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
-from conftest import SMALL
+from conftest import same, tensors
 
 from nano_db.errors import UsageError
 from nano_db.optimizer import learning_rate
 from nano_db.run import Run, read_metrics
 from nano_db.settings import RunSettings, frozen_fields
 from nano_db.trainer import Trainer, chosen_blocks, seed_from
-
-ROOT = Path(__file__).parent.parent
 
 
 class Regression(nn.Module):
@@ -41,16 +35,6 @@ def make_trainer(folder, spoil=lambda loss: loss, **options):
     settings = Settings(**options)
     run = Run(folder, vars(settings), frozen_fields(Settings))
     return Trainer(run, lambda b: Regression(spoil), lambda: torch.randn(16, 4), settings, "cpu")
-
-
-def tensors(folder, b):
-    state = torch.load(Path(folder) / f"block_{b}.pt", weights_only=True)
-    optimizer = [v for state in state["optimizer"]["state"].values() for v in state.values()]
-    return [*state["weights"].values(), *optimizer, torch.tensor(state["step"])]
-
-
-def same(first, second):
-    return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
 def test_rounds_order_and_only_make_no_difference(tmp_path):
@@ -115,23 +99,6 @@ def test_a_finite_loss_with_an_infinite_gradient_stops_before_it_is_saved(tmp_pa
     with pytest.raises(UsageError, match="gradient's norm"):
         make_trainer(tmp_path, spoil).train(0, 12)
     assert not (tmp_path / "block_0.pt").exists()
-
-
-def test_sigkill_at_any_moment_and_resume_gives_the_same_tensors(tmp_path, text_file, monkeypatch):
-    def command(out):
-        flags = [*SMALL, "--steps", "150", "--save-every", "3", "--only", "2", "--data", text_file, "--out", str(out)]
-        return [sys.executable, "train_gpt.py", *flags]
-
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    subprocess.run(command(tmp_path / "whole"), cwd=ROOT, check=True, capture_output=True)
-    for moment in (0.01, 0.06, 0.15):  # seconds after the first line of progress
-        process = subprocess.Popen(command(tmp_path / "killed"), cwd=ROOT, stdout=subprocess.PIPE)
-        process.stdout.readline()
-        time.sleep(moment)
-        process.kill()
-        process.wait()
-    subprocess.run(command(tmp_path / "killed"), cwd=ROOT, check=True, capture_output=True)
-    assert same(tensors(tmp_path / "whole", 2), tensors(tmp_path / "killed", 2))
 
 
 def test_ema_is_the_moving_average_of_the_weights(tmp_path):
