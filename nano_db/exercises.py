@@ -1,0 +1,29 @@
+"""What the notebooks of the course share: the word on a student's answer, and the size of a run.
+
+To execute all notebooks again, in place and without timestamps:
+
+    python -m jupyter nbconvert --to notebook --execute --inplace \\
+        --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+
+tests/test_notebooks.py executes them in reduced size (NANO_DB_REDUCED=1) and reads what `check` printed.
+"""
+
+import os
+
+
+def check(name, passed, hint):
+    """Print one line: "1.2: right", or "1.2: not yet. <hint>".
+
+    passed: a function without arguments, so that an unfinished answer raises in here and not in the notebook. Whatever
+    it returns is taken as a bool, None as "not yet"; an exception is "not yet", too, and its name is shown.
+    """
+    try:
+        verdict, stopped_by = bool(passed()), ""
+    except Exception as error:
+        verdict, stopped_by = False, f" ({type(error).__name__})"
+    print(f"{name}: right" if verdict else f"{name}: not yet. {hint}{stopped_by}")
+
+
+def reduced(full, small):
+    """`full`, or `small` where the environment has NANO_DB_REDUCED set: for tests that have seconds."""
+    return small if os.environ.get("NANO_DB_REDUCED") else full
