@@ -25,7 +25,7 @@ each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.ste
 def execute(notebook):
     """Run all cells in a fresh kernel, in notebooks/, as Jupyter would. An exception in a cell is raised here."""
     NotebookClient(
-        notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": PATHS[0].parent}}
+        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": PATHS[0].parent}}
     ).execute()
     return notebook
 
