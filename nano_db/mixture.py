@@ -1,5 +1,7 @@
 """A denoiser known in closed form, to try samplers without training: data from a mixture of round Gaussians."""
 
+import math
+
 import torch
 
 
@@ -22,3 +24,10 @@ class GaussianMixture:
         weights = (-offsets.square().sum(-1) / (2 * variance)).softmax(-1)  # (n, K)
         posterior_means = self.means + self.std**2 / variance * offsets  # (n, K, d)
         return (weights[..., None] * posterior_means).sum(1)
+
+    def log_density(self, z, sigma):
+        """ln p(z; sigma), the density of y + sigma * eps, in nats: noise only widens the components. (n,)"""
+        variance, dimensions = self.std**2 + sigma**2, self.means.shape[1]
+        exponents = -(z[:, None] - self.means).square().sum(-1) / (2 * variance)  # (n, K)
+        log_normalizer = dimensions / 2 * math.log(2 * math.pi * variance) + math.log(len(self.means))
+        return exponents.logsumexp(-1) - log_normalizer

@@ -3,11 +3,13 @@ one).
 """
 
 import math
+import os
 from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # files only, no window
+if "MPLBACKEND" not in os.environ:  # a notebook has set it, to show figures in its cells
+    matplotlib.use("Agg")  # files only, no window
 import matplotlib.pyplot as plt
 import numpy as np
 import torch

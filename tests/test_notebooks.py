@@ -1,0 +1,137 @@
+"""The course is code, too: every notebook runs from a clean kernel, and every exercise has a solution that its own
+check accepts.
+
+An exercise is three code cells of one metadata["exercise"]: a stub, tagged `exercise`; a check, tagged `check`, right
+after it; and, at the end of the notebook, a `solution`, which defines the same names and checks them again. So a run
+from top to bottom must print "not yet" at the check and "right" at the solution.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from nano_db.exercises import execute
+
+ROOT = Path(__file__).parent.parent
+PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+ABSOLUTE_PATH = re.compile(r"(?:^|[\s\"'(=])(?:/\w[\w.+-]*/[\w.+-]|[A-Za-z]:\\)", re.MULTILINE)
+
+each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def tagged(notebook, tag):
+    """{exercise: (position, cell)} of the code cells with this tag."""
+    found = {}
+    for i, cell in enumerate(notebook.cells):
+        if tag in cell.metadata.get("tags", []):
+            name = cell.metadata.get("exercise")
+            assert name and cell.cell_type == "code", f"a cell tagged {tag} names no exercise"
+            assert name not in found, f"{name} has two cells tagged {tag}"
+            found[name] = (i, cell)
+    return found
+
+
+def text_of(cell):
+    """What the cell printed and returned."""
+    printed = [output.get("text", "") for output in cell.outputs]
+    return "".join([*printed, *(output.get("data", {}).get("text/plain", "") for output in cell.outputs)])
+
+
+def faults_of_exercises(notebook):
+    """What is wrong with the exercises of an executed notebook: a list of sentences, empty if all is well."""
+    stubs, checks, solutions = (tagged(notebook, tag) for tag in ("exercise", "check", "solution"))
+    faults = []
+    if not 3 <= len(stubs) <= 5:
+        faults.append(f"{len(stubs)} exercises")
+    if not stubs.keys() == checks.keys() == solutions.keys():
+        return [*faults, f"stubs {[*stubs]}, checks {[*checks]}, solutions {[*solutions]}"]
+    for name, (position, _) in stubs.items():
+        if checks[name][0] != position + 1:
+            faults.append(f"{name}: the check does not follow the stub")
+        if not text_of(checks[name][1]).startswith(f"{name}: not yet. "):
+            faults.append(f"{name}: the check does not ask for more than the stub: {text_of(checks[name][1])!r}")
+        if solutions[name][0] < max(position for position, _ in checks.values()):
+            faults.append(f"{name}: the solution stands before the last check")
+        if not solutions[name][1].metadata.get("jupyter", {}).get("source_hidden"):
+            faults.append(f"{name}: the solution is not collapsed")
+        if text_of(solutions[name][1]) != f"{name}: right\n":
+            faults.append(f"{name}: the solution is not right: {text_of(solutions[name][1])!r}")
+    return faults
+
+
+def definitions(source):
+    """Names of the functions and classes that a piece of Python defines at its top level."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return {node.name for node in ast.parse(source).body if isinstance(node, kinds)}
+
+
+def source_of(notebook):
+    """All code cells as one piece of Python; lines for IPython alone (%magic, !shell) left out."""
+    lines = "\n".join(cell.source for cell in code_cells(notebook)).splitlines()
+    return "\n".join(line for line in lines if not line.startswith(("%", "!")))
+
+
+@each_notebook
+def test_it_runs_in_reduced_size_and_its_exercises_hold(path, monkeypatch):
+    monkeypatch.setenv("NANO_DB_REDUCED", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert faults_of_exercises(execute(nbformat.read(path, as_version=4), path.parent)) == []
+
+
+@each_notebook
+def test_it_is_committed_executed_small_and_without_traces_of_a_machine(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert path.stat().st_size < 1_000_000
+    assert [cell.execution_count for cell in code_cells(notebook)] == list(range(1, len(code_cells(notebook)) + 1))
+    assert faults_of_exercises(notebook) == []
+    assert notebook.metadata.kernelspec.name == "python3"
+    for cell in notebook.cells:
+        assert "execution" not in cell.metadata, f"{cell.id} keeps the time at which it ran"
+        for output in cell.get("outputs", []):
+            assert output.output_type != "error" and output.get("name") != "stderr", f"{cell.id}: {output}"
+        assert cell.cell_type != "code" or not ABSOLUTE_PATH.search(text_of(cell)), f"{cell.id} shows a path"
+    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+
+
+@each_notebook
+def test_it_redefines_nothing_of_nano_db(path):
+    library = set().union(*(definitions(file.read_text()) for file in (ROOT / "nano_db").glob("*.py")))
+    assert "euler_walk" in library
+    assert definitions(source_of(nbformat.read(path, as_version=4))) & library == set()
+
+
+def executed(stub, check, solution):
+    """A notebook of three exercises, run: two that are fine, and the given one."""
+    exercises = {"1.1": ("", "False", "True", ""), "1.2": ("", "None", "1", ""), "1.3": (stub, check, check, solution)}
+    cells, solutions = [new_code_cell('import sys; sys.path.insert(0, ".."); from nano_db.exercises import check')], []
+    for name, (stub, before, after, answer) in exercises.items():
+        before, after = (f'\ncheck("{name}", lambda: {passed}, "Think.")' for passed in (before, after))
+        cells.append(new_code_cell(stub, metadata={"tags": ["exercise"], "exercise": name}))
+        cells.append(new_code_cell(before, metadata={"tags": ["check"], "exercise": name}))
+        hidden = {"tags": ["solution"], "exercise": name, "jupyter": {"source_hidden": True}}
+        solutions.append(new_code_cell(answer + after, metadata=hidden))
+    return execute(new_notebook(cells=[*cells, *solutions]), ROOT / "notebooks")
+
+
+def test_faults_of_exercises_are_found():
+    assert faults_of_exercises(executed("answer = None", "answer == 4", "answer = 4")) == []
+    wrong = faults_of_exercises(executed("answer = None", "answer == 4", "answer = 5"))
+    assert len(wrong) == 1 and "1.3: the solution is not right" in wrong[0]
+    easy = faults_of_exercises(executed("answer = None", "True", "answer = 4"))
+    assert len(easy) == 1 and "1.3: the check does not ask for more" in easy[0]
+
+
+@pytest.mark.parametrize(
+    "text, found", [("in /tmp/x.pt", True), ("'C:\\x'", True), ("1/2 and a/b/c, 3 / 4 / 5", False)]
+)
+def test_absolute_paths_are_seen(text, found):
+    assert bool(ABSOLUTE_PATH.search(text)) is found
