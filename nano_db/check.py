@@ -32,7 +32,9 @@ def check_files(folder):
     """
     config, states = read_folder(folder, whole=True)
     settings, script = config["settings"], script_path(config)
-    steps, networks = settings["steps"], settings["ensemble"] if settings["baseline"] else settings["blocks"]
+    steps, networks = settings.get("steps"), settings.get("ensemble" if settings.get("baseline") else "blocks")
+    if not isinstance(steps, int) or not isinstance(networks, int) or not 0 < networks <= 10_000:
+        raise UsageError(f"{folder}/config.json is damaged: it speaks of {networks!r} networks and {steps!r} steps")
     if strange := [b for b in states if not 0 <= b < networks]:
         raise UsageError(f"{folder}/block_{strange[0]}.pt: this run has {networks} blocks, numbered from 0")
     print(f"{folder}: a run of {script.name}, {networks} network(s) to train for {steps} steps each")

@@ -18,6 +18,7 @@ import train_gpt
 import train_mdm
 from data import download, text8
 from data.text import load_text
+from nano_db import check
 from nano_db.errors import UsageError
 from nano_db.files import read_block
 from nano_db.run import read_folder, read_metrics
@@ -161,13 +162,18 @@ def test_mutated_config_json(small, cli, tmp_path):
     def only_settings():
         train_gpt.check_discrete(read_settings("gpt", train_gpt.Settings, train_gpt.PRESETS, train_gpt.RECIPES, ""))
 
-    codes = []
+    bare, refused = tmp_path / "bare", 0
+    bare.mkdir()
     for _ in range(400):
         config.write_bytes(mutate(content, rng, JSON))
+        (bare / "config.json").write_bytes(config.read_bytes())
         code, _, err = cli("--eval-only", "--out", run, main=only_settings)
-        assert code == 0 or (code == 2 and err.count("\n") == 1 and "Traceback" not in err), err
-        codes.append(code)
-    assert sum(code == 2 for code in codes) > 0
+        assert code == 0 or (code == 2 and err.count("\n") == 1), err
+        refused += code == 2
+        for folder in (run, bare):
+            code, _, err = cli(folder, "--files-only", main=check.main)
+            assert code == 1 or (code == 2 and err.count("\n") == 1), err
+    assert refused > 200
 
 
 def test_every_setting_of_a_config_json_replaced(small, cli, tmp_path):
