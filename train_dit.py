@@ -120,6 +120,11 @@ def check_options(s, images):
     check_patches(images.shape, s.patch, s.width, s.heads)
     if s.guidance != 1 and not s.label_dropout:
         raise UsageError("--guidance needs a network that also knows images without a class: --label-dropout above 0")
+    if s.solver == "heun" and s.grid != "karras":
+        raise UsageError(
+            "--solver heun needs --grid karras: from sigma_max the equal-mass grid goes down in one step that is too long "
+            "for a second look at its end"
+        )
     if s.frechet_images:
         check_count(s.frechet_images, len(images.train))
 

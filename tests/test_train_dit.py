@@ -21,7 +21,11 @@ def result_of(folder):
 
 @pytest.mark.parametrize(
     "flags",
-    [("--ema", "0.9"), ("--baseline",), ("--partition", "uniform", "--solver", "heun", "--frechet-images", "0")],
+    [
+        ("--ema", "0.9"),
+        ("--baseline",),
+        ("--partition", "uniform", "--solver", "heun", "--grid", "karras", "--frechet-images", "0"),
+    ],
 )
 def test_a_run_scores_paints_and_resumes(dit, tmp_path, flags):
     code, out, err = dit(*flags)
@@ -109,6 +113,7 @@ def test_an_untrained_network_answers_c_skip_z():
         (("--frechet-images", "100"), "at most half"),
         (("--recipe", "nano"), "unrecognized"),
         (("--calls", "0"), "at least 1"),
+        (("--solver", "heun"), "needs --grid karras"),
         (("--layer-split", "1,1"), "must name 3 blocks"),
         (("--baseline", "--partition", "uniform"), "does nothing for the baseline"),
     ],
