@@ -122,8 +122,8 @@ def check_options(s, images):
         raise UsageError("--guidance needs a network that also knows images without a class: --label-dropout above 0")
     if s.solver == "heun" and s.grid != "karras":
         raise UsageError(
-            "--solver heun needs --grid karras: from sigma_max the equal-mass grid goes down in one step that is too long "
-            "for a second look at its end"
+            "--solver heun needs --grid karras: the equal-mass grid leaves sigma_max in a single step, "
+            "too long for a second look at its end"
         )
     if s.frechet_images:
         check_count(s.frechet_images, len(images.train))

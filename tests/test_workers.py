@@ -387,7 +387,7 @@ def test_check_refuses_files_that_do_not_belong_together(small, checked, tmp_pat
 
 
 def test_check_runs_no_script_but_our_own(tmp_path):
-    with pytest.raises(UsageError, match="there are .*gpt"):
+    with pytest.raises(UsageError, match=r"there are .*gpt"):
         check.script_path({"about": {"script": "../../evil"}})
     assert check.script_path({"about": {"script": "mdm"}}) == ROOT / "train_mdm.py"
 
