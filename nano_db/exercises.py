@@ -1,14 +1,18 @@
 """What the notebooks of the course share: the word on a student's answer, and the size of a run.
 
-To execute all notebooks again, in place and without timestamps:
+To execute notebooks again, each from a clean kernel, and keep the outputs in their files:
 
-    python -m jupyter nbconvert --to notebook --execute --inplace \\
-        --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+    python -m nano_db.exercises notebooks/*.ipynb
 
+Nothing in the files tells when, and random numbers are seeded: on the same machine the outputs come out the same.
 tests/test_notebooks.py executes them in reduced size (NANO_DB_REDUCED=1) and reads what `check` printed.
 """
 
 import os
+from pathlib import Path
+
+from nano_db.errors import UsageError
+from nano_db.settings import Parser, command
 
 
 def check(name, passed, hint):
@@ -27,3 +31,42 @@ def check(name, passed, hint):
 def reduced(full, small):
     """`full`, or `small` where the environment has NANO_DB_REDUCED set: for tests that have seconds."""
     return small if os.environ.get("NANO_DB_REDUCED") else full
+
+
+def execute(notebook, folder):
+    """Run all cells of a notebook (nbformat's node, changed in place) in a fresh kernel that works in `folder`.
+
+    A cell that raises stops it with a UsageError.
+    """
+    from nbclient import NotebookClient  # here, because notebooks import this module and need no second Jupyter
+    from nbclient.exceptions import CellExecutionError
+
+    where = {"metadata": {"path": str(folder)}}
+    client = NotebookClient(notebook, resources=where, timeout=600, record_timing=False, coalesce_streams=True)
+    try:
+        client.execute()
+    except CellExecutionError as error:
+        raise UsageError(f"a cell raised {error.ename}: {error.evalue}") from error
+    return notebook
+
+
+def main():
+    import nbformat
+
+    parser = Parser(prog="python -m nano_db.exercises", description="Execute notebooks and keep their outputs.")
+    parser.add_argument("notebooks", nargs="+", help="files to execute, in place")
+    for path in map(Path, parser.parse_args().notebooks):
+        try:
+            notebook = nbformat.read(path, as_version=4)
+        except (OSError, nbformat.reader.NotJSONError) as error:
+            raise UsageError(f"{path} cannot be read as a notebook ({type(error).__name__})") from error
+        print(path, flush=True)
+        try:
+            execute(notebook, path.parent)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}; the file is left as it was") from error
+        nbformat.write(notebook, path)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -12,22 +12,15 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
+
+from nano_db.exercises import execute
 
 ROOT = Path(__file__).parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ABSOLUTE_PATH = re.compile(r"(?:^|[\s\"'(=])(?:/\w[\w.+-]*/[\w.+-]|[A-Za-z]:\\)", re.MULTILINE)
 
 each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-
-
-def execute(notebook):
-    """Run all cells in a fresh kernel, in notebooks/, as Jupyter would. An exception in a cell is raised here."""
-    NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": PATHS[0].parent}}
-    ).execute()
-    return notebook
 
 
 def code_cells(notebook):
@@ -90,7 +83,7 @@ def source_of(notebook):
 def test_it_runs_in_reduced_size_and_its_exercises_hold(path, monkeypatch):
     monkeypatch.setenv("NANO_DB_REDUCED", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert faults_of_exercises(execute(nbformat.read(path, as_version=4))) == []
+    assert faults_of_exercises(execute(nbformat.read(path, as_version=4), path.parent)) == []
 
 
 @each_notebook
@@ -126,7 +119,7 @@ def executed(stub, check, solution):
         cells.append(new_code_cell(before, metadata={"tags": ["check"], "exercise": name}))
         hidden = {"tags": ["solution"], "exercise": name, "jupyter": {"source_hidden": True}}
         solutions.append(new_code_cell(answer + after, metadata=hidden))
-    return execute(new_notebook(cells=[*cells, *solutions]))
+    return execute(new_notebook(cells=[*cells, *solutions]), ROOT / "notebooks")
 
 
 def test_faults_of_exercises_are_found():
