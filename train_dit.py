@@ -3,7 +3,7 @@
     python train_dit.py                                 # glyphs, drawn on the spot: no network needed
     python train_dit.py --baseline                      # the same network, end to end
     python train_dit.py --eval-only --guidance 1        # paint again, without guidance
-    python train_dit.py --data cifar10                  # photographs (downloaded, or in --data-dir)
+    python train_dit.py --data cifar10 --p-mean -1.2 --sigma-data 0.5 --out out/cifar     # photographs: EDM's constants
 
 Here the noisy target z is the image itself. A block is a denoiser in EDM form (regression.py), told the noise level and
 the class by adaLN-Zero, and trained at the noise levels it owns; the baseline is the same with one block for all of
@@ -66,7 +66,11 @@ PRESETS = {
         blocks=3, layers=12, width=16, heads=2, patch=8, batch_size=16, steps=40, warmup=5, log_every=10,
         glyphs=400, overlap=0.05, calls=12, test_images=32, frechet_images=66, frechet_steps=20,
     ),
-    "laptop": dict(blocks=3, layers=6, batch_size=32, steps=2000, warmup=100, overlap=0.05, ema=0.995),
+    # Glyphs are black or white, and decide what they are under far more noise than photographs.
+    "laptop": dict(
+        blocks=3, layers=6, batch_size=32, steps=2000, warmup=100, overlap=0.05, ema=0.995, learning_rate=3e-3,
+        p_mean=0.5, sigma_data=0.9,
+    ),
     "gpu": dict(
         blocks=3, layers=12, width=384, heads=6, patch=2, batch_size=256, steps=20_000, warmup=1000, overlap=0.05,
         ema=0.9995, data="cifar10", learning_rate=3e-4, frechet_images=5000, test_images=0,

@@ -12,9 +12,10 @@ next token z, and one turn of the loop at a random noise level is a full trainin
 
 What Bayes' rule says about K, the number of calls when writing: the first call, at sigma_max, sees no more than noise
 in z, and its answer is p(y | x), which is all there is to know of the next token. A perfect network gains nothing
-from a second call: the walk only carries out the draw that one call has already described, and with few steps it
-carries it out roughly. So if quality grows with K, the network is better at little noise than at much; if it falls,
-discretisation or low noise levels cost more than they bring. (It falls, and by what discretisation costs: README.)
+from a second call: the walk only carries out the draw that one call has already described. So if quality grows with K,
+the network is better at little noise than at much; if it falls, low noise levels cost more than they bring, or the
+bound by which we measure does: for few calls it is a coarse sum in the place of an integral. (It falls, by about what
+that sum costs an exact posterior: README.)
 """
 
 import math

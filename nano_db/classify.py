@@ -9,7 +9,7 @@ import torch
 from nano_db.sampler import euler_walk
 
 
-def walk(stack, x, sigmas, z):
+def class_walk(stack, x, sigmas, z):
     """Yield (block, ln p(y | z, x)) for each call of a walk along `sigmas` from z (B, d), which ends at sigma = 0."""
     posterior, said = stack.posterior(x), []
 
@@ -23,7 +23,7 @@ def walk(stack, x, sigmas, z):
 
 def after_each_block(stack, x, sigmas, z):
     """ln p(y | z, x) at the last call of each block. A list of (B, V), noisiest block first."""
-    return list(dict(walk(stack, x, sigmas, z)).values())
+    return list(dict(class_walk(stack, x, sigmas, z)).values())
 
 
 @torch.no_grad()

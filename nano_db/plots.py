@@ -126,16 +126,7 @@ def draw_images(path, states, owners, names, sigma_data, walks=3, columns=13):
     it for. The frame's colour is the block's.
     """
     images, walks = states[-1].z.cpu(), min(walks, len(names))
-    rows, colours = math.ceil(len(images) / columns), block_colours(max(owners) + 1)
-    figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(columns, 1.2 * rows + 2.4 * walks + 1), height_ratios=(1.2 * rows, 2.4 * walks + 0.5),
-        layout="constrained",
-    )  # fmt: skip
-    canvas, corners = _mosaic(list(images), columns, gap=8)
-    top.imshow(canvas)
-    for (x, y), name in zip(corners, names, strict=False):
-        top.text(x + images.shape[-1] / 2, y - 1, name, ha="center", va="bottom", fontsize=8)
-
+    colours = block_colours(max(owners) + 1)
     chosen = np.linspace(0, len(states) - 1, columns).round().astype(int)
     tiles, frames = [], []
     for i in range(walks):
@@ -144,9 +135,18 @@ def draw_images(path, states, owners, names, sigma_data, walks=3, columns=13):
                 scale = sigma_data / math.hypot(sigma_data, states[call].sigma) if kind == "z" else 1.0
                 tiles.append(scale * getattr(states[call], kind)[i].cpu())
                 frames.append(colours[owners[call]])
-    canvas, corners = _mosaic(tiles, columns, gap=4, frames=frames)
-    bottom.imshow(canvas)
-    for (x, _), call in zip(corners, chosen, strict=False):
+    grid, grid_corners = _mosaic(list(images), columns, gap=8)
+    strip, strip_corners = _mosaic(tiles, columns, gap=4, frames=frames)
+
+    heights = [columns * canvas.shape[0] / canvas.shape[1] for canvas in (grid, strip)]  # inches
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(columns, sum(heights) + 1), height_ratios=heights, layout="constrained"
+    )
+    top.imshow(grid)
+    for (x, y), name in zip(grid_corners, names, strict=False):
+        top.text(x + images.shape[-1] / 2, y - 1, name, ha="center", va="bottom", fontsize=8)
+    bottom.imshow(strip)
+    for (x, _), call in zip(strip_corners, chosen, strict=False):
         label = f"block {owners[call]}\nto $\\sigma$ = {states[call].sigma:.2g}"
         bottom.text(x + images.shape[-1] / 2, -3, label, ha="center", fontsize=8, color=colours[owners[call]])
     bottom.set_title("from noise to image: above z, below what the block at work takes it for", fontsize=10, pad=32)
