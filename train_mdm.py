@@ -46,7 +46,7 @@ class Settings(RunSettings):
     mlp: str = option("gelu", "kind of MLP", choices=("gelu", "swiglu"))
     dropout: float = option(0.0, "on both residual branches", least=0, below=1)
     seq_len: int = option(128, "characters of a text", least=2)
-    schedule: str = option("linear", "visible share alpha(t)", choices=("linear", "cosine", "quadratic"))
+    schedule: str = option("linear", "visible share alpha(t)", choices=("linear", "cosine"))
     eval_windows: int = option(0, "held-out windows to evaluate on; 0: all", least=0, free=True)
     unmask_steps: int = option(128, "steps from hidden to visible", least=1, free=True)
     temperature: float = option(0.8, "of the samples; below 1 is more cautious", least=0.01, free=True)

@@ -25,36 +25,22 @@ LEAST_HIDDEN = 1e-3  # the loss weight 1 / (1 - alpha) stops growing here; one t
 
 @dataclass(frozen=True)
 class MaskSchedule:
-    """alpha(t) and its inverse, float64. kind: "linear" is 1 - t, "cosine" is 1 - cos(pi/2 * (1 - t)), "quadratic" is
-    1 - t^2.
-
-    The bound is an integral over alpha, the same for every schedule; the schedule says how often training visits which
-    alpha. The mean of few hidden tokens varies: for a sequence of T the sum of about (1 - alpha) * T terms, divided by
-    1 - alpha, has a variance in proportion to 1 / (1 - alpha). Visits should go with its square root (importance
-    sampling), which is what the quadratic schedule does (ours); with the linear one the variance of the integral grows
-    without bound towards alpha = 1.
-    """
+    """alpha(t) and its inverse, float64. kind: "linear" is 1 - t, "cosine" is 1 - cos(pi/2 * (1 - t))."""
 
     kind: str = "linear"
 
     def alpha(self, t):
         t = torch.as_tensor(t, dtype=torch.float64)
-        if self.kind == "quadratic":
-            return 1 - t.square()
         return 1 - t if self.kind == "linear" else 1 - torch.cos(math.pi / 2 * (1 - t))
 
     def slope(self, t):
         """alpha'(t), negative."""
         t = torch.as_tensor(t, dtype=torch.float64)
-        if self.kind == "quadratic":
-            return -2 * t
         return -torch.ones_like(t) if self.kind == "linear" else -math.pi / 2 * torch.sin(math.pi / 2 * (1 - t))
 
     def time(self, alpha):
         """The t at which a share alpha is visible."""
         alpha = torch.as_tensor(alpha, dtype=torch.float64)
-        if self.kind == "quadratic":
-            return (1 - alpha).sqrt()
         return 1 - alpha if self.kind == "linear" else 1 - 2 / math.pi * torch.acos(1 - alpha)
 
 
