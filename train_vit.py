@@ -88,7 +88,9 @@ class ViT(nn.Module):
         width, self.shape, self.patch, self.readout = settings.width, shape, settings.patch, settings.readout
         cond_width = max(8, width // 6) if shows_z else 0
         self.embedding = nn.Linear(shape[0] * settings.patch**2, width)
-        self.register_buffer("positions", patch_positions(shape, settings.patch, width), persistent=False)
+        # About as large as an embedded patch: at full size positions would drown what the patches show.
+        positions = 0.3 * patch_positions(shape, settings.patch, width)
+        self.register_buffer("positions", positions, persistent=False)
         self.label_token = nn.Parameter(torch.randn(width))
         if shows_z:
             self.from_z = nn.Linear(width, width, bias=False)
