@@ -11,6 +11,7 @@ them. In the walk from noise to image one block is at work per call: of L layers
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -85,14 +86,12 @@ PRESETS = {
 class DiT(nn.Module):
     """Noisy image and class through `layers` layers (Peebles & Xie 2023): features F of the image, (B, C, H, W).
 
-    Classes are numbered from 0; the next number is the null label, which says nothing. In training it takes the place
-    of a share `label_dropout` of the labels, so that one network learns both terms of classifier-free guidance.
+    Classes are numbered from 0; the next number is the null label, which says nothing (drop_labels).
     """
 
     def __init__(self, shape, classes, settings, layers):
         super().__init__()
         self.shape, self.patch, width = shape, settings.patch, settings.width
-        self.null_label, self.label_dropout = classes, settings.label_dropout
         pixels = shape[0] * settings.patch**2
         self.embedding = nn.Linear(pixels, width)
         self.register_buffer("positions", patch_positions(shape, settings.patch, width), persistent=False)
@@ -110,14 +109,19 @@ class DiT(nn.Module):
 
     def forward(self, x, z, c_noise):
         """x (B,) labels, z (B, C, H, W) scaled noisy images, c_noise (B,)."""
-        if self.training:
-            x = torch.where(torch.rand(len(x)).to(x.device) < self.label_dropout, self.null_label, x)
         h = self.embedding(patchify(z, self.patch, self.shape)) + self.positions  # (B, T, width)
         cond = self.noise_embedding(c_noise) + self.label_embedding(x)  # (B, width)
         for layer in self.layers:
             h = layer(h, cond=cond)
         shift, scale = self.modulation(F.silu(cond))[:, None].chunk(2, dim=-1)
         return unpatchify(self.output(rms_norm(h) * (1 + scale) + shift), self.patch, self.shape)
+
+
+def drop_labels(labels, share, null_label):
+    """Put the null label in the place of a share of labels (B,): so one network learns both terms of classifier-free
+    guidance (Ho & Salimans 2021).
+    """
+    return torch.where(torch.rand(len(labels)).to(labels.device) < share, null_label, labels)
 
 
 def check_options(s, images):
@@ -148,7 +152,8 @@ def main():
 
     def make(layers, span):
         network, head = DiT(images.shape, classes, settings, layers), EDMHead(settings.sigma_data)
-        return DiffusionBlock(network, head, noise, span, settings.sigma_data, settings.loss_weight)
+        drop = partial(drop_labels, share=settings.label_dropout, null_label=classes)
+        return DiffusionBlock(network, head, noise, span, settings.sigma_data, settings.loss_weight, drop=drop)
 
     def make_baseline(b=0):
         return make(settings.layers, (noise.sigma_min, noise.sigma_max))

@@ -21,11 +21,13 @@ class DiffusionBlock(nn.Module):
     """One denoiser, for the noise levels `span` = (low, high) of the distribution `noise`.
 
     network, head: see above and codebook.py. loss_weight: "none" or "edm" (w(sigma) of schedule.py).
-    shows_z: whether the network sees z and sigma. If not, they enter by the posterior head alone.
+    shows_z: whether the network sees z and sigma. If not, they enter by the posterior head alone. drop: a function that
+    replaces some of the conditions x (B, ...) in training by one that says nothing, for guidance (image_stack.py).
     """
 
-    def __init__(self, network, head, noise, span, sigma_data=0.5, loss_weight="none", shows_z=True):
+    def __init__(self, network, head, noise, span, sigma_data=0.5, loss_weight="none", shows_z=True, drop=None):
         super().__init__()
+        self.drop = drop
         self.network, self.head = network, head
         self.noise, self.span, self.sigma_data = noise, span, sigma_data
         self.loss_weight, self.shows_z = loss_weight, shows_z
@@ -49,6 +51,7 @@ class DiffusionBlock(nn.Module):
         sigma = sample_sigma(self.noise, len(y), *self.span).float().to(y.device)  # (B,)
         clean = self.head.clean(y)  # (B, ..., d)
         z = clean + broadcast(sigma, clean) * torch.randn_like(clean)
+        x = self.drop(x) if self.drop else x
         x = None if x is None else x[rows]
         y, z, sigma = y[rows], z[rows], sigma[rows]
         per_sample = self.head.loss(self(x, z, sigma), y)  # (B,)
