@@ -16,9 +16,11 @@ import torch.distributed as dist
 from conftest import ROOT, SMALL, needs_namespaces, same, tensors
 
 import nano_db.lock
+import train_dit
 import train_gpt
 import train_looped
 import train_mdm
+import train_vit
 from nano_db import check, speedup
 from nano_db.block import DiffusionBlock, EndToEnd
 from nano_db.codebook import PosteriorHead, make_codebook
@@ -184,16 +186,21 @@ def test_three_ranks_for_two_blocks_the_team_has_the_curve_of_one_process(small,
     assert same(tensors(tmp_path / "three", 1), tensors(tmp_path / "one", 1))
 
 
+TEXT, IMAGES = ("--seq-len", "8"), ("--samples", "0", "--glyphs", "150")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "script, ranks, flags",
     [
-        ("train_gpt.py", 3, ("--blocks", "1", "--recipe", "paper")),  # shares of 2, 3 and 3 rows
-        ("train_gpt.py", 2, ("--blocks", "1", "--z", "inside", "--walk", "last")),
-        ("train_gpt.py", 2, ("--baseline",)),
-        ("train_mdm.py", 2, ("--blocks", "1")),
-        ("train_looped.py", 2, ()),
-        ("train_looped.py", 2, ("--baseline",)),
+        (train_gpt, 3, (*TEXT, "--blocks", "1", "--recipe", "paper")),  # shares of 2, 3 and 3 rows
+        (train_gpt, 2, (*TEXT, "--blocks", "1", "--z", "inside", "--walk", "last")),
+        (train_gpt, 2, (*TEXT, "--baseline")),
+        (train_mdm, 2, (*TEXT, "--blocks", "1")),
+        (train_looped, 2, TEXT),
+        (train_looped, 2, (*TEXT, "--baseline")),
+        (train_vit, 2, (*IMAGES, "--blocks", "1")),
+        (train_dit, 2, (*IMAGES, "--blocks", "1", "--frechet-images", "0")),
     ],
 )
 def test_a_team_has_the_curve_of_one_process_in_every_script(cli, text_file, tmp_path, script, ranks, flags):
@@ -203,21 +210,21 @@ def test_a_team_has_the_curve_of_one_process_in_every_script(cli, text_file, tmp
         "tiny",
         "--width",
         "16",
-        "--seq-len",
-        "8",
         "--steps",
         "12",
         "--warmup",
         "2",
         "--log-every",
         "1",
+        "--device",
+        "cpu",
     ]
-    shared += ["--device", "cpu", "--data", text_file, *flags, "--out"]
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), script]
+    shared += [*(("--data", text_file) if "--seq-len" in flags else ()), *flags, "--out"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    start += [f"{script.__name__}.py", *shared]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*start, *shared, tmp_path / "team"], cwd=ROOT, env=environment, check=True, capture_output=True)
-    main = {"train_gpt.py": train_gpt.main, "train_mdm.py": train_mdm.main, "train_looped.py": train_looped.main}
-    assert cli(*shared, tmp_path / "one", main=main[script])[0] == 0
+    subprocess.run([*start, tmp_path / "team"], cwd=ROOT, env=environment, check=True, capture_output=True)
+    assert cli(*shared, tmp_path / "one", main=script.main)[0] == 0
     assert losses(tmp_path / "team", 0) == pytest.approx(losses(tmp_path / "one", 0), rel=1e-4)
 
 
