@@ -49,7 +49,7 @@ class Settings(RunSettings):
     schedule: str = option("linear", "visible share alpha(t)", choices=("linear", "cosine"))
     eval_windows: int = option(0, "held-out windows to evaluate on; 0: all", least=0, free=True)
     unmask_steps: int = option(128, "steps from hidden to visible", least=1, free=True)
-    temperature: float = option(0.8, "of the samples; below 1 is more cautious", least=0.01, free=True)
+    temperature: float = option(0.6, "of the samples; below 1 is more cautious", least=0.01, free=True)
     fill: str = option("", f"a text whose gaps ({GAP}) are to be filled; the samples are of it", free=True)
 
 
@@ -59,7 +59,8 @@ PRESETS = {
         unmask_steps=12, eval_windows=32, overlap=0.05,
     ),
     "laptop": dict(
-        blocks=3, layers=6, seq_len=128, batch_size=16, steps=2000, warmup=100, overlap=0.05, ema=0.995, rounds=4,
+        blocks=3, layers=6, seq_len=128, batch_size=16, steps=3500, warmup=175, overlap=0.05, ema=0.995, rounds=2,
+        learning_rate=3e-3,
     ),
     "gpu": dict(
         blocks=3, layers=12, width=384, heads=6, seq_len=256, batch_size=64, steps=5000, warmup=250, overlap=0.05,
