@@ -35,6 +35,7 @@ class Settings(DiscreteSettings, RunSettings):
     glyphs: int = option(18_000, "how many glyphs to draw for training", least=100)
     augment: str = option("standard", "training images", choices=("none", "flip", "standard", "randaugment"))
     patch: int = option(4, "side of a patch in pixels", least=1)
+    positions: float = option(1.0, "size (root mean square) of the embeddings of a patch's place", least=0)
     width: int = option(96, "features of a patch", least=4)
     heads: int = option(4, "attention heads", least=1)
     mlp: str = option("gelu", "kind of MLP", choices=("gelu", "swiglu"))
@@ -57,11 +58,11 @@ PRESETS = {
     ),
     "gpu": dict(
         blocks=3, layers=12, width=192, heads=6, batch_size=256, steps=10_000, warmup=500, weight_decay=0.05,
-        overlap=0.05, dropout=0.1, data="cifar10", readout="mean",
+        overlap=0.05, dropout=0.1, data="cifar10", readout="mean", positions=0.3,
     ),
     "paper": dict(
         blocks=3, layers=12, width=128, heads=4, batch_size=128, steps=195_500, warmup=3910, learning_rate=5e-4,
-        weight_decay=0.05, overlap=0.05, dropout=0.1, data="cifar100",
+        weight_decay=0.05, overlap=0.05, dropout=0.1, data="cifar100", positions=0.3,
     ),
 }  # fmt: skip
 
@@ -88,8 +89,7 @@ class ViT(nn.Module):
         width, self.shape, self.patch, self.readout = settings.width, shape, settings.patch, settings.readout
         cond_width = max(8, width // 6) if shows_z else 0
         self.embedding = nn.Linear(shape[0] * settings.patch**2, width)
-        # About as large as an embedded patch: at full size positions would drown what the patches show.
-        positions = 0.3 * patch_positions(shape, settings.patch, width)
+        positions = settings.positions * patch_positions(shape, settings.patch, width)
         self.register_buffer("positions", positions, persistent=False)
         self.label_token = nn.Parameter(torch.randn(width))
         if shows_z:
