@@ -81,7 +81,9 @@ def cost_of_use(networks, use, device, count=16):
 
 
 def cost_table(columns):
-    """Lines of a text table: a row a figure of one sample, a column for each {name: cost_of_use}; ratios to the last."""
+    """Lines of a text table: a row a figure of one sample, a column for each {name: cost_of_use}; ratios to the
+    last.
+    """
     *_, last = columns.values()
     units = {"layer_evaluations": ("layers evaluated", 1), "seconds": ("milliseconds", 1000)}
     units |= {"weights": ("MiB of weights", 2**-20), "tensors": ("MiB of tensors", 2**-20)}
