@@ -176,9 +176,9 @@ def summary(folder, scale):
     records = [record for some in found.values() for record in some]
     lines = [f"# Results at scale {scale}\n"]
     lines.append(
-        f"`python -m nano_db.results --scale {scale}` wrote this page from the JSON files beside it. Quality is "
-        "measured on held-out data, ± its standard deviation over the seeds (one seed has none). Training memory is that of the "
-        "largest network in training: one block, or the baseline. `README.md` says what each number means.\n"
+        f"`python -m nano_db.results --scale {scale}` wrote this page from the JSON files beside it. Quality is that "
+        "of held-out data, ± its standard deviation over the seeds (one seed has none). Training memory is that of "
+        "the largest network in training: one block, or the baseline. `README.md` says what each number means.\n"
     )
     machines = {json.dumps(record["machine"], sort_keys=True) for record in records}
     versions = {json.dumps(record["result"]["versions"], sort_keys=True) for record in records}

@@ -205,7 +205,7 @@ def test_a_table_says_what_the_files_say(cpu):
     )
     spread = f"2.150 ± {statistics.stdev([2.0, 2.3]):.3f}"
     sizes = "4.0: 1.0 + 1.0 + 1.0 + 1.0"
-    assert lines[2] == f"| end to end | 7 | 2 of 3 | {spread} | 2.50 M | {sizes} | 500 | 1,234 | 2.0 | 0.50 |"
+    assert lines[2] == f"| end to end | 7 | 2 of 3 | {spread} | 2.50 M | {sizes} | 500 | 1,234 | 2.0 | 0.50; OWT 0.85 |"
     assert "| 7 | 1 | 2.000 | 2.50 M |" in lines[-2], "one seed has no spread"
     assert len({line.count("|") for line in lines}) == 1
 
