@@ -21,7 +21,7 @@ from nano_db.block import DiffusionBlock, EndToEnd
 from nano_db.codebook import PaperHead, PosteriorHead, make_codebook
 from nano_db.device import pick_device
 from nano_db.errors import UsageError
-from nano_db.language import evaluate, write_samples
+from nano_db.language import evaluate, write_samples, write_some
 from nano_db.layers import Layer, NoiseEmbedding, causal_mask, check_width, rms_norm, rotary_angles
 from nano_db.partition import make_partition, split_layers
 from nano_db.schedule import equal_mass_grid, karras_grid, make_noise
@@ -146,6 +146,7 @@ def main():
     layers = split_layers(settings.layers, blocks, settings.layer_split)
     partition = make_partition(noise, blocks, settings.partition, settings.overlap)
     grid = equal_mass_grid if settings.grid == "equal-mass" else karras_grid
+    sigmas = grid(noise, settings.calls_per_block * blocks)
 
     def make_baseline(b=0):
         return EndToEnd(GPT(classes, settings, settings.layers, shows_z=False), PosteriorHead(codebook))
@@ -157,12 +158,17 @@ def main():
         span = partition.training_range(b, upward=settings.range == "upward")
         return DiffusionBlock(network, head, noise, span, settings.sigma_data, settings.loss_weight, shows_z)
 
+    def make_stack(networks):
+        if isinstance(networks[0], EndToEnd):
+            return Stack(networks)
+        return Stack(networks, partition, settings.walk == "averaged")
+
     def evaluate_and_write(networks, folder):
-        stack = Stack(networks) if settings.baseline else Stack(networks, partition, settings.walk == "averaged")
+        stack = make_stack(networks)
         metrics = evaluate(stack, text, settings.seq_len, settings.eval_windows, settings.seed, device)
         print(f"{metrics['bits_per_char']:.4f} bits per character", "" if settings.baseline else "(bound)")
         print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
-        write_samples(stack, text, settings, grid(noise, settings.calls_per_block * blocks), folder)
+        write_samples(stack, text, settings, sigmas, folder)
         return metrics
 
     run_script(
@@ -176,6 +182,7 @@ def main():
         evaluate=evaluate_and_write,
         metric="bits_per_char",
         unit="bits per character",
+        use=lambda networks, count: write_some(make_stack(networks), count, settings.seq_len, sigmas),
     )
 
 

@@ -32,7 +32,7 @@ from nano_db.block import DiffusionBlock
 from nano_db.codebook import PaperHead, PosteriorHead, make_codebook
 from nano_db.device import pick_device
 from nano_db.errors import UsageError
-from nano_db.language import EVALUATION_BATCH, evaluate, write_samples
+from nano_db.language import EVALUATION_BATCH, evaluate, write_samples, write_some
 from nano_db.layers import Layer, NoiseEmbedding, causal_mask, check_width, rms_norm, rotary_angles
 from nano_db.likelihood import nats_of_walk
 from nano_db.partition import make_partition
@@ -243,7 +243,7 @@ def main():
     classes = text.tokenizer.classes
     codebook = make_codebook(classes, settings.width, settings.seed)
     noise = make_noise(settings, text.frequencies(), codebook)
-    partition = make_partition(noise, 1)
+    partition, sigmas = make_partition(noise, 1), equal_mass_grid(noise, settings.calls)
 
     def make_baseline(b=0):
         return Huginn(Looped(classes, settings, conditioned=False), PosteriorHead(codebook), settings)
@@ -254,8 +254,11 @@ def main():
         span = (noise.sigma_min, noise.sigma_max)
         return DiffusionBlock(network, head, noise, span, settings.sigma_data, settings.loss_weight)
 
+    def make_stack(networks):
+        return Stack(networks) if isinstance(networks[0], Huginn) else Stack(networks, partition)
+
     def evaluate_and_write(networks, folder):
-        stack = Stack(networks) if settings.baseline else Stack(networks, partition)
+        stack = make_stack(networks)
         metrics = evaluate(stack, text, settings.seq_len, settings.eval_windows, settings.seed, device)
         kind = f"after {settings.calls} turns" if settings.baseline else "(bound)"
         print(f"{metrics['bits_per_char']:.4f} bits per character {kind}")
@@ -263,7 +266,7 @@ def main():
         print("bits per character by K:", *(f"{k}: {bits:.4f}" for k, bits in by_calls.items()))
         layers = layer_evaluations(settings)
         print(f"layers evaluated a step: {layers['forward']:g} forward, {layers['backward']:g} backward")
-        write_samples(stack, text, settings, equal_mass_grid(noise, settings.calls), folder)
+        write_samples(stack, text, settings, sigmas, folder)
         return {**metrics, "bits_per_char_by_calls": by_calls, "layer_evaluations": layers}
 
     run_script(
@@ -277,6 +280,7 @@ def main():
         evaluate=evaluate_and_write,
         metric="bits_per_char",
         unit="bits per character",
+        use=lambda networks, count: write_some(make_stack(networks), count, settings.seq_len, sigmas),
     )
 
 

@@ -35,6 +35,7 @@ from nano_db.run import write_text
 from nano_db.script import read_settings, run_script
 from nano_db.settings import RunSettings, command, option
 
+SAMPLE_STEPS = 16  # to uncover a text, for the figures of one sample
 GAP = "_"  # stands for one hidden character in --fill and in samples.txt
 
 
@@ -177,6 +178,10 @@ def main():
             write_text(folder / "samples.txt", "\n---\n".join(samples))
         return metrics
 
+    def uncover_some(networks, count):
+        hidden = torch.full((count, settings.seq_len), classes, device=device)
+        return list(unmask([average(networks)] if settings.baseline else networks, hidden, SAMPLE_STEPS))
+
     run_script(
         "mdm",
         settings,
@@ -188,6 +193,7 @@ def main():
         evaluate=evaluate_and_write,
         metric="bits_per_char",
         unit="bits per character",
+        use=uncover_some,
     )
 
 

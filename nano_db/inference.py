@@ -1,4 +1,6 @@
-"""What it costs to use a trained network, for one image: layers evaluated, seconds, and bytes in memory."""
+"""What it costs to use a trained network, for one sample (an image, or some text): layers evaluated, seconds, and bytes
+in memory.
+"""
 
 import time
 import weakref
@@ -66,10 +68,10 @@ def seconds_of(use, device):
 
 
 def cost_of_use(networks, use, device, count=16):
-    """Cost of one image, as a dictionary. use(networks, n): classifies or paints n images.
+    """Cost of one sample, as a dictionary. use(networks, n): makes n samples (classifies, paints or writes).
 
     seconds: of a batch of `count`, divided by it. weights: bytes of the largest network, for more than one at a time
-    need not be in memory. tensors: the most bytes that the computation of one image held at a time.
+    need not be in memory. tensors: the most bytes that the computation of one sample held at a time.
     """
     with PeakBytes() as tensors:
         evaluations = count_layers(networks, lambda: use(networks, 1))
@@ -79,11 +81,13 @@ def cost_of_use(networks, use, device, count=16):
 
 
 def cost_table(columns):
-    """Lines of a text table: a row a figure of one image, a column for each {name: cost_of_use}; ratios to the last."""
+    """Lines of a text table: a row a figure of one sample, a column for each {name: cost_of_use}; ratios to the
+    last.
+    """
     *_, last = columns.values()
     units = {"layer_evaluations": ("layers evaluated", 1), "seconds": ("milliseconds", 1000)}
     units |= {"weights": ("MiB of weights", 2**-20), "tensors": ("MiB of tensors", 2**-20)}
-    lines = [f"{'for one image':18}" + "".join(f"{name:>22}" for name in columns)]
+    lines = [f"{'for one sample':18}" + "".join(f"{name:>22}" for name in columns)]
     for figure, (label, unit) in units.items():
         cells = [f"{cost[figure] * unit:11.2f} ({cost[figure] / last[figure]:6.3f})" for cost in columns.values()]
         lines.append(f"{label:18}" + "".join(f"{cell:>22}" for cell in cells))

@@ -6,6 +6,7 @@ from nano_db.likelihood import measure, nats_of_priors, quadrature, split_by_blo
 from nano_db.run import write_text
 from nano_db.sampler import draw, sample_classes
 
+SAMPLE_TOKENS = 16  # to write, for the figures of one sample
 EVALUATION_BATCH = 16  # windows at a time: larger ones gain nothing, and logits take memory
 
 
@@ -52,6 +53,12 @@ def generate(stack, tokens, length, seq_len, sigmas=None, temperature=1.0, gener
         cached = tokens.shape[1]
         tokens = torch.cat([tokens, new], dim=1)
     return tokens
+
+
+def write_some(stack, count, seq_len, sigmas=None):
+    """Write SAMPLE_TOKENS tokens after a first one, `count` times at once: what inference.py measures."""
+    first = torch.zeros(count, 1, dtype=torch.long, device=stack.codebook.device)
+    return generate(stack, first, SAMPLE_TOKENS, seq_len, sigmas, generator=torch.Generator().manual_seed(0))
 
 
 def _next_token(stack, x, caches, sigmas, temperature, generator):

@@ -53,7 +53,7 @@ def draw_curves(folder, metric, unit, shares=()):
             title="what each block answers for",
             xticks=range(len(shares)),
         )
-    _save(figure, Path(folder) / "curves.png")
+    save_figure(figure, Path(folder) / "curves.png")
 
 
 def draw_comparison(path, names, rows):
@@ -65,7 +65,7 @@ def draw_comparison(path, names, rows):
         ax.bar_label(bars, fmt="%.4g", fontsize=8)
         ax.set_title(key.replace("_", " "), fontsize=9)
         ax.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_by_calls(path, curves, unit):
@@ -76,7 +76,7 @@ def draw_by_calls(path, curves, unit):
     ax.set_xscale("log", base=2)
     ax.set(xlabel="K: calls of the network, or turns of the loop", ylabel=unit)
     ax.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_classification(path, images, log_p, labels, metrics, hardest):
@@ -115,7 +115,7 @@ def draw_classification(path, images, log_p, labels, metrics, hardest):
             xticks=range(len(shares)),
         )  # fmt: skip
         axes[2].legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_images(path, states, owners, names, sigma_data, walks=3, columns=13):
@@ -152,7 +152,7 @@ def draw_images(path, states, owners, names, sigma_data, walks=3, columns=13):
     bottom.set_title("from noise to image: above z, below what the block at work takes it for", fontsize=10, pad=32)
     for ax in (top, bottom):
         ax.set_axis_off()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_images(folder, images, first):
@@ -228,10 +228,10 @@ def draw_idea(path, blocks=4):
         title="Run one after the other, they walk from noise to data\n(colour: the block that takes the step)",
     )
     right.legend(loc="upper right")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure, path):
+def save_figure(figure, path):
     write_atomically(Path(path), lambda file: figure.savefig(file, dpi=110, format="png"))
     plt.close(figure)
 

@@ -23,7 +23,7 @@ def finish(script, trainer, metrics, make_baseline, use=None):
 
     metrics: the script's own. make_baseline(): the end-to-end network of the same settings, to measure beside the
     blocks. memory_bytes and seconds_per_step are the largest block's (or the baseline's); the sum over the blocks
-    stands beside. use: see inference.cost_of_use; the cost of one image is reported, too.
+    stands beside. use: see inference.cost_of_use; the cost of one sample is reported, too.
     """
     settings = trainer.settings
     states = [trainer.run.load_block(b, whole=False) for b in range(trainer.networks)]
@@ -50,7 +50,7 @@ def finish(script, trainer, metrics, make_baseline, use=None):
     print("\nbytes to train, by part:", *memory_table(columns), sep="\n  ")
     if use:
         costs = {name: cost_of_use(networks, use, trainer.device) for name, networks in to_use(trainer, make_baseline)}
-        result["one_image"] = costs[settings.method]
+        result["one_sample"] = costs[settings.method]
         print("to use:", *cost_table(costs), sep="\n  ")
     trainer.run.finish(result)
     return result
@@ -67,7 +67,7 @@ def to_use(trainer, make_baseline):
 
 def benchmark(trainer, make_baseline, pairs, use=None):
     """Print the memory table, and the seconds of one step of every block against one step of the baseline; also, where
-    there is a `use` (inference.cost_of_use), what an image costs.
+    there is a `use` (inference.cost_of_use), what a sample costs.
 
     Timings drift with the machine, so both take turns, and what counts is the ratio within each pair.
     """
@@ -98,7 +98,7 @@ def benchmark(trainer, make_baseline, pairs, use=None):
         }
         print("to use:", *cost_table(costs), sep="\n  ")
         _print_pairs(
-            "16 images with blocks", lambda _: use(blocks, 16), lambda _: use(baseline, 16), pairs, trainer.device
+            "16 samples with blocks", lambda _: use(blocks, 16), lambda _: use(baseline, 16), pairs, trainer.device
         )
 
 

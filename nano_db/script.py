@@ -46,7 +46,7 @@ def run_script(
     evaluate,
     metric,
     unit,
-    use=None,
+    use,
     in_turn=False,
 ):
     """Train what is not trained yet (under torchrun, this process's share), evaluate after each round, and report.
@@ -56,8 +56,8 @@ def run_script(
     it finds of the trained networks, writes its samples into `folder` (None with --eval-only) and returns a
     dictionary of metrics; of these, `metric` (in `unit`) is drawn in curves.png.
 
-    use(networks, n): classifies or paints n images, for scripts that report what one costs (inference.py). in_turn:
-    evaluate goes through the networks one after the other, so that one at a time is enough in memory.
+    use(networks, n): classifies, paints or writes n samples, to report what one costs (inference.py). in_turn: evaluate
+    goes through the networks one after the other, so that one at a time is enough in memory.
     """
     worker = join()
     trainer = Trainer(None, make, draw_batch, settings, device, worker)

@@ -1,5 +1,9 @@
+import json
+import shutil
+
 import torch
 
+import train_mdm
 from nano_db.inference import PeakBytes, cost_of_use, count_layers
 from nano_db.layers import Layer
 
@@ -37,3 +41,28 @@ def test_layer_evaluations_are_counted_a_sample():
     assert cost["layer_evaluations"] == 3
     assert cost["weights"] == 2 * 12 * 8 * 8 * 4, "of the larger network: two layers of 12 d^2 weights"
     assert cost["seconds"] > 0 and cost["tensors"] >= 3 * 8 * 4
+
+
+def test_what_writing_sixteen_tokens_costs_in_layers(small, cli, text_file, tmp_path):
+    """By hand: a cached token passes each layer once a call; blocks of the nano recipe are asked once, however many
+    calls the walk makes; those that see z are asked at each call, one block at a time.
+    """
+    layers, calls_per_block = 4, 4
+
+    def evaluations(*flags):
+        assert small("--out", tmp_path / "run", *flags)[0] == 0
+        folder = tmp_path / "run"
+        count = json.loads((folder / "result.json").read_text())["one_sample"]["layer_evaluations"]
+        shutil.rmtree(folder)
+        return count
+
+    assert evaluations("--baseline") == 16 * layers
+    assert evaluations("--baseline", "--layers", 1, "--ensemble", 3) == 16 * 3
+    assert evaluations() == 16 * layers
+    assert evaluations("--recipe", "paper") == 16 * calls_per_block * layers
+    mdm = ("--preset", "tiny", "--layers", 6, "--steps", 2, "--eval-windows", 1, "--device", "cpu", "--data", text_file)
+    for flags, expected in (((), 16 * 2), (("--baseline", "--ensemble", 2), 16 * 6 * 2)):
+        assert cli(*mdm, "--out", tmp_path / "mdm", *flags, main=train_mdm.main)[0] == 0
+        result = json.loads((tmp_path / "mdm" / "result.json").read_text())
+        assert result["one_sample"]["layer_evaluations"] == expected
+        shutil.rmtree(tmp_path / "mdm")

@@ -46,10 +46,10 @@ def test_a_run_scores_paints_and_resumes(dit, tmp_path, flags):
 def test_three_blocks_evaluate_a_third_of_the_layers(dit, tmp_path):
     quick = ("--frechet-images", "0", "--samples", "0")
     dit("--guidance", "1", *quick)
-    assert result_of(tmp_path)["one_image"]["layer_evaluations"] == 6 * 1  # calls, layers a block
+    assert result_of(tmp_path)["one_sample"]["layer_evaluations"] == 6 * 1  # calls, layers a block
     dit("--baseline", "--guidance", "2", *quick, "--out", tmp_path / "run" / "b")
     assert (
-        json.loads((tmp_path / "run" / "b" / "result.json").read_text())["one_image"]["layer_evaluations"] == 6 * 3 * 2
+        json.loads((tmp_path / "run" / "b" / "result.json").read_text())["one_sample"]["layer_evaluations"] == 6 * 3 * 2
     )
 
 

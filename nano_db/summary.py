@@ -1,0 +1,206 @@
+"""Tables of results, made of the JSON files of results/<scale> and of nothing else, for summary.md and the README.
+
+In a Markdown file a table stands between `<!-- results: cpu gpt -->` and `<!-- end -->`, and fill() puts it there. So
+no number in it is typed by hand, and a test finds the table that does not say what the files say.
+"""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+from nano_db.errors import UsageError
+from nano_db.experiments import GROUPS, MEMORY_LAYERS, SCALES, experiments
+from nano_db.memory import PARTS
+
+MARKED = re.compile(r"(<!-- results: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+LESS, MORE = "less is better", "more is better"
+QUALITY = {  # by script: the metric, its column in the tables, decimals
+    "vit": (("accuracy", f"accuracy ({MORE})", 3), ("accuracy_walk", "accuracy of one walk", 3)),
+    "dit": (("edm_loss", f"EDM loss ({LESS})", 4), ("frechet_small", f"frechet_small ({LESS})", 3)),
+    **dict.fromkeys(("mdm", "gpt", "looped"), (("bits_per_char", f"bits per character ({LESS})", 3),)),
+}
+NONE = "–"
+
+
+def read_records(folder, scale):
+    """({experiment: [record of each seed]}, [files to be made again]) of the folder results/<scale>.
+
+    A file is of no use when its command is no longer the experiment's: its flags have been changed since.
+    """
+    found, stale = {}, []
+    for experiment in experiments(scale):
+        found[experiment] = []
+        for seed in range(experiment.seeds):
+            path = Path(folder) / f"{experiment.file(seed)}.json"
+            if not path.exists():
+                continue
+            record = read_record(path)
+            if record["command"] == experiment.command_line(seed):
+                found[experiment].append(record)
+            else:
+                stale.append(path)
+    return found, stale
+
+
+def read_record(path):
+    try:
+        record = json.loads(path.read_text())
+        assert record.keys() >= {"command", "seed", "machine", "data_sha256", "settings", "result"}
+        return record
+    except (OSError, ValueError, AttributeError, AssertionError):
+        raise UsageError(f"{path} is damaged: delete it, and run the command of its scale again") from None
+
+
+def values(records, name):
+    """The metric of each record that has it."""
+    return [record["result"]["metrics"][name] for record in records if name in record["result"]["metrics"]]
+
+
+def mean(records, *keys):
+    """Mean of result[key][key]... over the records."""
+    numbers = []
+    for record in records:
+        number = record["result"]
+        for key in keys:
+            number = number[key]
+        numbers.append(number)
+    return statistics.mean(numbers)
+
+
+def table(group, found):
+    """The Markdown table of a group. found: see read_records."""
+    rows = {experiment: records for experiment, records in found.items() if experiment.group == group}
+    return memory_table(rows) if group == "memory" else quality_table(rows)
+
+
+def quality_table(rows):
+    metrics = [
+        quality for quality in QUALITY[next(iter(rows)).script] if any(values(r, quality[0]) for r in rows.values())
+    ]
+    columns = ["run", "steps", "seeds", *(column for _, column, _ in metrics), "parameters"]
+    columns += [f"training MiB: {' + '.join(PARTS)}", "ms a step, all blocks", "one sample: layers evaluated", "ms"]
+    columns.append("paper")
+    lines = []
+    for experiment, records in rows.items():
+        if not records:
+            lines.append([experiment.row, "not run", *[NONE] * (len(columns) - 3), experiment.paper])
+            continue
+        seeds = str(len(records)) + (f" of {experiment.seeds}" if len(records) < experiment.seeds else "")
+        cells = [experiment.row, f"{records[0]['result']['steps']:,}", seeds]
+        cells += [with_spread(values(records, name), decimals) for name, _, decimals in metrics]
+        parts = " + ".join(f"{mean(records, 'memory_bytes', part) / 2**20:.1f}" for part in PARTS)
+        cells += [f"{mean(records, 'parameters') / 1e6:.2f} M"]
+        cells += [f"{mean(records, 'memory_bytes', 'total') / 2**20:.1f}: {parts}"]
+        cells += [f"{1000 * mean(records, 'seconds_per_step_all_blocks'):.0f}"]
+        cells += [f"{mean(records, 'one_sample', 'layer_evaluations'):,.0f}"]
+        cells += [f"{1000 * mean(records, 'one_sample', 'seconds'):.1f}", experiment.paper]
+        lines.append(cells)
+    return markdown(columns, lines)
+
+
+def with_spread(numbers, decimals):
+    """The mean and, of several numbers, their standard deviation."""
+    if not numbers:
+        return NONE
+    shown = f"{statistics.mean(numbers):.{decimals}f}"
+    return shown if len(numbers) == 1 else f"{shown} ± {statistics.stdev(numbers):.{decimals}f}"
+
+
+def memory_table(rows):
+    formula, lines = memory_formula(rows), []
+    for experiment, records in rows.items():
+        if not records:
+            lines.append([experiment.row, "not run", NONE, NONE])
+            continue
+        measured = mean(records, "memory_bytes", "total")
+        expected = formula(experiment) if formula else None
+        shown = (f"{expected / 2**20:.1f}", f"{measured / expected:.3f}") if formula else (NONE, NONE)
+        lines.append([experiment.row, f"{measured / 2**20:.1f}", *shown])
+    return markdown(["run", "training MiB, measured", "by the formula", "ratio"], lines)
+
+
+def memory_formula(rows):
+    """A function experiment -> bytes, as GROUPS["memory"] says; None where the runs that it is read off are missing.
+
+    rows: {experiment: records} of the group "memory".
+    """
+    ends = {}
+    for experiment, records in rows.items():
+        if "--baseline" in experiment.flags and "--checkpoint-activations" not in experiment.flags and records:
+            ends[int(experiment.given("--layers"))] = records[0]
+    few, many = MEMORY_LAYERS[0], MEMORY_LAYERS[-1]
+    if not {few, many} <= ends.keys():
+        return None
+
+    def line(*parts):  # bytes without any layer, and with each
+        low, high = (sum(ends[L]["result"]["memory_bytes"][part] for part in parts) for L in (few, many))
+        slope = (high - low) / (many - few)
+        return low - few * slope, slope
+
+    (rest, four_p), (more, A) = line("weights", "gradients", "optimizer"), line("activations")
+    settings = ends[few]["settings"]
+    layer_input = 4 * settings["batch_size"] * settings["seq_len"] * settings["width"]
+
+    def formula(experiment):
+        layers = int(experiment.given("--layers")) / int(experiment.given("--blocks", 1))
+        activations = A * layers
+        if "--checkpoint-activations" in experiment.flags:
+            activations = layer_input * layers + A
+        return rest + more + four_p * layers + activations
+
+    return formula
+
+
+def markdown(columns, rows):
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def fill(text, results):
+    """`text`, with every marked table in it as the files under the folder `results` have it now."""
+
+    def renew(match):
+        start, scale, group, end = match.groups()
+        if scale not in SCALES or group not in GROUPS:
+            raise UsageError(f"{start.strip()}: there is no such scale or table; tables: {', '.join(GROUPS)}")
+        found, _ = read_records(Path(results) / scale, scale)
+        return start + table(group, found) + end
+
+    return MARKED.sub(renew, text)
+
+
+def summary(folder, scale):
+    """The text of summary.md."""
+    found, _ = read_records(folder, scale)
+    records = [record for some in found.values() for record in some]
+    lines = [f"# Results at scale {scale}\n"]
+    lines.append(
+        f"`python -m nano_db.results --scale {scale}` wrote this page from the JSON files beside it. Quality is that "
+        "of held-out data, ± its standard deviation over the seeds (one seed has none). Training memory is that of "
+        "the largest network in training: one block, or the baseline. `README.md` says what each number means.\n"
+    )
+    machines = {json.dumps(record["machine"], sort_keys=True) for record in records}
+    versions = {json.dumps(record["result"]["versions"], sort_keys=True) for record in records}
+    data = {f"{record['settings']['data']} {record['data_sha256'][:12]}" for record in records}
+    for label, entries in (("Machine", machines), ("Versions", versions), ("Data, and its checksum", data)):
+        shown = re.sub('[{}"]', "", "; ".join(sorted(entries)))
+        lines.append(f"- {label}: {shown or NONE}")
+    for group, (title, paper) in GROUPS.items():
+        rows = [experiment for experiment in found if experiment.group == group]
+        picture = f"![{title}]({group}.png)\n"
+        lines += [f"\n## {title}\n", f"{paper} Here: `{shared_flags(rows)}`.\n", table(group, found), picture]
+    lines += ["## Commands\n", "Each with `--seed 0`; rows of several seeds also with 1, and 2.\n", "```"]
+    lines += [*(experiment.command_line(0) for experiment in found), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def shared_flags(rows):
+    """The flags that all rows have with the same value."""
+    pairs = [_pairs(experiment.flags) for experiment in rows]
+    return " ".join(pair for pair in pairs[0] if all(pair in others for others in pairs))
+
+
+def _pairs(flags):
+    """("--a", "1", "--b") -> ["--a 1", "--b"]"""
+    return re.findall(r"--[a-z]\S*(?: (?!--)\S+)?", " ".join(flags))

@@ -1,0 +1,275 @@
+import importlib
+import json
+import re
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+
+from nano_db import results, summary
+from nano_db.errors import UsageError
+from nano_db.experiments import GROUPS, SCALES, Experiment, experiments
+from nano_db.memory import PARTS
+from nano_db.settings import parse
+
+ROOT = Path(__file__).parent.parent
+VIT = ("--preset", "tiny", "--layers", "3", "--steps", "4", "--glyphs", "180", "--samples", "0", "--device", "cpu")
+
+
+def settings_of(experiment):
+    """The flags of an experiment as its script reads them: whatever it refuses ends the test."""
+    script = importlib.import_module(f"train_{experiment.script}")
+    read = parse(script.Settings, script.PRESETS, getattr(script, "RECIPES", None), experiment.flags)
+    if hasattr(script, "check_discrete"):
+        script.check_discrete(read)
+    return read
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_rows_differ_in_what_they_are_about_alone(scale):
+    rows = experiments(scale)
+    assert len({row.name for row in rows}) == len({(row.script, *row.flags) for row in rows}) == len(rows)
+    for group in GROUPS:
+        read = {row.name: settings_of(row) for row in rows if row.group == group}
+        first, *others = read.values()
+        for name in (
+            "data",
+            "batch_size",
+            "learning_rate",
+            "weight_decay",
+            "dropout",
+            "width",
+            "ema",
+            "preset",
+            "dtype",
+        ):
+            assert all(getattr(other, name, None) == getattr(first, name, None) for other in others), (group, name)
+        steps = {settings.steps for name, settings in read.items() if name != "looped-nano-7-times"}
+        assert len(steps) == 1, f"{group}: the baseline takes as many steps as every block"
+    seven = settings_of(next(row for row in rows if row.name == "looped-nano-7-times"))
+    assert seven.steps == 7 * settings_of(next(row for row in rows if row.name == "looped-nano")).steps
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_row_that_was_promised_is_there(scale):
+    by_group = {}
+    for row in experiments(scale):
+        by_group.setdefault(row.group, []).append((row, settings_of(row)))
+    for group in ("vit", "dit", "mdm", "gpt"):
+        read = [settings for _, settings in by_group[group]]
+        deep, blocks = max(s.layers for s in read), next(s.blocks for s in read if not s.baseline)
+        shallow = [s for s in read if s.baseline and s.layers == deep // blocks]
+        assert [s.ensemble for s in shallow] == ([1] if group == "dit" else [1, blocks])
+        assert {s.baseline for s in read if s.checkpoint_activations} == {True, False}
+        assert any(s.baseline and s.layers == deep and not s.checkpoint_activations for s in read)
+        if group in ("vit", "gpt"):
+            assert {s.recipe for s in read if not s.baseline} == {"nano", "paper"}
+    assert {s.recipe for _, s in by_group["looped"] if not s.baseline} == {"nano", "paper"}
+    for group in ("vit", "dit", "mdm", "gpt", "looped"):
+        assert sum(bool(row.paper) for row, _ in by_group[group]) == 2, "the paper's end to end, and its blocks"
+        assert {row.seeds for row, s in by_group[group] if not s.checkpoint_activations} == {
+            2 if scale == "tiny" else 3
+        }
+
+    read = [s for _, s in by_group["dit-ablations"]]
+    splits = {(s.partition, s.layer_split) for s in read if s.layer_split}
+    assert len(splits) == 8 and {split for _, split in splits} == {"4,4,4", "3,6,3", "6,4,2", "2,4,6"}
+    assert {s.overlap for s in read if not s.baseline} == {0.0, 0.05, 0.1}
+    assert {1 if s.baseline else s.blocks for s in read} == {1, 2, 3, 4, 6}
+    first, *others = (s for _, s in by_group["gpt-ablations"])
+    changed = [{name for name in vars(first) if getattr(first, name) != getattr(s, name)} for s in others]
+    assert changed == [{"head"}, {"loss_weight"}, {"noise"}, {"streams"}]
+    assert len(by_group["memory"]) == 3 * 3 * 2
+
+
+def test_the_cpu_scale_fits_into_two_and_a_half_hours_of_two_cores():
+    minutes = sum(row.seeds * row.seconds for row in experiments("cpu")) / 60
+    assert 0 < minutes < 260, "of one job; a reserve is left of 2 x 150"
+
+
+@pytest.fixture
+def few(monkeypatch, cli, tmp_path):
+    """few(rows, *flags): the command with these rows for the scale `tiny`: (exit code, stdout, stderr)."""
+
+    def run(rows, *flags):
+        for module in (results, summary):
+            monkeypatch.setattr(module, "experiments", lambda scale: rows)
+        monkeypatch.setattr(summary, "GROUPS", {"vit": GROUPS["vit"]})
+        where = ("--out", tmp_path / "out", "--results", tmp_path / "results")
+        return cli("--scale", "tiny", *where, *flags, main=results.main)
+
+    return run
+
+
+def row(name, *flags, seeds=1):
+    return Experiment(name, "vit", name, "vit", (*VIT, *flags), seeds, 1.0)
+
+
+def test_runs_are_made_kept_and_skipped_and_a_failing_one_is_named(few, tmp_path, monkeypatch):
+    rows = [row("vit-bad", "--patch", "5"), row("vit-baseline", "--baseline"), row("vit-blocks", seeds=2)]
+    code, out, err = few(rows[:2], "--jobs", 2)
+    assert code == 2 and "1 of 2 runs failed: vit-bad-s0" in err and "must divide" in err and err.count("\n") == 1
+    folder = tmp_path / "results" / "tiny"
+    record = json.loads((folder / "vit-baseline-s0.json").read_text())
+    assert record["command"] == f"python train_vit.py {' '.join(VIT)} --baseline --seed 0"
+    assert record["machine"]["cores"] >= 1 and record["result"]["versions"].keys() >= {"python", "torch"}
+    assert (
+        record["data_sha256"]
+        == json.loads((tmp_path / "out/tiny/vit-baseline-s0/config.json").read_text())["about"]["data_sha256"]
+    )
+    assert "not run" in (folder / "summary.md").read_text() and not (folder / "vit-bad-s0.json").exists()
+
+    started = []
+    begin = results.start
+    monkeypatch.setattr(results, "start", lambda e, seed, out: started.append(e.file(seed)) or begin(e, seed, out))
+    code, out, err = few(rows[1:])
+    assert code == 0 and started == ["vit-blocks-s0", "vit-blocks-s1"], err
+    assert "2/2 vit-blocks-s1: done, 0 min left" in out and (folder / "vit.png").read_bytes().startswith(b"\x89PNG")
+    page = (folder / "summary.md").read_text()
+    assert few(rows[1:])[0] == 0 and len(started) == 2
+    assert (folder / "summary.md").read_text() == page == summary.summary(folder, "tiny")
+
+    code, out, _ = few([row("vit-baseline", "--baseline", "--width", "32"), rows[2]], "--summary-only")
+    assert code == 0 and "vit-baseline-s0.json is left out" in out and len(started) == 2
+    code, out, _ = few(rows, "--list")
+    assert "to run: 1," in out and "vit-bad" in out and len(started) == 2
+
+
+def test_an_interruption_lets_the_run_save_and_the_same_command_goes_on(few, tmp_path, monkeypatch):
+    """A request to stop that comes as soon as the run has written its first block."""
+    rows = [row("vit-blocks", "--save-every", "5", "--steps", "60")]
+    stop, really_sleep = [], time.sleep
+
+    def sleep(seconds):
+        really_sleep(seconds)
+        if (tmp_path / "out/tiny/vit-blocks-s0/block_0.pt").exists():
+            stop.append(15)
+
+    class Requests:
+        def __enter__(self):
+            return stop
+
+        def __exit__(self, *_):
+            pass
+
+    with monkeypatch.context() as patched:
+        patched.setattr(results, "stop_requests", Requests)
+        patched.setattr(results.time, "sleep", sleep)
+        code, _, err = few(rows)
+    assert code == 130 and "goes on" in err and not (tmp_path / "results/tiny/vit-blocks-s0.json").exists()
+    code, _, err = few(rows)
+    assert code == 0 and (tmp_path / "results/tiny/vit-blocks-s0.json").exists(), err
+
+
+@pytest.mark.parametrize(
+    "flags, message", [(("--only", "gtp"), "there is no table gtp"), (("--jobs", 0), "at least 1")]
+)
+def test_bad_flags_get_one_clear_line(few, flags, message):
+    code, _, err = few([], *flags)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def write(folder, experiment, seed, metrics=(), **parts):
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = {part: float(parts.get(part, 2**20)) for part in PARTS}
+    record = {
+        "command": experiment.command_line(seed), "seed": seed, "machine": {"cpu": "slide rule"},
+        "data_sha256": "abc", "settings": {"data": "pydocs", "batch_size": 2, "seq_len": 4, "width": 8},
+        "result": {
+            "script": experiment.script, "steps": 7, "parameters": 2_500_000, "metrics": dict(metrics),
+            "memory_bytes": {**counts, "total": sum(counts.values())}, "seconds_per_step_all_blocks": 0.5,
+            "one_sample": {"layer_evaluations": 1234, "seconds": 0.002}, "versions": {"python": "3"},
+        },
+    }  # fmt: skip
+    path = folder / f"{experiment.file(seed)}.json"
+    path.write_text(json.dumps(record))
+    return path
+
+
+@pytest.fixture
+def cpu(tmp_path):
+    """The folder of a scale in which the seeds 0 and 1 of all rows of gpt are done but those of its last row."""
+    folder = tmp_path / "results" / "cpu"
+    for experiment in [row for row in experiments("cpu") if row.group == "gpt"][:-1]:
+        for seed in range(min(2, experiment.seeds)):
+            write(folder, experiment, seed, {"bits_per_char": 2.0 + 0.3 * seed})
+    return folder
+
+
+def test_a_table_says_what_the_files_say(cpu):
+    found, stale = summary.read_records(cpu, "cpu")
+    lines = summary.table("gpt", found).splitlines()
+    assert (
+        not stale and len(lines) == 2 + 7 and lines[-1].startswith("| 4 blocks, activations checkpointed | not run |")
+    )
+    spread = f"2.150 ± {statistics.stdev([2.0, 2.3]):.3f}"
+    sizes = "4.0: 1.0 + 1.0 + 1.0 + 1.0"
+    assert lines[2] == f"| end to end | 7 | 2 of 3 | {spread} | 2.50 M | {sizes} | 500 | 1,234 | 2.0 | 0.50; OWT 0.85 |"
+    assert "| 7 | 1 | 2.000 | 2.50 M |" in lines[-2], "one seed has no spread"
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_marked_tables_are_filled_and_a_changed_number_is_found(cpu):
+    text = "before\n<!-- results: cpu gpt -->\n<!-- end -->\nafter <!-- results: cpu vit -->\nold\n<!-- end -->\n"
+    filled = summary.fill(text, cpu.parent)
+    assert filled.startswith("before\n<!-- results: cpu gpt -->\n| run | steps |") and "old" not in filled
+    assert summary.fill(filled, cpu.parent) == filled
+    assert summary.fill(filled.replace("2.150", "2.149", 1), cpu.parent) == filled
+    with pytest.raises(UsageError, match="no such scale or table"):
+        summary.fill(text.replace("cpu gpt", "cpu gtp"), cpu.parent)
+
+
+def test_a_damaged_file_is_named(cpu):
+    (cpu / "gpt-nano-s0.json").write_text("{")
+    with pytest.raises(UsageError, match=r"gpt-nano-s0\.json is damaged"):
+        summary.read_records(cpu, "cpu")
+
+
+def test_the_memory_formula_is_the_papers(tmp_path):
+    """Counts made by the formula come out with ratio 1, others do not."""
+    four_p, A, layer_input, rest, more = 4000, 700, 4 * 2 * 4 * 8, 900, 50
+    rows = {row: [] for row in experiments("cpu") if row.group == "memory"}
+    assert summary.memory_formula(rows) is None, "nothing to read it off"
+    for experiment in rows:
+        layers = int(experiment.given("--layers")) // int(experiment.given("--blocks", 1))
+        activations = more + A * layers
+        if "--checkpoint-activations" in experiment.flags:
+            activations = more + layer_input * layers + A
+        weights = rest + four_p * layers
+        path = write(tmp_path, experiment, 0, weights=weights, gradients=0, optimizer=0, activations=activations)
+        rows[experiment] = [summary.read_record(path)]
+    lines = summary.memory_table(rows).splitlines()[2:]
+    assert len(lines) == 18 and all(line.endswith("| 1.000 |") for line in lines)
+    wrong = next(row for row in rows if row.given("--blocks") == "4")
+    rows[wrong][0]["result"]["memory_bytes"]["total"] *= 1.1
+    assert sum(line.endswith("| 1.100 |") for line in summary.memory_table(rows).splitlines()) == 1
+
+
+# --- what is committed ---
+
+
+def test_the_tables_of_the_readme_are_those_of_the_files():
+    text = (ROOT / "README.md").read_text()
+    assert text.count("<!-- results:") == len(summary.MARKED.findall(text)), "a mark without its end"
+    assert summary.fill(text, ROOT / "results") == text, "python -m nano_db.results --summary-only --readme README.md"
+
+
+def test_committed_summaries_are_those_of_their_files():
+    folders = [path for path in (ROOT / "results").glob("*") if path.is_dir()]
+    for folder in folders:
+        assert folder.name in SCALES
+        assert (folder / "summary.md").read_text() == summary.summary(folder, folder.name), folder
+    assert sum(path.stat().st_size for folder in folders for path in folder.iterdir()) < 5_000_000
+
+
+@pytest.mark.slow
+def test_the_whole_tiny_scale_runs(cli, tmp_path):
+    where = ("--out", tmp_path / "out", "--results", tmp_path / "results")
+    code, _, err = cli("--scale", "tiny", "--jobs", 2, *where, main=results.main)
+    assert code == 0, err
+    page = (tmp_path / "results" / "tiny" / "summary.md").read_text()
+    assert "not run" not in page
+    pictures = set(re.findall(r"\((\S+\.png)\)", page))
+    assert pictures == {f"{group}.png" for group in GROUPS}
+    assert all((tmp_path / "results" / "tiny" / picture).exists() for picture in pictures)
