@@ -33,8 +33,11 @@ SCALES = {
         ),
         "gpt": dict(
             device="cpu", layers=8, blocks=4, seq_len=64, batch_size=32, steps=400, warmup=20, rounds=1, samples=0,
+            eval_windows=256,
         ),
-        "looped": dict(device="cpu", seq_len=64, batch_size=16, steps=150, warmup=8, rounds=1, samples=0),
+        "looped": dict(
+            device="cpu", seq_len=64, batch_size=16, steps=150, warmup=8, rounds=1, samples=0, eval_windows=256,
+        ),
         "dit-ablations": dict(  # 12 layers, so that the paper's splits and counts fit; larger patches pay for them
             device="cpu", layers=12, blocks=3, patch=8, batch_size=64, steps=600, warmup=30, ema=0.98, samples=0,
             frechet_images=0,
@@ -67,7 +70,7 @@ SECONDS = {
         "dit": (0.29, 40),
         "mdm": (0.22, 35),
         "gpt": (0.33, 30),
-        "looped": (0.13, 40),
+        "looped": (0.13, 60),
         "dit-ablations": (0.17, 15),
     },
 }
