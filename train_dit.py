@@ -52,7 +52,9 @@ class Settings(NoiseSettings, RunSettings):
     label_dropout: float = option(0.1, "share of training images whose class is not told", least=0, below=1)
 
     calls: int = option(50, "steps of the walk from noise to image", least=1, free=True)
-    solver: str = option("euler", "one network call a step, or two", choices=("euler", "heun"), free=True)
+    solver: str = option(
+        "euler", "one network call a step, or two (heun: with --grid karras)", choices=("euler", "heun"), free=True
+    )
     grid: str = option("equal-mass", "noise levels of the walk", choices=("equal-mass", "karras"), free=True)
     guidance: float = option(2.0, "classifier-free guidance; 1: none", least=0, free=True)
     test_images: int = option(1000, "held-out images to evaluate the loss on; 0: all", least=0, free=True)
@@ -194,6 +196,8 @@ def main():
 
             *_, last = paint(networks, min(EXPORT_BATCH, settings.export - first), settings.seed + first)
             save_images(output_folder("dit", settings) / "images", last.z, first)
+        if settings.export:
+            print(f"{settings.export} images: {output_folder('dit', settings) / 'images'}")
         return metrics
 
     run_script(

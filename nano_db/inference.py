@@ -2,6 +2,7 @@
 in memory.
 """
 
+import statistics
 import time
 import weakref
 
@@ -70,12 +71,13 @@ def seconds_of(use, device):
 def cost_of_use(networks, use, device, count=16):
     """Cost of one sample, as a dictionary. use(networks, n): makes n samples (classifies, paints or writes).
 
-    seconds: of a batch of `count`, divided by it. weights: bytes of the largest network, for more than one at a time
+    seconds: of a batch of `count`, the median of three, divided by it. weights: bytes of the largest network, for more than one at a time
     need not be in memory. tensors: the most bytes that the computation of one sample held at a time.
     """
     with PeakBytes() as tensors:
         evaluations = count_layers(networks, lambda: use(networks, 1))
-    seconds = seconds_of(lambda: use(networks, count), device) / count
+    use(networks, count)  # to warm up
+    seconds = statistics.median(seconds_of(lambda: use(networks, count), device) for _ in range(3)) / count
     weights = max(sum(t.nbytes for t in (*network.parameters(), *network.buffers())) for network in networks)
     return {"layer_evaluations": evaluations, "seconds": seconds, "weights": weights, "tensors": tensors.peak}
 

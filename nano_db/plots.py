@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+from nano_db.errors import UsageError
 from nano_db.mixture import GaussianMixture
 from nano_db.partition import make_partition
 from nano_db.run import read_metrics, write_atomically
@@ -95,10 +96,15 @@ def draw_classification(path, images, log_p, labels, metrics, hardest):
 
     surprise = -log_p.gather(1, labels[:, None])[:, 0]
     chosen = surprise.topk(min(hardest, len(labels))).indices
-    canvas, corners = _mosaic([image / 127.5 - 1 for image in images.test[chosen].float()], columns=5, gap=12)
+    canvas, corners = _mosaic(
+        [image / 127.5 - 1 for image in images.test[chosen].float()],
+        columns=5,
+        gap=12 if max(map(len, images.classes)) == 1 else 20,
+    )
     axes[1].imshow(canvas)
     for i, (x, y) in zip(chosen.tolist(), corners, strict=True):
-        name = f"{images.classes[labels[i]]} -> {images.classes[guesses[i]]}"
+        true, named = images.classes[labels[i]], images.classes[guesses[i]]
+        name = f"{true} -> {named}" if len(true + named) == 2 else f"{true}\n-> {named}"
         axes[1].text(x + images.shape[2] / 2, y - 2, name, ha="center", fontsize=7)
     axes[1].set_axis_off()
     axes[1].set_title("the hardest test images: true -> named")
@@ -126,8 +132,9 @@ def draw_images(path, states, owners, names, sigma_data, walks=3, columns=13):
     it for. The frame's colour is the block's.
     """
     images, walks = states[-1].z.cpu(), min(walks, len(names))
+    calls = min(columns, len(states))
     colours = block_colours(max(owners) + 1)
-    chosen = np.linspace(0, len(states) - 1, columns).round().astype(int)
+    chosen = np.linspace(0, len(states) - 1, calls).round().astype(int)
     tiles, frames = [], []
     for i in range(walks):
         for kind in ("z", "denoised"):
@@ -136,7 +143,7 @@ def draw_images(path, states, owners, names, sigma_data, walks=3, columns=13):
                 tiles.append(scale * getattr(states[call], kind)[i].cpu())
                 frames.append(colours[owners[call]])
     grid, grid_corners = _mosaic(list(images), columns, gap=8)
-    strip, strip_corners = _mosaic(tiles, columns, gap=4, frames=frames)
+    strip, strip_corners = _mosaic(tiles, calls, gap=4, frames=frames)
 
     heights = [columns * canvas.shape[0] / canvas.shape[1] for canvas in (grid, strip)]  # inches
     figure, (top, bottom) = plt.subplots(
@@ -156,11 +163,19 @@ def draw_images(path, states, owners, names, sigma_data, walks=3, columns=13):
 
 
 def save_images(folder, images, first):
-    """Images (B, C, H, W) in [-1, 1] as <folder>/00000.png and so on, numbered from `first`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Images (B, C, H, W) in [-1, 1] as <folder>/00000.png and so on, numbered from `first`.
+
+    Raises UsageError where the folder cannot be made, or holds images already: two walks must not be mixed.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {folder} ({error.strerror}): move away what is there") from error
+    if first == 0 and any(folder.iterdir()):
+        raise UsageError(f"{folder} holds images already: move it away, or they would be mixed with the new ones")
     for i, image in enumerate(images, first):
         pixels = (image.clamp(-1, 1) * 0.5 + 0.5).expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
-        plt.imsave(folder / f"{i:05}.png", pixels)
+        write_atomically(folder / f"{i:05}.png", lambda file, pixels=pixels: plt.imsave(file, pixels, format="png"))
 
 
 def _mosaic(images, columns, gap, frames=None):

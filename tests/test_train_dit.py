@@ -58,6 +58,8 @@ def test_painted_images_can_be_exported(dit, tmp_path):
     paths = sorted((tmp_path / "run" / "images").iterdir())
     assert [path.name for path in paths] == ["00000.png", "00001.png", "00002.png"]
     assert plt.imread(paths[1]).shape[:2] == (32, 32)
+    code, _, err = dit("--frechet-images", "0", "--samples", "0", "--export", "2")
+    assert code == 2 and "holds images already" in err and len(list((tmp_path / "run" / "images").iterdir())) == 3
 
 
 def test_the_ema_is_what_is_evaluated(dit, tmp_path):
