@@ -71,8 +71,8 @@ def seconds_of(use, device):
 def cost_of_use(networks, use, device, count=16):
     """Cost of one sample, as a dictionary. use(networks, n): makes n samples (classifies, paints or writes).
 
-    seconds: of a batch of `count`, the median of three, divided by it. weights: bytes of the largest network, for more than one at a time
-    need not be in memory. tensors: the most bytes that the computation of one sample held at a time.
+    seconds: of a batch of `count`, the median of three, divided by it. weights: bytes of the largest network, for more
+    than one at a time need not be in memory. tensors: the most bytes that the computation of one sample held at a time.
     """
     with PeakBytes() as tensors:
         evaluations = count_layers(networks, lambda: use(networks, 1))

@@ -53,7 +53,7 @@ def run_all(todo, jobs, out, folder):
                 for process in [process for process in running if process.poll() is not None]:
                     experiment, seed = running.pop(process)
                     name, finished = experiment.file(seed), finished + weight(experiment)
-                    said = keep(process.returncode, experiment, seed, out, folder, jobs)
+                    said = keep_record(process.returncode, experiment, seed, out, folder, jobs)
                     if said:
                         failed.append((name, said))
                     left = (time.monotonic() - began) * (whole - finished) / finished / 60
@@ -90,7 +90,7 @@ def start(experiment, seed, out):
         )
 
 
-def keep(code, experiment, seed, out, folder, jobs):
+def keep_record(code, experiment, seed, out, folder, jobs):
     """Write the file of a run that has ended. Returns "", or what the run said last, if it failed."""
     run = out / experiment.file(seed)
     if code:
