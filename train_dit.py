@@ -28,7 +28,7 @@ from nano_db.layers import Layer, NoiseEmbedding, rms_norm
 from nano_db.partition import make_partition, split_layers
 from nano_db.patches import check_patches, patch_positions, patchify, unpatchify
 from nano_db.regression import EDMHead
-from nano_db.schedule import equal_mass_grid, karras_grid, make_noise
+from nano_db.schedule import GRIDS, make_noise
 from nano_db.script import output_folder, picture_path, read_settings, run_script
 from nano_db.settings import NoiseSettings, RunSettings, command, option
 
@@ -149,7 +149,7 @@ def main():
     blocks = 1 if settings.baseline else settings.blocks
     layers = split_layers(settings.layers, blocks, settings.layer_split)
     partition = make_partition(noise, blocks, settings.partition, settings.overlap)
-    sigmas = (equal_mass_grid if settings.grid == "equal-mass" else karras_grid)(noise, settings.calls)
+    sigmas = GRIDS[settings.grid](noise, settings.calls)
     frechet = None  # made when it is first needed
 
     def make(layers, span):
@@ -167,17 +167,18 @@ def main():
         y, labels = images.batch(settings.batch_size, settings.augment, device)
         return labels, y
 
+    def make_stack(networks):
+        return ImageStack(networks, make_partition(noise, len(networks), settings.partition), classes)
+
     def paint(networks, count, seed=settings.seed):
         """Walk to `count` images, of each class in turn. Yields the States."""
-        stack = ImageStack(networks, make_partition(noise, len(networks), settings.partition), classes)
         labels, generator = torch.arange(count, device=device) % classes, torch.Generator().manual_seed(seed)
-        return stack.walk(labels, images.shape, sigmas, settings.guidance, settings.solver, generator)
+        return make_stack(networks).walk(labels, images.shape, sigmas, settings.guidance, settings.solver, generator)
 
     def evaluate_and_paint(networks, _):
         nonlocal frechet
-        stack = ImageStack(networks, partition, classes)
         batches = list(images.test_batches(250, settings.test_images, device))
-        metrics = edm_loss(stack, batches, noise, settings.sigma_data, seed=settings.seed)
+        metrics = edm_loss(make_stack(networks), batches, noise, settings.sigma_data, seed=settings.seed)
         print(f"EDM loss {metrics['edm_loss']:.4f}, by block", *(f"{p:.4f}" for p in metrics["edm_loss_by_block"]))
         if settings.frechet_images:
             frechet = frechet or FrechetSmall(images, settings.frechet_images, settings.frechet_steps, device)

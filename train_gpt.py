@@ -18,13 +18,13 @@ import torch.nn as nn
 
 from data.text import load_text
 from nano_db.block import DiffusionBlock, EndToEnd
-from nano_db.codebook import PaperHead, PosteriorHead, make_codebook
+from nano_db.codebook import PosteriorHead, make_codebook, make_head
 from nano_db.device import pick_device
 from nano_db.errors import UsageError
 from nano_db.language import evaluate, write_samples, write_some
 from nano_db.layers import Layer, NoiseEmbedding, causal_mask, check_width, rms_norm, rotary_angles
 from nano_db.partition import make_partition, split_layers
-from nano_db.schedule import equal_mass_grid, karras_grid, make_noise
+from nano_db.schedule import GRIDS, make_noise
 from nano_db.script import read_settings, run_script
 from nano_db.settings import DiscreteSettings, RunSettings, check_discrete, command, option
 from nano_db.stack import Stack
@@ -145,8 +145,7 @@ def main():
     blocks = 1 if settings.baseline else settings.blocks
     layers = split_layers(settings.layers, blocks, settings.layer_split)
     partition = make_partition(noise, blocks, settings.partition, settings.overlap)
-    grid = equal_mass_grid if settings.grid == "equal-mass" else karras_grid
-    sigmas = grid(noise, settings.calls_per_block * blocks)
+    sigmas = GRIDS[settings.grid](noise, settings.calls_per_block * blocks)
 
     def make_baseline(b=0):
         return EndToEnd(GPT(classes, settings, settings.layers, shows_z=False), PosteriorHead(codebook))
@@ -154,7 +153,7 @@ def main():
     def make_block(b):
         shows_z = settings.z == "inside"
         network = GPT(classes, settings, layers[b], shows_z)
-        head = PosteriorHead(codebook) if settings.head == "posterior" else PaperHead(codebook, settings.sigma_data)
+        head = make_head(settings.head, codebook, settings.sigma_data)
         span = partition.training_range(b, upward=settings.range == "upward")
         return DiffusionBlock(network, head, noise, span, settings.sigma_data, settings.loss_weight, shows_z)
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from data.text import load_text
 from nano_db.block import DiffusionBlock
-from nano_db.codebook import PaperHead, PosteriorHead, make_codebook
+from nano_db.codebook import PosteriorHead, make_codebook, make_head
 from nano_db.device import pick_device
 from nano_db.errors import UsageError
 from nano_db.language import EVALUATION_BATCH, evaluate, write_samples, write_some
@@ -250,7 +250,7 @@ def main():
 
     def make_block(b):
         network = Looped(classes, settings, conditioned=True)
-        head = PosteriorHead(codebook) if settings.head == "posterior" else PaperHead(codebook, settings.sigma_data)
+        head = make_head(settings.head, codebook, settings.sigma_data)
         span = (noise.sigma_min, noise.sigma_max)
         return DiffusionBlock(network, head, noise, span, settings.sigma_data, settings.loss_weight)
 

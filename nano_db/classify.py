@@ -9,21 +9,23 @@ import torch
 from nano_db.sampler import euler_walk
 
 
-def class_walk(stack, x, sigmas, z):
-    """Yield (block, ln p(y | z, x)) for each call of a walk along `sigmas` from z (B, d), which ends at sigma = 0."""
-    posterior, said = stack.posterior(x), []
+def after_each_block(stack, x, sigmas, z):
+    """ln p(y | z, x) at the last call of each block, for a walk along `sigmas` from z (B, d). A list of (B, V),
+    noisiest block first. The last of `sigmas` is 0.
+    """
+    return _walk(stack, stack.posterior(x), sigmas, z)
+
+
+def _walk(stack, posterior, sigmas, z):
+    said = {}
 
     def denoise(z, sigma):
-        said.append((stack.partition.route(sigma), posterior(z, sigma)))
-        return said[-1][1].exp() @ stack.codebook
+        log_p = said[stack.partition.route(sigma)] = posterior(z, sigma)  # a block's last word stays
+        return log_p.exp() @ stack.codebook
 
     for _ in euler_walk(denoise, z, sigmas):
-        yield said.pop()
-
-
-def after_each_block(stack, x, sigmas, z):
-    """ln p(y | z, x) at the last call of each block. A list of (B, V), noisiest block first."""
-    return list(dict(class_walk(stack, x, sigmas, z)).values())
+        pass
+    return list(said.values())
 
 
 @torch.no_grad()
@@ -53,10 +55,11 @@ def evaluate(stack, batches, sigmas=None, walks=8, seed=0):
     for x, labels in batches:
         if stack.denoises:
             nothing = torch.zeros(len(x), stack.codebook.shape[1], device=x.device)
-            noise_free = after_each_block(stack, x, sigmas, nothing)
+            posterior = stack.posterior(x)  # once for all walks: networks that are not shown z answer here
+            noise_free = _walk(stack, posterior, sigmas, nothing)
             count("accuracy_noise_free", noise_free, labels)
             noise = [float(sigmas[0]) * torch.randn(nothing.shape, generator=generator) for _ in range(walks)]
-            noisy = [after_each_block(stack, x, sigmas, z.to(x.device)) for z in noise]
+            noisy = [_walk(stack, posterior, sigmas, z.to(x.device)) for z in noise]
             count("accuracy_walk", noisy[0], labels)
             count("accuracy_mean_of_walks", [torch.stack([said[-1].exp() for said in noisy]).mean(0)], labels)
             log_p = noise_free[-1]

@@ -82,3 +82,8 @@ class PaperHead(DiscreteHead):
     def forward(self, features, z, sigma, temperature=1.0):
         c_skip, c_out, _, _ = edm_coefficients(broadcast(sigma, z), self.sigma_data)
         return self.readout(c_skip * z + c_out * features).float() / temperature
+
+
+def make_head(kind, codebook, sigma_data):
+    """The head that --head names: "posterior" or "paper"."""
+    return PosteriorHead(codebook) if kind == "posterior" else PaperHead(codebook, sigma_data)

@@ -128,6 +128,9 @@ def karras_grid(noise, calls, rho=7.0):
     return torch.cat([(top + ramp * (bottom - top)) ** rho, torch.zeros(1, dtype=torch.float64)])
 
 
+GRIDS = {"equal-mass": equal_mass_grid, "karras": karras_grid}  # as --grid names them
+
+
 def edm_coefficients(sigma, sigma_data):
     """c_skip, c_out, c_in, c_noise of D = c_skip * z + c_out * F(c_in * z, c_noise) (EDM, table 1)."""
     c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
