@@ -66,7 +66,7 @@ SHARED_BY_BLOCKS = {
 SECONDS = {
     "tiny": dict.fromkeys(("vit", "dit", "mdm", "gpt", "looped", "dit-ablations"), (0.03, 5)),
     "cpu": {
-        "vit": (0.11, 15),
+        "vit": (0.13, 15),
         "dit": (0.29, 40),
         "mdm": (0.22, 35),
         "gpt": (0.33, 30),

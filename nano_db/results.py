@@ -26,7 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def missing(scale, folder, only=()):
-    """[(experiment, seed)] that has no file in `folder`, or one of another command. only: groups; none means all."""
+    """[(experiment, seed)] that has no file in `folder`, or one of another command: the first seed of every row, then
+    the second, so that whole tables can be read early. only: groups; none means all.
+    """
     todo = []
     for experiment in experiments(scale):
         for seed in range(experiment.seeds):
@@ -34,7 +36,7 @@ def missing(scale, folder, only=()):
             done = path.exists() and read_record(path)["command"] == experiment.command_line(seed)
             if not done and (not only or experiment.group in only):
                 todo.append((experiment, seed))
-    return todo
+    return sorted(todo, key=lambda job: job[1])
 
 
 def run_all(todo, jobs, out, folder):
