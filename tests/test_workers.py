@@ -32,15 +32,17 @@ from nano_db.schedule import LogNormal
 from nano_db.workers import Team, Worker, join
 from train_gpt import GPT, Settings
 
+# What torchrun is started with. Addresses are given, since a machine's own name cannot be resolved everywhere.
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})
 
-def torchrun(ranks, *flags, script=("train_gpt.py",), check=True, **environment):
+
+def torchrun(ranks, *flags, script=("train_gpt.py",), small=SMALL, **environment):
     """Run a script in `ranks` processes on this machine; returns what subprocess.run does."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, *script]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(
-        [*map(str, start), *SMALL, *map(str, flags)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert not check or done.returncode == 0, done.stderr
+    start = [*TORCHRUN, "--nproc-per-node", ranks, *script, *small, *flags]
+    environment = {**ENVIRONMENT, **environment}
+    done = subprocess.run([*map(str, start)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 
@@ -204,7 +206,6 @@ TEXT, IMAGES = ("--seq-len", "8"), ("--samples", "0", "--glyphs", "150")
     ],
 )
 def test_a_team_has_the_curve_of_one_process_in_every_script(cli, text_file, tmp_path, script, ranks, flags):
-    # The flags of SMALL that all scripts have, and a data set of their own.
     shared = [
         "--preset",
         "tiny",
@@ -220,10 +221,7 @@ def test_a_team_has_the_curve_of_one_process_in_every_script(cli, text_file, tmp
         "cpu",
     ]
     shared += [*(("--data", text_file) if "--seq-len" in flags else ()), *flags, "--out"]
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    start += [f"{script.__name__}.py", *shared]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*start, tmp_path / "team"], cwd=ROOT, env=environment, check=True, capture_output=True)
+    torchrun(ranks, tmp_path / "team", script=(f"{script.__name__}.py",), small=shared)
     assert cli(*shared, tmp_path / "one", main=script.main)[0] == 0
     assert losses(tmp_path / "team", 0) == pytest.approx(losses(tmp_path / "one", 0), rel=1e-4)
 
@@ -242,12 +240,10 @@ def test_a_killed_rank_leaves_whole_files_and_the_same_command_resumes(small, te
     """The victim is the process that trains the last block; torchrun then stops the others."""
     flags = ["--blocks", str(blocks), "--steps", "300", "--save-every", "4", "--data", text_file]
     small("--out", tmp_path / "whole", *flags)
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     job = subprocess.Popen(
-        [*start, "train_gpt.py", *SMALL, *flags, "--out", tmp_path / "killed"],
+        [*TORCHRUN, "--nproc-per-node", str(ranks), "train_gpt.py", *SMALL, *flags, "--out", tmp_path / "killed"],
         cwd=ROOT,
-        env=environment,
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
@@ -280,11 +276,10 @@ def test_the_network_carries_gradients_within_a_team_and_nothing_between_blocks(
         out = tmp_path / f"{blocks}-{steps}"
         flags = ["--steps", steps, "--blocks", blocks, "--data", text_file, "--out", out, "--log-every", 10_000]
         flags = [*SMALL, *map(str, flags)]
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_gpt.py"]
         script = "ip link set lo up && \"$@\" >/dev/null 2>&1 && awk '/lo:/ {print $2}' /proc/net/dev"
-        command = ["unshare", "-rn", "sh", "-c", script, "sh", *start, *flags]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        counted = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+        start = [*TORCHRUN, "--nproc-per-node", "2", "train_gpt.py", *flags]
+        command = ["unshare", "-rn", "sh", "-c", script, "sh", *start]
+        counted = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True)
         weights = torch.load(out / "block_0.pt", weights_only=True)["weights"]
         return int(counted.stdout), 4 * sum(tensor.numel() for tensor in weights.values())
 
