@@ -206,20 +206,7 @@ TEXT, IMAGES = ("--seq-len", "8"), ("--samples", "0", "--glyphs", "150")
     ],
 )
 def test_a_team_has_the_curve_of_one_process_in_every_script(cli, text_file, tmp_path, script, ranks, flags):
-    shared = [
-        "--preset",
-        "tiny",
-        "--width",
-        "16",
-        "--steps",
-        "12",
-        "--warmup",
-        "2",
-        "--log-every",
-        "1",
-        "--device",
-        "cpu",
-    ]
+    shared = ["--preset=tiny", "--width=16", "--steps=12", "--warmup=2", "--log-every=1", "--device=cpu"]
     shared += [*(("--data", text_file) if "--seq-len" in flags else ()), *flags, "--out"]
     torchrun(ranks, tmp_path / "team", script=(f"{script.__name__}.py",), small=shared)
     assert cli(*shared, tmp_path / "one", main=script.main)[0] == 0
