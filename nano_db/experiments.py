@@ -101,8 +101,8 @@ GROUPS = {  # the tables: their titles, and what the paper's counterpart is
     ),
     "dit-ablations": (
         "Partition, overlap and number of blocks",
-        "The paper: DiT-S/2 on CIFAR-10, 12 layers, 3 blocks, FID (see its ablation tables). A row "
-        "differs from the first, which has overlap 0.05 and 3 blocks, in what it names.",
+        "The paper: DiT-S/2 on CIFAR-10, 12 layers, FID of test images (its tables 2, 7 and A2). A row differs from "
+        "the first, which has 3 blocks and no overlap, in what it names.",
     ),
     "gpt-ablations": (
         "Head, loss weight, noise and streams",
@@ -114,8 +114,9 @@ GROUPS = {  # the tables: their titles, and what the paper's counterpart is
         "Memory against depth and number of blocks",
         "One step of train_gpt.py. The formulas are the paper's (appendix G): with P parameters and A activations a "
         "layer, training takes (4P + A) L end to end and (4P + A) L / B in blocks (weights, gradients and two averages "
-        "of AdamW make four); with checkpointed activations 4P L + I L + A, where I is a layer's input. P, A and what "
-        "does not depend on depth are read off the end-to-end networks of least and most layers; I is computed.",
+        "of AdamW make four); with checkpointed activations 4P L + A, to which we add the inputs of the layers, I L. "
+        "P, A and what does not depend on depth are read off the end-to-end networks of least and most layers; I is "
+        "computed.",
     ),
 }  # fmt: skip
 MEMORY_LAYERS, MEMORY_BLOCKS = (4, 8, 12), (2, 4)
@@ -209,15 +210,17 @@ def experiments(scale):
     add("looped", "baseline-checkpointed", row, HUGINN * CHECKPOINTED, baseline=True, checkpoint_activations=True)
 
     group = "dit-ablations"
+    splits = ("4,4,4", "3,6,3", "6,4,2", "2,4,6")
+    fid = {"probability": ("38.03", "41.64", "45.42", "40.40"), "uniform": ("43.53", "43.59", "47.49", "42.37")}
     for partition, label in (("probability", "equal probability"), ("uniform", "uniform in ln sigma")):
-        for split in ("4,4,4", "3,6,3", "6,4,2", "2,4,6"):
-            slug = f"{partition}-{split.replace(',', '')}"
-            add(group, slug, f"{label}, layers {split}", partition=partition, layer_split=split)
-    for overlap in (0.0, 0.1):
-        add(group, f"overlap-{overlap}", f"overlap {overlap:g}", overlap=overlap)
-    add(group, "1-block", "1 block (end to end)", baseline=True)
-    for B in (2, 4, 6):
-        add(group, f"{B}-blocks", f"{B} blocks", blocks=B)
+        for split, paper in zip(splits, fid[partition], strict=True):
+            slug, row = f"{partition}-{split.replace(',', '')}", f"{label}, layers {split}"
+            add(group, slug, row, paper=paper, partition=partition, layer_split=split, overlap=0.0)
+    for overlap, paper in ((0.05, "37.20"), (0.1, "")):
+        add(group, f"overlap-{overlap}", f"overlap {overlap:g}", paper=paper, overlap=overlap)
+    add(group, "1-block", "1 block (end to end)", paper="39.83", baseline=True)
+    for B, paper in ((2, "35.47"), (4, "45.43"), (6, "53.32")):
+        add(group, f"{B}-blocks", f"{B} blocks", paper=paper, blocks=B, overlap=0.0)
 
     def ablation(slug, row, cost=1.0, **changes):
         fixed = dict(recipe="nano", z="inside", range="own", walk="last")
