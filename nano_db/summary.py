@@ -1,7 +1,8 @@
 """Tables of results, made of the JSON files of results/<scale> and of nothing else, for summary.md and the README.
 
 In a Markdown file a table stands between `<!-- results: cpu gpt -->` and `<!-- end -->`, and fill() puts it there. So
-no number in it is typed by hand, and a test finds the table that does not say what the files say.
+no number in it is typed by hand, and a test finds the table that does not say what the files say. `main` in place of
+`gpt` is the table of all architectures.
 """
 
 import json
@@ -21,6 +22,14 @@ QUALITY = {  # by script: the metric, its column in the tables, decimals
     **dict.fromkeys(("mdm", "gpt", "looped"), (("bits_per_char", f"bits per character ({LESS})", 3),)),
 }
 NONE = "–"
+MAIN = {  # columns of the main table, and which rows of an architecture's own table they are
+    "end to end": ("baseline",),
+    "blocks": ("nano", "blocks"),
+    "blocks, recipe paper": ("paper",),
+    "control: one network of a block's memory": ("shallow", "one-turn"),
+    "control: mean of B such": ("ensemble",),
+}
+PAPER = {"vit": "accuracy in %", "dit": "FID", "mdm": "bits per character", "gpt": "MAUVE", "looped": "MAUVE"}
 
 
 def read_records(folder, scale):
@@ -99,6 +108,28 @@ def quality_table(rows):
     return markdown(columns, lines)
 
 
+def main_table(found):
+    """The Markdown table of all architectures: quality by method; of the blocks, what they take of the end-to-end
+    network's memory, seconds of a step, and layers evaluated for one sample.
+    """
+    columns = ["architecture", *MAIN, "training memory", "step", "layers evaluated", "the paper: end to end, blocks"]
+    lines = []
+    for group, in_paper in PAPER.items():
+        rows = {e.name.removeprefix(f"{group}-"): (e, records) for e, records in found.items() if e.group == group}
+        chosen = [next((rows[slug] for slug in slugs if slug in rows), (None, [])) for slugs in MAIN.values()]
+        (baseline, deep), (_, split) = chosen[:2]
+        costs = [NONE] * 3
+        if deep and split:
+            keys = ("memory_bytes", "total"), ("seconds_per_step_all_blocks",), ("one_sample", "layer_evaluations")
+            costs = [f"{mean(split, *key) / mean(deep, *key):.2f}" for key in keys]
+        papers = [experiment.paper for experiment, _ in rows.values() if experiment.paper]
+        for name, column, decimals in QUALITY[baseline.script]:
+            if values(deep, name):
+                cells = [with_spread(values(records, name), decimals) for _, records in chosen]
+                lines.append([f"{GROUPS[group][0]}: {column}", *cells, *costs, f"{in_paper} {', '.join(papers)}"])
+    return markdown(columns, lines)
+
+
 def with_spread(numbers, decimals):
     """The mean and, of several numbers, their standard deviation."""
     if not numbers:
@@ -162,10 +193,10 @@ def fill(text, results):
 
     def renew(match):
         start, scale, group, end = match.groups()
-        if scale not in SCALES or group not in GROUPS:
-            raise UsageError(f"{start.strip()}: there is no such scale or table; tables: {', '.join(GROUPS)}")
+        if scale not in SCALES or group not in ("main", *GROUPS):
+            raise UsageError(f"{start.strip()}: there is no such scale or table; tables: main, {', '.join(GROUPS)}")
         found, _ = read_records(Path(results) / scale, scale)
-        return start + table(group, found) + end
+        return start + (main_table(found) if group == "main" else table(group, found)) + end
 
     return MARKED.sub(renew, text)
 
@@ -186,6 +217,7 @@ def summary(folder, scale):
     for label, entries in (("Machine", machines), ("Versions", versions), ("Data, and its checksum", data)):
         shown = re.sub('[{}"]', "", "; ".join(sorted(entries)))
         lines.append(f"- {label}: {shown or NONE}")
+    lines += ["\n## All architectures\n", main_table(found)]
     for group, (title, paper) in GROUPS.items():
         rows = [experiment for experiment in found if experiment.group == group]
         picture = f"![{title}]({group}.png)\n"

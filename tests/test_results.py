@@ -210,6 +210,22 @@ def test_a_table_says_what_the_files_say(cpu):
     assert len({line.count("|") for line in lines}) == 1
 
 
+def test_the_main_table_has_each_architecture_and_what_its_blocks_cost(cpu):
+    for experiment in experiments("cpu"):  # a second architecture, which has another metric, and no row `ensemble`
+        if experiment.name in ("dit-baseline", "dit-blocks"):
+            activations = 2**20 * (9 if experiment.name == "dit-baseline" else 1)
+            write(cpu, experiment, 0, {"edm_loss": 0.2}, activations=activations)
+    header, _, *lines = summary.main_table(summary.read_records(cpu, "cpu")[0]).splitlines()
+    assert [line.split("|")[1].strip().split(":")[0] for line in lines] == [
+        "Diffusion transformer", "Autoregressive transformer",
+    ]  # fmt: skip
+    cells = dict(zip(header.split(" | "), lines[0].split(" | "), strict=True))
+    assert cells["end to end"] == cells["blocks"] == "0.2000" and cells["control: mean of B such"] == "–"
+    assert (cells["training memory"], cells["step"]) == (f"{4 / 12:.2f}", "1.00")
+    assert "| FID 39.83, 37.20 |" in lines[0] and "| MAUVE 0.50; OWT 0.85, 0.71; OWT 0.82 |" in lines[1]
+    assert summary.fill("<!-- results: cpu main -->\n<!-- end -->", cpu.parent).count("\n") == 5
+
+
 def test_marked_tables_are_filled_and_a_changed_number_is_found(cpu):
     text = "before\n<!-- results: cpu gpt -->\n<!-- end -->\nafter <!-- results: cpu vit -->\nold\n<!-- end -->\n"
     filled = summary.fill(text, cpu.parent)
