@@ -45,7 +45,7 @@ SCALES = {
         ),
     },
     "gpu": {
-        "vit": dict(preset="gpu", layers=12, blocks=3, steps=10_000, warmup=500, readout="token", samples=0),
+        "vit": dict(preset="gpu", layers=12, blocks=3, steps=10_000, warmup=500, samples=0),
         "dit": dict(preset="gpu", layers=12, blocks=3, samples=0),
         "mdm": dict(preset="gpu", data="shakespeare", layers=12, blocks=3, samples=0),
         "gpt": dict(preset="gpu", data="shakespeare", layers=12, blocks=4, rounds=1, samples=0),
@@ -229,11 +229,11 @@ def experiments(scale):
 
     steps, warmup = (SCALES[scale]["vit"][name] for name in ("steps", "warmup"))
     lever = partial(add, "vit-levers", base="vit")
-    lever("noise", "blocks, more noise: ln sigma ~ N(1.3, 0.8²)", recipe="nano", p_mean=1.3)
+    lever("noise", "blocks, more noise: ln sigma ~ N(1.3, 0.8²)", seeds=seeds, recipe="nano", p_mean=1.3)
     lever("2-blocks", "2 blocks of half the layers", recipe="nano", blocks=2)
     for method, changes in (("blocks", dict(recipe="nano")), ("end to end", dict(baseline=True))):
         slug = method.replace(" ", "-")
-        lever(f"readout-{slug}", f"{method}, mean-pooled readout", readout="mean", **changes)
+        lever(f"readout-{slug}", f"{method}, read off the label token alone", readout="token", **changes)
         lever(f"twice-{slug}", f"{method}, twice the steps", steps=2 * steps, warmup=2 * warmup, **changes)
 
     def ablation(slug, row, cost=1.0, **changes):
