@@ -66,15 +66,15 @@ def values(records, name):
     return [record["result"]["metrics"][name] for record in records if name in record["result"]["metrics"]]
 
 
-def mean(records, *keys):
-    """Mean of result[key][key]... over the records."""
+def median(records, *keys):
+    """Median of result[key][key]... over the records: a run that was slow once does not count."""
     numbers = []
     for record in records:
         number = record["result"]
         for key in keys:
             number = number[key]
         numbers.append(number)
-    return statistics.mean(numbers)
+    return statistics.median(numbers)
 
 
 def table(group, found):
@@ -98,12 +98,12 @@ def quality_table(rows):
         seeds = str(len(records)) + (f" of {experiment.seeds}" if len(records) < experiment.seeds else "")
         cells = [experiment.row, f"{records[0]['result']['steps']:,}", seeds]
         cells += [with_spread(values(records, name), decimals) for name, _, decimals in metrics]
-        parts = " + ".join(f"{mean(records, 'memory_bytes', part) / 2**20:.1f}" for part in PARTS)
-        cells += [f"{mean(records, 'parameters') / 1e6:.2f} M"]
-        cells += [f"{mean(records, 'memory_bytes', 'total') / 2**20:.1f}: {parts}"]
-        cells += [f"{1000 * mean(records, 'seconds_per_step_all_blocks'):.0f}"]
-        cells += [f"{mean(records, 'one_sample', 'layer_evaluations'):,.0f}"]
-        cells += [f"{1000 * mean(records, 'one_sample', 'seconds'):.1f}", experiment.paper]
+        parts = " + ".join(f"{median(records, 'memory_bytes', part) / 2**20:.1f}" for part in PARTS)
+        cells += [f"{median(records, 'parameters') / 1e6:.2f} M"]
+        cells += [f"{median(records, 'memory_bytes', 'total') / 2**20:.1f}: {parts}"]
+        cells += [f"{1000 * median(records, 'seconds_per_step_all_blocks'):.0f}"]
+        cells += [f"{median(records, 'one_sample', 'layer_evaluations'):,.0f}"]
+        cells += [f"{1000 * median(records, 'one_sample', 'seconds'):.1f}", experiment.paper]
         lines.append(cells)
     return markdown(columns, lines)
 
@@ -121,7 +121,7 @@ def main_table(found):
         costs = [NONE] * 3
         if deep and split:
             keys = ("memory_bytes", "total"), ("seconds_per_step_all_blocks",), ("one_sample", "layer_evaluations")
-            costs = [f"{mean(split, *key) / mean(deep, *key):.2f}" for key in keys]
+            costs = [f"{median(split, *key) / median(deep, *key):.2f}" for key in keys]
         papers = [experiment.paper for experiment, _ in rows.values() if experiment.paper]
         for name, column, decimals in QUALITY[baseline.script]:
             if values(deep, name):
@@ -144,7 +144,7 @@ def memory_table(rows):
         if not records:
             lines.append([experiment.row, "not run", NONE, NONE])
             continue
-        measured = mean(records, "memory_bytes", "total")
+        measured = median(records, "memory_bytes", "total")
         expected = formula(experiment) if formula else None
         shown = (f"{expected / 2**20:.1f}", f"{measured / expected:.3f}") if formula else (NONE, NONE)
         lines.append([experiment.row, f"{measured / 2**20:.1f}", *shown])
@@ -208,8 +208,9 @@ def summary(folder, scale):
     lines = [f"# Results at scale {scale}\n"]
     lines.append(
         f"`python -m nano_db.results --scale {scale}` wrote this page from the JSON files beside it. Quality is that "
-        "of held-out data, ± its standard deviation over the seeds (one seed has none). Training memory is that of "
-        "the largest network in training: one block, or the baseline. `README.md` says what each number means.\n"
+        "of held-out data, ± its standard deviation over the seeds (one seed has none); seconds are medians over the "
+        "seeds. Training memory is that of the largest network in training: one block, or the baseline. `README.md` "
+        "says what each number means.\n"
     )
     machines = {json.dumps(record["machine"], sort_keys=True) for record in records}
     versions = {json.dumps(record["result"]["versions"], sort_keys=True) for record in records}

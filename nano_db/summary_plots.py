@@ -5,7 +5,7 @@ from pathlib import Path
 from nano_db.experiments import GROUPS, MEMORY_BLOCKS, MEMORY_LAYERS
 from nano_db.memory import PARTS
 from nano_db.plots import COLOURS, plt, save_figure
-from nano_db.summary import QUALITY, mean, memory_formula, values
+from nano_db.summary import QUALITY, median, memory_formula, values
 
 
 def draw_all(folder, found):
@@ -42,12 +42,12 @@ def draw_group(path, title, rows):
 
     left = [0.0] * len(rows)
     for i, part in enumerate(PARTS):
-        sizes = [mean(records, "memory_bytes", part) / 2**20 for records in rows.values()]
+        sizes = [median(records, "memory_bytes", part) / 2**20 for records in rows.values()]
         axes[-2].barh(places, sizes, left=left, color=COLOURS(0.1 + 0.27 * i), label=part)
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     axes[-2].set(xlabel="training memory, MiB")
     axes[-2].legend(fontsize=7)
-    times = [1000 * mean(records, "seconds_per_step_all_blocks") for records in rows.values()]
+    times = [1000 * median(records, "seconds_per_step_all_blocks") for records in rows.values()]
     axes[-1].barh(places, times, color="grey")
     axes[-1].set(xlabel="ms a step, all blocks")
     axes[0].set_yticks(places, [experiment.row for experiment in rows], fontsize=8)
@@ -63,7 +63,7 @@ def draw_memory(path, title, rows):
     for ax, checkpointed in zip(axes, (False, True), strict=True):
         for i, B in enumerate((1, *MEMORY_BLOCKS)):
             chosen = {
-                int(experiment.given("--layers")): (mean(records, "memory_bytes", "total"), formula(experiment))
+                int(experiment.given("--layers")): (median(records, "memory_bytes", "total"), formula(experiment))
                 for experiment, records in rows.items()
                 if int(experiment.given("--blocks", 1)) == B
                 and ("--checkpoint-activations" in experiment.flags) == checkpointed
