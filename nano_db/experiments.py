@@ -119,9 +119,9 @@ GROUPS = {  # the tables: their titles, and what the paper's counterpart is
         "Memory against depth and number of blocks",
         "One step of train_gpt.py. The formulas are the paper's (appendix G): with P parameters and A activations a "
         "layer, training takes (4P + A) L end to end and (4P + A) L / B in blocks (weights, gradients and two averages "
-        "of AdamW make four); with checkpointed activations 4P L + A, to which we add the inputs of the layers, I L. "
-        "P, A and what does not depend on depth are read off the end-to-end networks of least and most layers; I is "
-        "computed.",
+        "of AdamW make four); with checkpointed activations 4P L + A, to which we add I (L - 1), the inputs of the "
+        "other layers. P, A and what does not depend on depth are read off the end-to-end networks of least and most "
+        "layers; I is computed.",
     ),
 }  # fmt: skip
 MEMORY_LAYERS, MEMORY_BLOCKS = (4, 8, 12), (2, 4)

@@ -177,7 +177,7 @@ def memory_formula(rows):
         layers = int(experiment.given("--layers")) / int(experiment.given("--blocks", 1))
         activations = A * layers
         if "--checkpoint-activations" in experiment.flags:
-            activations = layer_input * layers + A
+            activations = layer_input * (layers - 1) + A  # A has the input of the layer at work
         return rest + more + four_p * layers + activations
 
     return formula

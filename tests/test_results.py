@@ -251,7 +251,7 @@ def test_the_memory_formula_is_the_papers(tmp_path):
         layers = int(experiment.given("--layers")) // int(experiment.given("--blocks", 1))
         activations = more + A * layers
         if "--checkpoint-activations" in experiment.flags:
-            activations = more + layer_input * layers + A
+            activations = more + layer_input * (layers - 1) + A
         weights = rest + four_p * layers
         path = write(tmp_path, experiment, 0, weights=weights, gradients=0, optimizer=0, activations=activations)
         rows[experiment] = [summary.read_record(path)]
