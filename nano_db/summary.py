@@ -115,18 +115,18 @@ def main_table(found):
     columns = ["architecture", *MAIN, "training memory", "step", "layers evaluated", "the paper: end to end, blocks"]
     lines = []
     for group, in_paper in PAPER.items():
-        rows = {e.name.removeprefix(f"{group}-"): (e, records) for e, records in found.items() if e.group == group}
-        chosen = [next((rows[slug] for slug in slugs if slug in rows), (None, [])) for slugs in MAIN.values()]
-        (baseline, deep), (_, split) = chosen[:2]
+        rows = {e.name.removeprefix(f"{group}-"): records for e, records in found.items() if e.group == group}
+        chosen = [next((rows[slug] for slug in slugs if slug in rows), []) for slugs in MAIN.values()]
+        deep, blocks, *_ = chosen
         costs = [NONE] * 3
-        if deep and split:
+        if deep and blocks:
             keys = ("memory_bytes", "total"), ("seconds_per_step_all_blocks",), ("one_sample", "layer_evaluations")
-            costs = [f"{median(split, *key) / median(deep, *key):.2f}" for key in keys]
-        papers = [experiment.paper for experiment, _ in rows.values() if experiment.paper]
-        for name, column, decimals in QUALITY[baseline.script]:
+            costs = [f"{median(blocks, *key) / median(deep, *key):.2f}" for key in keys]
+        papers = ", ".join(e.paper for e in found if e.group == group and e.paper)
+        for name, column, decimals in QUALITY[group]:
             if values(deep, name):
-                cells = [with_spread(values(records, name), decimals) for _, records in chosen]
-                lines.append([f"{GROUPS[group][0]}: {column}", *cells, *costs, f"{in_paper} {', '.join(papers)}"])
+                cells = [with_spread(values(records, name), decimals) for records in chosen]
+                lines.append([f"{GROUPS[group][0]}: {column}", *cells, *costs, f"{in_paper} {papers}"])
     return markdown(columns, lines)
 
 
