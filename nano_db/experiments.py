@@ -195,7 +195,7 @@ def experiments(scale):
             add(group, "blocks", f"{B} blocks", seeds=seeds, paper=blocks)
         row = f"control: one network of {shallow} layers"
         add(group, "shallow", row, 1 / B, seeds, baseline=True, layers=shallow)
-        if group != "dit":  # the mean of painted images would be a blur
+        if group != "dit":  # train_dit.py has no average of denoisers
             row = f"control: mean of {B} such networks"
             add(group, "ensemble", row, 1, seeds, baseline=True, layers=shallow, ensemble=B)
         row = "end to end, activations checkpointed"
