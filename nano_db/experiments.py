@@ -1,7 +1,7 @@
 """What the tables of results are made of: the experiments of each scale, with the flags that each row is about.
 
 Within a table all rows have the same flags, but for those that the row is about: N steps of the baseline stand against
-N steps of every block, which evaluate as many layers (the paper's budget rule). The one exception says so in its name.
+N steps of every block, which evaluate as many layers (the paper's budget rule). Rows of more steps say so.
 """
 
 import shlex
@@ -203,12 +203,14 @@ def experiments(scale):
         row = f"{B} blocks, activations checkpointed"
         add(group, "blocks-checkpointed", row, CHECKPOINTED, checkpoint_activations=True)
 
-    steps, warmup = (SCALES[scale]["looped"][name] for name in ("steps", "warmup"))
+    def longer(group, times):
+        return {name: times * SCALES[scale][group][name] for name in ("steps", "warmup")}
+
     add("looped", "baseline", "Huginn: about 33 turns a step", HUGINN, seeds, "0.49", baseline=True)
     add("looped", "nano", "one noisy pass, recipe nano", 1, seeds, recipe="nano")
     add("looped", "paper", "one noisy pass, recipe paper", 1, seeds, "0.70", recipe="paper")
     row = "one noisy pass, recipe nano, 7 times the steps (about Huginn's seconds)"
-    add("looped", "nano-7-times", row, 1, seeds, recipe="nano", steps=7 * steps, warmup=7 * warmup)
+    add("looped", "nano-7-times", row, 1, seeds, recipe="nano", **longer("looped", 7))
     row = "control: one turn, no noise (a plain transformer of the same layers)"
     add("looped", "one-turn", row, 1, seeds, baseline=True, mean_recurrence=0.000001, calls=1)
     row = "Huginn, activations checkpointed"
@@ -227,14 +229,13 @@ def experiments(scale):
     for B, paper in ((2, "35.47"), (4, "45.43"), (6, "53.32")):
         add(group, f"{B}-blocks", f"{B} blocks", paper=paper, blocks=B, overlap=0.0)
 
-    steps, warmup = (SCALES[scale]["vit"][name] for name in ("steps", "warmup"))
     lever = partial(add, "vit-levers", base="vit")
     lever("noise", "blocks, more noise: ln sigma ~ N(1.3, 0.8²)", seeds=seeds, recipe="nano", p_mean=1.3)
     lever("2-blocks", "2 blocks of half the layers", recipe="nano", blocks=2)
     for method, changes in (("blocks", dict(recipe="nano")), ("end to end", dict(baseline=True))):
         slug = method.replace(" ", "-")
         lever(f"readout-{slug}", f"{method}, read off the label token alone", readout="token", **changes)
-        lever(f"twice-{slug}", f"{method}, twice the steps", steps=2 * steps, warmup=2 * warmup, **changes)
+        lever(f"twice-{slug}", f"{method}, twice the steps", **longer("vit", 2), **changes)
 
     def ablation(slug, row, cost=1.0, **changes):
         fixed = dict(recipe="nano", z="inside", range="own", walk="last")

@@ -78,7 +78,9 @@ def median(records, *keys):
 
 
 def table(group, found):
-    """The Markdown table of a group. found: see read_records."""
+    """The Markdown table of a group, or, for "main", of all architectures. found: see read_records."""
+    if group == "main":
+        return main_table(found)
     rows = {experiment: records for experiment, records in found.items() if experiment.group == group}
     return memory_table(rows) if group == "memory" else quality_table(rows)
 
@@ -196,7 +198,7 @@ def fill(text, results):
         if scale not in SCALES or group not in ("main", *GROUPS):
             raise UsageError(f"{start.strip()}: there is no such scale or table; tables: main, {', '.join(GROUPS)}")
         found, _ = read_records(Path(results) / scale, scale)
-        return start + (main_table(found) if group == "main" else table(group, found)) + end
+        return start + table(group, found) + end
 
     return MARKED.sub(renew, text)
 
@@ -218,7 +220,7 @@ def summary(folder, scale):
     for label, entries in (("Machine", machines), ("Versions", versions), ("Data, and its checksum", data)):
         shown = re.sub('[{}"]', "", "; ".join(sorted(entries)))
         lines.append(f"- {label}: {shown or NONE}")
-    lines += ["\n## All architectures\n", main_table(found)]
+    lines += ["\n## All architectures\n", table("main", found)]
     for group, (title, paper) in GROUPS.items():
         rows = [experiment for experiment in found if experiment.group == group]
         picture = f"![{title}]({group}.png)\n"

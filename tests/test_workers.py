@@ -41,7 +41,7 @@ def torchrun(ranks, *flags, script=("train_gpt.py",), small=SMALL, **environment
     """Run a script in `ranks` processes on this machine; returns what subprocess.run does."""
     start = [*TORCHRUN, "--nproc-per-node", ranks, *script, *small, *flags]
     environment = {**ENVIRONMENT, **environment}
-    done = subprocess.run([*map(str, start)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(list(map(str, start)), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
