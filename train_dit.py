@@ -23,7 +23,7 @@ from nano_db.block import DiffusionBlock
 from nano_db.device import pick_device
 from nano_db.errors import UsageError
 from nano_db.frechet import FrechetSmall, check_count
-from nano_db.image_stack import ImageStack, edm_loss
+from nano_db.image_stack import ImageStack, MeanDenoiser, edm_loss
 from nano_db.layers import Layer, NoiseEmbedding, rms_norm
 from nano_db.partition import make_partition, split_layers
 from nano_db.patches import check_patches, patch_positions, patchify, unpatchify
@@ -37,7 +37,7 @@ EXPORT_BATCH = 250  # images painted at a time
 
 @dataclass
 class Settings(NoiseSettings, RunSettings):
-    no_flags: ClassVar = ("recipe", "noise", "ensemble")  # one recipe: the paper's. Averaged images would blur
+    no_flags: ClassVar = ("recipe", "noise")  # one recipe: the paper's
     for_both: ClassVar = ("p_mean", "p_std", "sigma_min", "sigma_max", "sigma_data", "loss_weight")
     loss_weight: str = option("edm", "weight of the loss over sigma", choices=("none", "edm"))
 
@@ -168,6 +168,8 @@ def main():
         return labels, y
 
     def make_stack(networks):
+        if settings.ensemble > 1:
+            networks = [MeanDenoiser(networks)]
         return ImageStack(networks, make_partition(noise, len(networks), settings.partition), classes)
 
     def paint(networks, count, seed=settings.seed):
@@ -213,7 +215,7 @@ def main():
         metric="edm_loss",
         unit="held-out EDM loss",
         use=lambda networks, count: list(paint(networks, count)),
-        in_turn=True,
+        in_turn=settings.ensemble == 1,  # an ensemble is asked as a whole at each call
     )
 
 

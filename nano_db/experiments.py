@@ -195,9 +195,8 @@ def experiments(scale):
             add(group, "blocks", f"{B} blocks", seeds=seeds, paper=blocks)
         row = f"control: one network of {shallow} layers"
         add(group, "shallow", row, 1 / B, seeds, baseline=True, layers=shallow)
-        if group != "dit":  # train_dit.py has no average of denoisers
-            row = f"control: mean of {B} such networks"
-            add(group, "ensemble", row, 1, seeds, baseline=True, layers=shallow, ensemble=B)
+        row = f"control: mean of {B} such networks"
+        add(group, "ensemble", row, 1, seeds, baseline=True, layers=shallow, ensemble=B)
         row = "end to end, activations checkpointed"
         add(group, "baseline-checkpointed", row, CHECKPOINTED, baseline=True, checkpoint_activations=True)
         row = f"{B} blocks, activations checkpointed"
@@ -212,7 +211,9 @@ def experiments(scale):
     row = "one noisy pass, recipe nano, 7 times the steps (about Huginn's seconds)"
     add("looped", "nano-7-times", row, 1, seeds, recipe="nano", **longer("looped", 7))
     row = "control: one turn, no noise (a plain transformer of the same layers)"
-    add("looped", "one-turn", row, 1, seeds, baseline=True, mean_recurrence=0.000001, calls=1)
+    plain = dict(baseline=True, mean_recurrence=0.000001, calls=1)
+    add("looped", "one-turn", row, 1, seeds, **plain)
+    add("looped", "one-turn-7-times", f"{row}, 7 times the steps", 1, seeds, **plain, **longer("looped", 7))
     row = "Huginn, activations checkpointed"
     add("looped", "baseline-checkpointed", row, HUGINN * CHECKPOINTED, baseline=True, checkpoint_activations=True)
 
@@ -232,9 +233,11 @@ def experiments(scale):
     lever = partial(add, "vit-levers", base="vit")
     lever("noise", "blocks, more noise: ln sigma ~ N(1.3, 0.8²)", seeds=seeds, recipe="nano", p_mean=1.3)
     lever("2-blocks", "2 blocks of half the layers", recipe="nano", blocks=2)
+    readout = "token" if scale == "gpu" else "mean"  # which the preset does not take
     for method, changes in (("blocks", dict(recipe="nano")), ("end to end", dict(baseline=True))):
         slug = method.replace(" ", "-")
-        lever(f"readout-{slug}", f"{method}, read off the label token alone", readout="token", **changes)
+        where = "the label token alone" if readout == "token" else "the mean of all tokens"
+        lever(f"readout-{slug}", f"{method}, read off {where}", readout=readout, **changes)
         lever(f"twice-{slug}", f"{method}, twice the steps", **longer("vit", 2), **changes)
 
     def ablation(slug, row, cost=1.0, **changes):

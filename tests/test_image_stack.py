@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from nano_db.image_stack import ImageStack, edm_loss
+from nano_db.image_stack import ImageStack, MeanDenoiser, edm_loss
 from nano_db.partition import make_partition
 from nano_db.sampler import euler_walk
 from nano_db.schedule import LogNormal, edm_weight, equal_mass_grid, karras_grid
@@ -67,6 +67,29 @@ def test_the_edm_loss_of_an_exact_denoiser_is_known_and_adds_up(stack):
     assert sum(found["edm_loss_by_block"]) == pytest.approx(found["edm_loss"])
     torch.testing.assert_close(torch.tensor(found["edm_loss_by_block"]), torch.full((3,), 1 / 3), rtol=0.03, atol=0)
     assert edm_loss(stack, batches, LogNormal(), sigma_data=0.5) == found, "the noise is fixed"
+
+
+def test_a_mean_of_denoisers_errs_less_than_they_do():
+    """Two networks that are wrong by +1 and by -1 in every pixel are right together."""
+
+    class Wrong(Gaussian):
+        def __init__(self, by):
+            super().__init__()
+            self.by = by
+
+        def forward(self, labels, z, sigma):
+            return super().forward(labels, z, sigma) + self.by
+
+    blocks, labels, z = [Wrong(+1.0), Wrong(-1.0)], torch.tensor([0, 1]), torch.randn(2, *SHAPE)
+    torch.testing.assert_close(MeanDenoiser(blocks)(labels, z, 2.0), Gaussian()(labels, z, 2.0))
+    y = MEANS[torch.arange(1000) % 2] + 0.5 * torch.randn(1000, *SHAPE, generator=torch.Generator().manual_seed(1))
+    batches, noise = [(y, torch.arange(1000) % 2)], LogNormal()
+    whole = make_partition(noise, 1)
+    mean, *each = (
+        edm_loss(ImageStack([block], whole, 2), batches, noise, sigma_data=0.5)["edm_loss"]
+        for block in (MeanDenoiser(blocks), *blocks)
+    )
+    assert mean == pytest.approx(1.0, rel=0.05) and min(each) > 2 * mean
 
 
 def test_the_walk_is_the_sampler_s(stack):

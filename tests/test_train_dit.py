@@ -27,6 +27,7 @@ def result_of(folder):
     [
         ("--ema", "0.9"),
         ("--baseline",),
+        ("--baseline", "--ensemble", "2"),
         ("--partition", "uniform", "--solver", "heun", "--grid", "karras", "--frechet-images", "0"),
     ],
 )
@@ -47,10 +48,10 @@ def test_three_blocks_evaluate_a_third_of_the_layers(dit, tmp_path):
     quick = ("--frechet-images", "0", "--samples", "0")
     dit("--guidance", "1", *quick)
     assert result_of(tmp_path)["one_sample"]["layer_evaluations"] == 6 * 1  # calls, layers a block
-    dit("--baseline", "--guidance", "2", *quick, "--out", tmp_path / "run" / "b")
-    assert (
-        json.loads((tmp_path / "run" / "b" / "result.json").read_text())["one_sample"]["layer_evaluations"] == 6 * 3 * 2
-    )
+    for networks in (1, 2):
+        out = tmp_path / str(networks)
+        dit("--baseline", "--ensemble", networks, "--guidance", "2", *quick, "--out", out / "run")
+        assert result_of(out)["one_sample"]["layer_evaluations"] == 6 * 3 * 2 * networks
 
 
 def test_painted_images_can_be_exported(dit, tmp_path):
