@@ -214,12 +214,13 @@ def summary(folder, scale):
         "seeds. Training memory is that of the largest network in training: one block, or the baseline. `README.md` "
         "says what each number means.\n"
     )
-    machines = {}
+    tables = {}  # of each machine
     for experiment, some in found.items():
         for record in some:
-            machines.setdefault(json.dumps(record["machine"], sort_keys=True), {})[experiment.group] = True
-    if len(machines) > 1:
-        machines = {f"{machine} ({', '.join(groups)})" for machine, groups in machines.items()}
+            of_machine = tables.setdefault(json.dumps(record["machine"], sort_keys=True), [])
+            if experiment.group not in of_machine:
+                of_machine.append(experiment.group)
+    machines = tables if len(tables) < 2 else [f"{machine} for {', '.join(some)}" for machine, some in tables.items()]
     versions = {json.dumps(record["result"]["versions"], sort_keys=True) for record in records}
     data = {f"{record['settings']['data']} {record['data_sha256'][:12]}" for record in records}
     for label, entries in (("Machine", machines), ("Versions", versions), ("Data, and its checksum", data)):

@@ -237,6 +237,14 @@ def test_marked_tables_are_filled_and_a_changed_number_is_found(cpu):
         summary.fill(text.replace("cpu gpt", "cpu gtp"), cpu.parent)
 
 
+def test_a_summary_says_which_table_was_measured_where(cpu):
+    assert "- Machine: cpu: slide rule\n" in summary.summary(cpu, "cpu")
+    path = write(cpu, next(row for row in experiments("cpu") if row.group == "looped"), 0, {"bits_per_char": 2.0})
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "machine": {"cpu": "abacus"}}))
+    assert "- Machine: cpu: abacus for looped; cpu: slide rule for gpt\n" in summary.summary(cpu, "cpu")
+
+
 def test_a_damaged_file_is_named(cpu):
     (cpu / "gpt-nano-s0.json").write_text("{")
     with pytest.raises(UsageError, match=r"gpt-nano-s0\.json is damaged"):
