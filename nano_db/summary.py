@@ -68,13 +68,27 @@ def values(records, name):
 
 def median(records, *keys):
     """Median of result[key][key]... over the records: a run that was slow once does not count."""
-    numbers = []
+    return statistics.median(_numbers(records, keys).values())
+
+
+def ratio(records, others, *keys):
+    """Median of the ratios of result[key][key]... in `records` to that in `others`, over the seeds that both have.
+
+    Runs of one seed are made soon after each other, so that a machine that is slower an hour later does less harm.
+    """
+    ours, theirs = _numbers(records, keys), _numbers(others, keys)
+    return statistics.median(ours[seed] / theirs[seed] for seed in ours.keys() & theirs.keys())
+
+
+def _numbers(records, keys):
+    """{seed: result[key][key]...}"""
+    numbers = {}
     for record in records:
         number = record["result"]
         for key in keys:
             number = number[key]
-        numbers.append(number)
-    return statistics.median(numbers)
+        numbers[record["seed"]] = number
+    return numbers
 
 
 def table(group, found):
@@ -121,9 +135,9 @@ def main_table(found):
         chosen = [next((rows[slug] for slug in slugs if slug in rows), []) for slugs in MAIN.values()]
         deep, blocks, *_ = chosen
         costs = [NONE] * 3
-        if deep and blocks:
+        if {record["seed"] for record in deep} & {record["seed"] for record in blocks}:
             keys = ("memory_bytes", "total"), ("seconds_per_step_all_blocks",), ("one_sample", "layer_evaluations")
-            costs = [f"{median(blocks, *key) / median(deep, *key):.2f}" for key in keys]
+            costs = [f"{ratio(blocks, deep, *key):.2f}" for key in keys]
         papers = ", ".join(e.paper for e in found if e.group == group and e.paper)
         for name, column, decimals in QUALITY[group]:
             if values(deep, name):

@@ -227,6 +227,14 @@ def test_the_main_table_has_each_architecture_and_what_its_blocks_cost(cpu):
     assert summary.fill("<!-- results: cpu main -->\n<!-- end -->", cpu.parent).count("\n") == 5
 
 
+def test_a_ratio_is_taken_within_seeds():
+    """A machine that becomes ten times slower from seed to seed changes no ratio."""
+    slow = [{"seed": seed, "result": {"a": {"b": 10.0**seed}}} for seed in range(3)]
+    slower = [{"seed": seed, "result": {"a": {"b": 1.5 * 10**seed}}} for seed in (2, 0)]
+    assert summary.ratio(slower, slow, "a", "b") == pytest.approx(1.5)
+    assert summary.ratio(slow, slower, "a", "b") == pytest.approx(1 / 1.5)
+
+
 def test_marked_tables_are_filled_and_a_changed_number_is_found(cpu):
     text = "before\n<!-- results: cpu gpt -->\n<!-- end -->\nafter <!-- results: cpu vit -->\nold\n<!-- end -->\n"
     filled = summary.fill(text, cpu.parent)
