@@ -98,7 +98,8 @@ GROUPS = {  # the tables: their titles, and what the paper's counterpart is
     "looped": (
         "Looped transformer",
         "The paper: LM1B, prelude 2, core 4, coda 2 layers of width 512; MAUVE of samples (higher is better), with a "
-        "tenth of the compute for one noisy pass. Nothing is partitioned: B = 1, and so no control is a block's size.",
+        "tenth of the compute for one noisy pass. Nothing is partitioned: B = 1, and the control of a block's size is "
+        "a plain transformer of all layers.",
     ),
     "dit-ablations": (
         "Partition, overlap and number of blocks",
