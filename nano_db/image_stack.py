@@ -25,6 +25,7 @@ class MeanDenoiser(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, labels, z, sigma):
+        """labels (B,), z (B, C, H, W) -> D (B, C, H, W)."""
         return torch.stack([block(labels, z, sigma) for block in self.blocks]).mean(0)
 
 

@@ -225,8 +225,8 @@ def summary(folder, scale):
     lines.append(
         f"`python -m nano_db.results --scale {scale}` wrote this page from the JSON files beside it. Quality is that "
         "of held-out data, ± its standard deviation over the seeds (one seed has none); seconds are medians over the "
-        "seeds. Training memory is that of the largest network in training: one block, or the baseline. `README.md` "
-        "says what each number means.\n"
+        "seeds, and machines drift: the first table has ratios within a seed. Training memory is that of the largest "
+        "network in training: one block, or the baseline. `README.md` says what each number means.\n"
     )
     tables = {}  # of each machine
     for experiment, some in found.items():
