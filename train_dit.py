@@ -5,14 +5,12 @@
     python train_dit.py --eval-only --guidance 1        # paint again, without guidance
     python train_dit.py --data cifar10 --p-mean -1.2 --sigma-data 0.5 --out out/cifar     # photographs: EDM's constants
 
-Here the noisy target z is the image itself. A block is a denoiser in EDM form (regression.py), told the noise level and
+Here the noisy target z is the image itself. A block is a denoiser in EDM form (heads.EDMHead), told the noise level and
 the class by adaLN-Zero, and trained at the noise levels it owns; the baseline is the same with one block for all of
 them. In the walk from noise to image one block is at work per call: of L layers, L/B are evaluated.
 """
 
 from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -20,53 +18,52 @@ import torch.nn.functional as F
 
 from data.images import NAMES, load_images
 from nano_db.block import DiffusionBlock
-from nano_db.device import pick_device
 from nano_db.errors import UsageError
-from nano_db.frechet import FrechetSmall, check_count
-from nano_db.image_stack import ImageStack, MeanDenoiser, edm_loss
+from nano_db.heads import EDMHead
+from nano_db.images import ImageStack, MeanDenoiser, edm_loss, patch_positions, patchify, unpatchify
+from nano_db.laboratory.benchmark import Bench
+from nano_db.laboratory.frechet import FEATURES, FrechetSmall
 from nano_db.layers import Layer, NoiseEmbedding, rms_norm
+from nano_db.machinery.run import OneAtATime, Run, command, make_optimizer
+from nano_db.machinery.settings import Blocks, Training, method, network, output, read_settings, training
 from nano_db.partition import make_partition, split_layers
-from nano_db.patches import check_patches, patch_positions, patchify, unpatchify
-from nano_db.regression import EDMHead
-from nano_db.schedule import GRIDS, make_noise
-from nano_db.script import output_folder, picture_path, read_settings, run_script
-from nano_db.settings import NoiseSettings, RunSettings, command, option
+from nano_db.schedule import LogNormal, equal_mass_grid
 
 EXPORT_BATCH = 250  # images painted at a time
 
 
 @dataclass
-class Settings(NoiseSettings, RunSettings):
-    no_flags: ClassVar = ("recipe", "noise")  # one recipe: the paper's
-    for_both: ClassVar = ("p_mean", "p_std", "sigma_min", "sigma_max", "sigma_data", "loss_weight")
-    loss_weight: str = option("edm", "weight of the loss over sigma", choices=("none", "edm"))
-
-    data: str = option("glyphs", "labelled images", choices=NAMES)
-    glyphs: int = option(18_000, "how many glyphs to draw for training", least=100)
-    augment: str = option("flip", "mirror training images, where that leaves the class", choices=("none", "flip"))
-    patch: int = option(4, "side of a patch in pixels", least=1)
-    width: int = option(96, "features of a patch", least=4)
-    heads: int = option(4, "attention heads", least=1)
-    mlp: str = option("gelu", "kind of MLP", choices=("gelu", "swiglu"))
-    dropout: float = option(0.0, "on both residual branches", least=0, below=1)
-    label_dropout: float = option(0.1, "share of training images whose class is not told", least=0, below=1)
-
-    calls: int = option(50, "steps of the walk from noise to image", least=1, free=True)
-    solver: str = option(
-        "euler", "one network call a step, or two (heun: with --grid karras)", choices=("euler", "heun"), free=True
+class Settings(Blocks, Training):
+    data: str = training("glyphs", "labelled images", choices=NAMES)
+    glyphs: int = training(18_000, "how many glyphs to draw for training", flag=False)
+    augment: str = training("flip", "mirror training images, where that leaves the class", flag=False)
+    label_dropout: float = training(0.1, "share of training images whose class is not told", flag=False)
+    weight_decay: float = training(0.01, "AdamW's, on matrices only", least=0)
+    patch: int = network(4, "side of a patch in pixels", least=1)
+    width: int = network(96, "features of a patch", least=4)
+    heads: int = network(4, "attention heads", flag=False)
+    dropout: float = network(0.0, "on both residual branches", flag=False)
+    layer_split: str = network("", "layers of each block, noisiest first, like 3,6,3 (default: even)", of="blocks")
+    partition: str = method(
+        "probability", "edges of equal mass, or uniform in ln sigma", ("probability", "uniform"), of="blocks"
     )
-    grid: str = option("equal-mass", "noise levels of the walk", choices=("equal-mass", "karras"), free=True)
-    guidance: float = option(2.0, "classifier-free guidance; 1: none", least=0, free=True)
-    test_images: int = option(1000, "held-out images to evaluate the loss on; 0: all", least=0, free=True)
-    samples: int = option(39, "images to paint for samples.png", least=0, free=True)
-    export: int = option(0, "images to paint into the folder `images` of --out, a PNG each", least=0, free=True)
-    frechet_steps: int = option(300, "training steps of the classifier behind frechet_small", least=1, free=True)
-    frechet_images: int = option(500, "images to paint for frechet_small; 0: none", least=0, free=True)
+    p_mean: float = method(-1.2, "mean of ln sigma, for blocks and baseline")
+    p_std: float = method(1.2, "standard deviation of ln sigma", flag=False)
+    sigma_min: float = method(0.002, "least noise level", flag=False)
+    sigma_max: float = method(80.0, "greatest noise level", flag=False)
+    sigma_data: float = method(0.5, "standard deviation of clean pixels (EDM)", above=0)
+    calls: int = output(50, "Euler steps of the walk from noise to image", least=1)
+    guidance: float = output(2.0, "classifier-free guidance; 1: none", least=0)
+    test_images: int = output(1000, "held-out images to evaluate the loss on; 0: all", least=0)
+    samples: int = output(39, "images to paint for samples.png", least=0)
+    export: int = output(0, "images to paint into the folder `images` of --out, a PNG each", least=0)
+    frechet_images: int = output(500, "images to paint for frechet_small; 0: none", least=0)
+    frechet_steps: int = output(300, "training steps of the classifier behind frechet_small", flag=False)
 
 
 PRESETS = {
     "tiny": dict(
-        blocks=3, layers=12, width=16, heads=2, patch=8, batch_size=16, steps=40, warmup=5, log_every=10,
+        blocks=3, layers=12, width=16, heads=2, patch=8, batch_size=16, steps=40, warmup=5,
         glyphs=400, overlap=0.05, calls=12, test_images=32, frechet_images=66, frechet_steps=20,
     ),
     # Glyphs are black or white, and decide what they are under far more noise than photographs.
@@ -88,11 +85,12 @@ PRESETS = {
 class DiT(nn.Module):
     """Noisy image and class through `layers` layers (Peebles & Xie 2023): features F of the image, (B, C, H, W).
 
-    Classes are numbered from 0; the next number is the null label, which says nothing (drop_labels).
+    Classes are numbered from 0; the next number is the null label, which says nothing.
     """
 
     def __init__(self, shape, classes, settings, layers):
         super().__init__()
+        self.null_label, self.label_dropout = classes, settings.label_dropout
         self.shape, self.patch, width = shape, settings.patch, settings.width
         pixels = shape[0] * settings.patch**2
         self.embedding = nn.Linear(pixels, width)
@@ -100,9 +98,7 @@ class DiT(nn.Module):
         self.label_embedding = nn.Embedding(classes + 1, width)
         nn.init.normal_(self.label_embedding.weight, std=0.02)
         self.noise_embedding = NoiseEmbedding(width)
-        self.layers = nn.ModuleList(
-            Layer(width, settings.heads, settings.mlp, width, settings.dropout) for _ in range(layers)
-        )
+        self.layers = nn.ModuleList(Layer(width, settings.heads, width, settings.dropout) for _ in range(layers))
         self.modulation = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, pixels)
         for layer in (self.modulation, self.output):  # at the start F = 0, and D = c_skip * z
@@ -111,6 +107,8 @@ class DiT(nn.Module):
 
     def forward(self, x, z, c_noise):
         """x (B,) labels, z (B, C, H, W) scaled noisy images, c_noise (B,)."""
+        if self.training:  # some labels are not told: so one network learns both terms of classifier-free guidance
+            x = torch.where(torch.rand(len(x)).to(x.device) < self.label_dropout, self.null_label, x)
         h = self.embedding(patchify(z, self.patch, self.shape)) + self.positions  # (B, T, width)
         cond = self.noise_embedding(c_noise) + self.label_embedding(x)  # (B, width)
         for layer in self.layers:
@@ -119,104 +117,105 @@ class DiT(nn.Module):
         return unpatchify(self.output(rms_norm(h) * (1 + scale) + shift), self.patch, self.shape)
 
 
-def drop_labels(labels, share, null_label):
-    """Put the null label in the place of a share of labels (B,): so one network learns both terms of classifier-free
-    guidance (Ho & Salimans 2021).
-    """
-    return torch.where(torch.rand(len(labels)).to(labels.device) < share, null_label, labels)
+def paint(stack, count, noise, settings, seed=None):
+    """Walk to `count` images, of each class in turn. Yields the States (sampler.py)."""
+    generator = torch.Generator().manual_seed(settings.seed if seed is None else seed)
+    labels = torch.arange(count, device=settings.device) % stack.null_label
+    return stack.walk(labels, equal_mass_grid(noise, settings.calls), settings.guidance, generator)
 
 
-def check_options(s, images):
-    check_patches(images.shape, s.patch, s.width, s.heads)
-    if s.guidance != 1 and not s.label_dropout:
-        raise UsageError("--guidance needs a network that also knows images without a class: --label-dropout above 0")
-    if s.solver == "heun" and s.grid != "karras":
-        raise UsageError(
-            "--solver heun needs --grid karras: the equal-mass grid leaves sigma_max in a single step, "
-            "too long for a second look at its end"
-        )
-    if s.frechet_images:
-        check_count(s.frechet_images, len(images.train))
+def score_and_paint(stack, images, noise, settings, run):
+    """The held-out EDM loss and frechet_small, as metrics; samples.png, and images to export."""
+    batches = list(images.test_batches(250, settings.test_images, settings.device))
+    metrics = edm_loss(stack, batches, noise, settings.sigma_data, seed=settings.seed)
+    print(f"EDM loss {metrics['edm_loss']:.4f}, by block", *(f"{p:.4f}" for p in metrics["edm_loss_by_block"]))
+    if settings.frechet_images:
+        frechet = FrechetSmall(images, settings.frechet_images, settings.frechet_steps, settings.device)
+        *_, last = paint(stack, settings.frechet_images, noise, settings)
+        metrics |= {"frechet_small": frechet(last.z.clamp(-1, 1)), "frechet_small_real": frechet.floor}
+        print(f"frechet_small {metrics['frechet_small']:.4f} (real images: {frechet.floor:.4f})")
+    if settings.samples:
+        from nano_db.laboratory.plots import draw_images  # matplotlib is slow to import
+
+        owners = [stack.partition.route(float(sigma)) for sigma in equal_mass_grid(noise, settings.calls)[:-1]]
+        names = [images.classes[i % len(images.classes)] for i in range(settings.samples)]
+        states = list(paint(stack, settings.samples, noise, settings))
+        draw_images(run.picture(), states, owners, names, settings.sigma_data)
+    for first in range(0, settings.export, EXPORT_BATCH):
+        from nano_db.laboratory.plots import save_images
+
+        count = min(EXPORT_BATCH, settings.export - first)
+        *_, last = paint(stack, count, noise, settings, settings.seed + first)
+        save_images(run.folder / "images", last.z, first)
+    return metrics
 
 
 def main():
-    settings = read_settings("dit", Settings, PRESETS, None, __doc__)
-    device = pick_device(settings.device)
-    images = load_images(settings.data, settings.data_dir, settings.glyphs)
-    check_options(settings, images)
-    classes = len(images.classes)
-    noise = make_noise(settings, None, None)
+    settings = read_settings("dit", Settings, PRESETS, description=__doc__)
+    images, device = load_images(settings.data, count=settings.glyphs), settings.device
+    if settings.frechet_images and not FEATURES < settings.frechet_images <= len(images.train) // 2:
+        limits = f"more than {FEATURES}, and at most half of the {len(images.train)} training images"
+        raise UsageError(f"--frechet-images {settings.frechet_images}: the distance needs {limits}")
+    if settings.guidance != 1 and not settings.label_dropout:
+        raise UsageError("--guidance needs a network that also knows images without a class: label_dropout above 0")
+    shape, classes = tuple(images.train.shape[1:]), len(images.classes)
+
+    # What every block knows without being told: the noise levels, and who owns which.
+    noise = LogNormal(settings.p_mean, settings.p_std, settings.sigma_min, settings.sigma_max)
     blocks = 1 if settings.baseline else settings.blocks
-    layers = split_layers(settings.layers, blocks, settings.layer_split)
     partition = make_partition(noise, blocks, settings.partition, settings.overlap)
-    sigmas = GRIDS[settings.grid](noise, settings.calls)
-    frechet = None  # made when it is first needed
+    layers = split_layers(settings.layers, blocks, settings.layer_split)
 
-    def make(layers, span):
-        network, head = DiT(images.shape, classes, settings, layers), EDMHead(settings.sigma_data)
-        drop = partial(drop_labels, share=settings.label_dropout, null_label=classes)
-        return DiffusionBlock(network, head, noise, span, settings.sigma_data, settings.loss_weight, drop=drop)
+    def make_block(b, layers=layers, partition=partition):
+        network, span = DiT(shape, classes, settings, layers[b]), partition.training_range(b)
+        return DiffusionBlock(network, EDMHead(settings.sigma_data), noise, span, settings.sigma_data, "edm")
 
-    def make_baseline(b=0):
-        return make(settings.layers, (noise.sigma_min, noise.sigma_max))
+    def make_baseline(b):
+        return make_block(0, [settings.layers], make_partition(noise, 1))
 
-    def make_block(b):
-        return make(layers[b], partition.training_range(b))
-
-    def draw_batch():
-        y, labels = images.batch(settings.batch_size, settings.augment, device)
-        return labels, y
-
-    def make_stack(networks):
+    def put_together(networks):
         if settings.ensemble > 1:
             networks = [MeanDenoiser(networks)]
-        return ImageStack(networks, make_partition(noise, len(networks), settings.partition), classes)
+        return ImageStack(networks, make_partition(noise, len(networks), settings.partition), shape, classes)
 
-    def paint(networks, count, seed=settings.seed):
-        """Walk to `count` images, of each class in turn. Yields the States."""
-        labels, generator = torch.arange(count, device=device) % classes, torch.Generator().manual_seed(seed)
-        return make_stack(networks).walk(labels, images.shape, sigmas, settings.guidance, settings.solver, generator)
+    def batch():
+        y, labels = images.batch(run.batch_size, settings.augment, device)
+        return labels, y
 
-    def evaluate_and_paint(networks, _):
-        nonlocal frechet
-        batches = list(images.test_batches(250, settings.test_images, device))
-        metrics = edm_loss(make_stack(networks), batches, noise, settings.sigma_data, seed=settings.seed)
-        print(f"EDM loss {metrics['edm_loss']:.4f}, by block", *(f"{p:.4f}" for p in metrics["edm_loss_by_block"]))
-        if settings.frechet_images:
-            frechet = frechet or FrechetSmall(images, settings.frechet_images, settings.frechet_steps, device)
-            *_, last = paint(networks, settings.frechet_images)
-            metrics |= {"frechet_small": frechet(last.z.clamp(-1, 1)), "frechet_small_real": frechet.floor}
-            print(f"frechet_small {metrics['frechet_small']:.4f} (real images: {frechet.floor:.4f})")
-        if settings.samples:
-            from nano_db.plots import draw_images
-
-            states = list(paint(networks, settings.samples))
-            owners = [partition.route(float(sigma)) for sigma in sigmas[:-1]]
-            names = [images.classes[i % classes] for i in range(settings.samples)]
-            draw_images(picture_path("dit", settings), states, owners, names, settings.sigma_data)
-        for first in range(0, settings.export, EXPORT_BATCH):
-            from nano_db.plots import save_images
-
-            *_, last = paint(networks, min(EXPORT_BATCH, settings.export - first), settings.seed + first)
-            save_images(output_folder("dit", settings) / "images", last.z, first)
-        if settings.export:
-            print(f"{settings.export} images: {output_folder('dit', settings) / 'images'}")
-        return metrics
-
-    run_script(
-        "dit",
-        settings,
-        images.sha256,
-        device,
-        make=make_baseline if settings.baseline else make_block,
-        make_baseline=make_baseline,
-        draw_batch=draw_batch,
-        evaluate=evaluate_and_paint,
-        metric="edm_loss",
-        unit="held-out EDM loss",
-        use=lambda networks, count: list(paint(networks, count)),
-        in_turn=settings.ensemble == 1,  # an ensemble is asked as a whole at each call
+    make = make_baseline if settings.baseline else make_block
+    run = Run("dit", settings, data_sha256=images.sha256, edges=[round(edge, 5) for edge in partition.edges])
+    bench = Bench(
+        run,
+        make_block,
+        make_baseline,
+        batch,
+        lambda networks, count: list(paint(put_together(networks), count, noise, settings)),
     )
+    if settings.benchmark:
+        return bench.race()
+
+    for _ in run.rounds():
+        for b in run.turns():  # every block in turn; with --only or torchrun, mine
+            block = run.build(make, b)  # first weights: from the seed and b alone
+            optimizer = make_optimizer(block, settings)
+            for _ in run.steps(b, block, optimizer):  # resumes from the block's file; seeds each step; logs and saves
+                labels, y = batch()
+                with run.autocast:
+                    loss = block.loss(labels, y)
+                loss.backward()
+                run.average_gradients(block)  # does nothing, unless several processes share the block
+                norm = nn.utils.clip_grad_norm_(block.parameters(), settings.clip)
+                optimizer.step()
+                optimizer.zero_grad()
+                run.record(loss, norm)
+            del block, optimizer, loss  # of this block nothing is in memory while the next one trains
+        if run.ready():  # all blocks are there
+            # One block at a time is enough in memory; but networks that are averaged are asked together.
+            trained = run.trained_blocks(make) if settings.ensemble > 1 else OneAtATime(run, make)
+            metrics = score_and_paint(put_together(trained), images, noise, settings, run)
+            run.log_evaluation(metrics)
+    if run.complete():
+        bench.report(metrics, "edm_loss", "held-out EDM loss")
 
 
 if __name__ == "__main__":

@@ -3,25 +3,22 @@
     python train_looped.py                                # one noisy forward pass a step
     python train_looped.py --baseline                     # Huginn's way: about 33 turns of the loop a step
     python train_looped.py --eval-only --calls 16         # write with another number of calls
-    python -m nano_db.compare out/looped-baseline out/looped-blocks     # also draws quality against K
+    python -m nano_db.laboratory.compare out/looped-baseline out/looped-blocks     # also draws quality against K
 
 The network (Geiping et al. 2025, "Huginn"): a prelude turns tokens into e; a core, looped, turns a state s and e into
 the next s; a coda reads the last s. Huginn starts from a random s, takes a random number of turns, and backpropagates
 through the last 8. The blocks method takes the loop for what it resembles, the solver of an ODE: the state is a noisy
 next token z, and one turn of the loop at a random noise level is a full training step. There is nothing to partition.
 
-What Bayes' rule says about K, the number of calls when writing: the first call, at sigma_max, sees no more than noise
-in z, and its answer is p(y | x), which is all there is to know of the next token. A perfect network gains nothing
-from a second call: the walk only carries out the draw that one call has already described. So if quality grows with K,
-the network is better at little noise than at much; if it falls, low noise levels cost more than they bring, or the
-bound by which we measure does: for few calls it is a coarse sum in the place of an integral. (It falls, by about what
-that sum costs an exact posterior: README.)
+How many calls K does writing need? The first call, at sigma_max, sees nothing but noise in z. By Bayes' rule its answer
+is p(y | x), all there is to know of the next token, and further calls only carry out the draw. docs/results.md has
+what we measured.
 """
 
 import math
 from dataclasses import dataclass
-from itertools import islice
-from typing import ClassVar
+from functools import partial
+from itertools import count
 
 import torch
 import torch.nn as nn
@@ -29,57 +26,50 @@ import torch.nn.functional as F
 
 from data.text import load_text
 from nano_db.block import DiffusionBlock
-from nano_db.codebook import PosteriorHead, make_codebook, make_head
-from nano_db.device import pick_device
 from nano_db.errors import UsageError
-from nano_db.language import EVALUATION_BATCH, evaluate, write_samples, write_some
-from nano_db.layers import Layer, NoiseEmbedding, causal_mask, check_width, rms_norm, rotary_angles
+from nano_db.heads import HEADS, PosteriorHead, make_codebook
+from nano_db.laboratory.benchmark import Bench
+from nano_db.language import EVALUATION_BATCH, continue_prompt, generate, score_text
+from nano_db.layers import Layer, NoiseEmbedding, causal_mask, rms_norm, rotary_angles
 from nano_db.likelihood import nats_of_walk
+from nano_db.machinery.run import Run, command, make_optimizer
+from nano_db.machinery.settings import Discrete, Training, method, network, output, read_settings, training
 from nano_db.partition import make_partition
-from nano_db.schedule import equal_mass_grid, make_noise
-from nano_db.script import read_settings, run_script
-from nano_db.settings import NoiseSettings, RunSettings, command, option
-from nano_db.stack import Stack
+from nano_db.schedule import Information, LogNormal, equal_mass_grid
+from nano_db.stack import put_together
 
 K_VALUES = (1, 2, 4, 8, 16, 32, 64)  # calls, or turns of the loop, at which quality is measured
 
 
 @dataclass
-class Settings(NoiseSettings, RunSettings):
-    no_flags: ClassVar = ("blocks", "layers", "layer_split", "overlap", "partition", "ensemble", "only")
-    blocks: int = option(1, "one network, all noise levels")
-    overlap: float = option(0.0, "nothing to overlap with")
-
-    data: str = option("pydocs", "text: pydocs, shakespeare, text8, or the path of a UTF-8 file")
-    tokenizer: str = option("char", "characters, or GPT-2's byte pairs", choices=("char", "gpt2"))
-    prelude: int = option(2, "layers before the loop", least=0)
-    core: int = option(4, "layers of the loop", least=1)
-    coda: int = option(2, "layers after the loop", least=0)
-    width: int = option(128, "features of a token", least=2)
-    heads: int = option(4, "attention heads", least=1)
-    mlp: str = option("gelu", "kind of MLP", choices=("gelu", "swiglu"))
-    seq_len: int = option(128, "tokens of context", least=2)
-    head: str = option("posterior", "output head (codebook.py)", choices=("posterior", "paper"), only="blocks")
-    mean_recurrence: float = option(
-        32.0, "mean of the Poisson rate of further turns", above=0, below=10_000, only="baseline"
-    )
-    backprop_turns: int = option(8, "last turns of the loop that keep a graph", least=1, only="baseline")
-
-    eval_windows: int = option(0, "held-out windows to evaluate on; 0: all", least=0, free=True)
-    calls: int = option(16, "K: Euler calls a token; for the baseline, turns of the loop", least=1, free=True)
-    prompt: str = option("", "what the samples continue (default: the first held-out tokens)", free=True)
-    temperature: float = option(0.8, "of the samples; below 1 is more cautious", least=0.01, free=True)
-    sample_length: int = option(300, "tokens to write", least=1, free=True)
+class Settings(Discrete, Training):
+    data: str = training("pydocs", "text: pydocs, shakespeare, text8, or the path of a UTF-8 file")
+    tokenizer: str = training("char", "characters, or GPT-2's byte pairs", choices=("char", "gpt2"))
+    seq_len: int = network(128, "tokens of context", least=2)
+    prelude: int = network(2, "layers before the loop", least=0)
+    core: int = network(4, "layers of the loop", least=1)
+    coda: int = network(2, "layers after the loop", least=0)
+    width: int = network(128, "features of a token", least=2)
+    heads: int = network(4, "attention heads", flag=False)
+    head: str = method("posterior", "output head (heads.py)", choices=("posterior", "paper"), of="blocks")
+    turns: int = method(0, "turns of the loop in training; 0: a random number (Huginn's)", least=0, of="baseline")
+    mean_recurrence: float = method(32.0, "mean of the Poisson rate of further turns", flag=False)
+    backprop_turns: int = method(8, "last turns of the loop that keep a graph", least=1, of="baseline")
+    eval_windows: int = output(0, "held-out windows to evaluate on; 0: all", least=0)
+    calls: int = output(16, "K: Euler calls a token; for the baseline, turns of the loop", least=1)
+    prompt: str = output("", "what the samples continue (default: the first held-out tokens)")
+    temperature: float = output(0.8, "of the samples; below 1 is more cautious", least=0.01)
+    sample_length: int = output(300, "tokens to write", flag=False)
 
 
 PRESETS = {
     "tiny": dict(
-        prelude=1, core=2, coda=1, width=24, heads=2, seq_len=16, batch_size=8, steps=40, warmup=5, log_every=10,
+        prelude=1, core=2, coda=1, width=24, heads=2, seq_len=16, batch_size=8, steps=40, warmup=5,
         sample_length=20, eval_windows=16, calls=4,
     ),
-    "tiny-baseline": dict(steps=10, log_every=5, calls=8),
+    "tiny-baseline": dict(steps=10, calls=8),
     "laptop": dict(seq_len=64, batch_size=16, steps=4000, warmup=200, rounds=2),
-    "laptop-baseline": dict(steps=500, warmup=25, log_every=10, calls=32),  # about the same seconds
+    "laptop-baseline": dict(steps=500, warmup=25, calls=32),  # about the same seconds
     "gpu": dict(width=384, heads=6, seq_len=256, batch_size=64, steps=6000, warmup=300),
     "gpu-baseline": dict(steps=800, warmup=40, calls=32),
     "paper": dict(
@@ -88,10 +78,13 @@ PRESETS = {
     ),
 }  # fmt: skip
 
-# z stays inside the network in both recipes: without it the loop would have nothing to carry.
 RECIPES = {
-    "paper": dict(head="paper", loss_weight="edm", p_mean=-1.2, p_std=1.2, sigma_min=0.002, sigma_max=80.0),
-    "nano": dict(head="posterior", loss_weight="none", p_mean=0.3, p_std=0.8, sigma_min=0.05, sigma_max=20.0),
+    "nano": dict(head="posterior", loss_weight="none", noise="nano"),
+    "paper": dict(head="paper", loss_weight="edm", noise="paper"),
+}
+NOISE = {  # for the reasons that train_gpt.py gives
+    "nano": LogNormal(p_mean=0.3, p_std=0.8, sigma_min=0.05, sigma_max=20.0),
+    "paper": LogNormal(p_mean=-1.2, p_std=1.2, sigma_min=0.002, sigma_max=80.0),
 }
 
 
@@ -109,48 +102,38 @@ class Looped(nn.Module):
         self.embedding = nn.Embedding(classes, width)
         self.noise_embedding = NoiseEmbedding(cond_width) if conditioned else None
         self.adapter = nn.Linear(2 * width, width, bias=False)
-
-        def layers(count, cond_width=0):
-            make = lambda: Layer(width, settings.heads, settings.mlp, cond_width, sandwich=True)  # noqa: E731
-            return nn.ModuleList(make() for _ in range(count))
-
-        self.prelude, self.coda = layers(settings.prelude), layers(settings.coda)
-        self.core = layers(settings.core, cond_width)
+        layer = partial(Layer, width, settings.heads, sandwich=True)
+        self.prelude = nn.ModuleList(layer() for _ in range(settings.prelude))
+        self.coda = nn.ModuleList(layer() for _ in range(settings.coda))
+        self.core = nn.ModuleList(layer(cond_width=cond_width) for _ in range(settings.core))
         depth = settings.prelude + settings.coda + settings.core * settings.mean_recurrence
         self.apply(lambda module: huginn_init(module, width, depth))
 
-    def context(self, x, cache):
-        """What all turns share: e (B, T, width) of tokens x (B, T), and what applies layers."""
+    def apply_layers(self, layers, h, how, cond=None):
+        """how: see context. With a cache, each application of a layer has keys and values of its own."""
+        for layer in layers:
+            remember, i = None, next(how["applied"])
+            if how["cache"] is not None:
+                remember = partial(how["cache"].extend, i, keep=h.shape[1])
+            h = layer(h, how["rotary"], cond, how["mask"], how["causal"], remember)
+        return h
+
+    def context(self, x, cache=None):
+        """What all turns share: e (B, T, width) of tokens x (B, T), and how layers are to be applied."""
         T, past = x.shape[1], cache.length if cache else 0
         rotary = rotary_angles(torch.arange(past, past + T, device=x.device), self.head_width)
         mask = causal_mask(T, past, x.device) if past and T > 1 else None
-        apply = LayerRunner(rotary, mask, causal=past == 0 and T > 1, cache=cache, keep=T)
-        return apply(self.prelude, self.embedding(x)), apply
+        how = dict(rotary=rotary, mask=mask, causal=past == 0 and T > 1, cache=cache, applied=count())
+        return self.apply_layers(self.prelude, self.embedding(x), how), how
 
-    def turn(self, s, e, apply, cond=None):
+    def turn(self, s, e, how, cond=None):
         """One turn of the loop: the state s (B, T, width) and e, through the adapter and the core."""
-        return apply(self.core, self.adapter(torch.cat([s, e], dim=-1)), cond)
+        return self.apply_layers(self.core, self.adapter(torch.cat([s, e], dim=-1)), how, cond)
 
     def forward(self, x, z, c_noise, cache=None):
-        e, apply = self.context(x, cache)
-        return rms_norm(apply(self.coda, self.turn(z, e, apply, self.noise_embedding(c_noise))))
-
-
-class LayerRunner:
-    """Applies layers in order. With a cache, each application, not each layer, has keys and values of its own."""
-
-    def __init__(self, rotary, mask, causal, cache, keep):
-        self.rotary, self.mask, self.causal, self.cache, self.keep = rotary, mask, causal, cache, keep
-        self.applied = 0
-
-    def __call__(self, layers, h, cond=None):
-        for layer in layers:
-            remember = None
-            if self.cache is not None:
-                remember = lambda k, v, i=self.applied: self.cache.extend(i, k, v, self.keep)  # noqa: E731
-            h = layer(h, self.rotary, cond, self.mask, self.causal, remember)
-            self.applied += 1
-        return h
+        e, how = self.context(x, cache)
+        s = self.turn(z, e, how, self.noise_embedding(c_noise))
+        return rms_norm(self.apply_layers(self.coda, s, how))
 
 
 def huginn_init(module, width, depth):
@@ -160,7 +143,7 @@ def huginn_init(module, width, depth):
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.trunc_normal_(module.weight, std=math.sqrt(2 / (5 * width)))
     elif isinstance(module, Layer):
-        for out in (module.attention.out, module.mlp.out):
+        for out in (module.attention.out, module.mlp[2]):
             nn.init.trunc_normal_(out.weight, std=math.sqrt(2 / (5 * width)) / math.sqrt(2 * depth))
         if module.modulation is not None:
             nn.init.zeros_(module.modulation.weight)
@@ -173,29 +156,25 @@ class Huginn(nn.Module):
         super().__init__()
         self.network, self.head, self.settings = network, head, settings
 
-    def features(self, x, turns, cache=None, generator=None, rows=slice(None)):
-        """The coda's features after `turns` turns of the loop; only the last settings.backprop_turns keep a graph.
-
-        rows: the sequences to compute (block.py); the random state is drawn for all of them.
-        """
-        s = math.sqrt(2 / 5) * torch.randn(*x.shape, self.settings.width, generator=generator)[rows]
-        e, apply = self.network.context(x[rows], cache)
+    def features(self, x, turns, cache=None, generator=None):
+        """The coda's features after `turns` turns of the loop; only the last settings.backprop_turns keep a graph."""
+        s = math.sqrt(2 / 5) * torch.randn(*x.shape, self.settings.width, generator=generator)
+        e, how = self.network.context(x, cache)
         s = s.to(e)
         for i in range(turns):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= turns - self.settings.backprop_turns):
-                s = self.network.turn(s, e, apply)
-        return rms_norm(apply(self.network.coda, s))
+                s = self.network.turn(s, e, how)
+        return rms_norm(self.network.apply_layers(self.network.coda, s, how))
 
-    def log_prior(self, x, cache=None, turns=None):
+    def log_p(self, x, cache=None, turns=None):
         """ln p(y | x) (B, T, V) after `turns` turns (default: settings.calls), always from the same random state."""
-        generator = torch.Generator().manual_seed(0)
-        return self.head.log_prior(self.features(x, turns or self.settings.calls, cache, generator))
+        features = self.features(x, turns or self.settings.calls, cache, torch.Generator().manual_seed(0))
+        return self.head.readout(features).float().log_softmax(-1)
 
-    def loss(self, batch, rows=slice(None)):
-        x, y = batch
-        turns = recurrences(self.settings.mean_recurrence)
-        logits = self.head.readout(self.features(x, turns, rows=rows)).float()
-        return F.cross_entropy(logits.flatten(0, -2), y[rows].flatten())
+    def loss(self, x, y):
+        turns = self.settings.turns or recurrences(self.settings.mean_recurrence)
+        logits = self.head.readout(self.features(x, turns)).float()
+        return F.cross_entropy(logits.flatten(0, -2), y.flatten())
 
 
 def recurrences(mean):
@@ -206,7 +185,7 @@ def recurrences(mean):
 
 def layer_evaluations(settings):
     """Layers evaluated in one training step, at the mean number of turns: {"forward": ..., "backward": ...}."""
-    ends, turns = settings.prelude + settings.coda, 1 + settings.mean_recurrence
+    ends, turns = settings.prelude + settings.coda, settings.turns or 1 + settings.mean_recurrence
     if not settings.baseline:
         return {"forward": ends + settings.core, "backward": ends + settings.core}
     return {
@@ -216,72 +195,88 @@ def layer_evaluations(settings):
 
 
 @torch.no_grad()
-def quality_by_calls(network, stack, text, settings, noise, device):
+def quality_by_calls(model, text, settings, noise):
     """{K: bits per character}, on a part of the held-out text: with K calls (the bound of likelihood.nats_of_walk), or
     with K turns of the baseline's loop (exact).
     """
     bits, generator = {}, torch.Generator().manual_seed(settings.seed)
+    batches = list(text.heldout_batches(EVALUATION_BATCH, settings.seq_len, settings.device, 4 * EVALUATION_BATCH))
     for k in K_VALUES:
-        nats, batches = 0.0, list(islice(text.heldout_batches(EVALUATION_BATCH, settings.seq_len, device), 4))
+        nats = 0.0
         for x, y in batches:
             if settings.baseline:
-                nats -= float(network.log_prior(x, turns=k).gather(-1, y[..., None]).cpu().double().mean())
+                log_p = model.networks[0].log_p(x, turns=k)
+                nats -= float(log_p.gather(-1, y[..., None]).cpu().double().mean())
             else:
-                nats += nats_of_walk(stack.posterior(x), y, stack.codebook, equal_mass_grid(noise, k), generator)
+                nats += nats_of_walk(model.posterior(x), y, model.codebook, equal_mass_grid(noise, k), generator)
         bits[str(k)] = text.bits_per_character(nats / len(batches))
     return bits
 
 
 def main():
     settings = read_settings("looped", Settings, PRESETS, RECIPES, __doc__)
-    check_width(settings.width, settings.heads)
     if settings.compile and settings.baseline:
         raise UsageError("--compile does nothing for the baseline, whose turns change in number: drop it")
-    device = pick_device(settings.device)
-    text = load_text(settings.data, settings.tokenizer, settings.data_dir, settings.seq_len)
-    text.tokenizer.encode(settings.prompt)  # a character the data has not: say so now, not after the training
-    classes = text.tokenizer.classes
-    codebook = make_codebook(classes, settings.width, settings.seed)
-    noise = make_noise(settings, text.frequencies(), codebook)
-    partition, sigmas = make_partition(noise, 1), equal_mass_grid(noise, settings.calls)
+    text = load_text(settings.data, settings.tokenizer, seq_len=settings.seq_len)
+    text.tokenizer.encode(settings.prompt)  # a character that is not in the data: say so now, not after the training
+    classes, device = text.tokenizer.classes, settings.device
 
-    def make_baseline(b=0):
-        return Huginn(Looped(classes, settings, conditioned=False), PosteriorHead(codebook), settings)
+    codebook = make_codebook(classes, settings.width, settings.seed)
+    noise = NOISE.get(settings.noise) or Information(text.frequencies(), codebook, seed=settings.seed)
+    span = (noise.sigma_min, noise.sigma_max)  # one network, all noise levels
 
     def make_block(b):
         network = Looped(classes, settings, conditioned=True)
-        head = make_head(settings.head, codebook, settings.sigma_data)
-        span = (noise.sigma_min, noise.sigma_max)
-        return DiffusionBlock(network, head, noise, span, settings.sigma_data, settings.loss_weight)
+        return DiffusionBlock(network, HEADS[settings.head](codebook), noise, span, loss_weight=settings.loss_weight)
 
-    def make_stack(networks):
-        return Stack(networks) if isinstance(networks[0], Huginn) else Stack(networks, partition)
+    def make_baseline(b):
+        return Huginn(Looped(classes, settings, conditioned=False), PosteriorHead(codebook), settings)
 
-    def evaluate_and_write(networks, folder):
-        stack = make_stack(networks)
-        metrics = evaluate(stack, text, settings.seq_len, settings.eval_windows, settings.seed, device)
-        kind = f"after {settings.calls} turns" if settings.baseline else "(bound)"
-        print(f"{metrics['bits_per_char']:.4f} bits per character {kind}")
-        by_calls = quality_by_calls(networks[0], stack, text, settings, noise, device)
-        print("bits per character by K:", *(f"{k}: {bits:.4f}" for k, bits in by_calls.items()))
-        layers = layer_evaluations(settings)
-        print(f"layers evaluated a step: {layers['forward']:g} forward, {layers['backward']:g} backward")
-        write_samples(stack, text, settings, sigmas, folder)
-        return {**metrics, "bits_per_char_by_calls": by_calls, "layer_evaluations": layers}
+    def write(networks, count):  # the cost of a sample is measured by 16 tokens
+        first = torch.zeros(count, 1, dtype=torch.long, device=device)
+        return generate(
+            put_together(networks, make_partition(noise, 1)),
+            first,
+            16,
+            settings.seq_len,
+            equal_mass_grid(noise, settings.calls),
+        )
 
-    run_script(
-        "looped",
-        settings,
-        text.sha256,
-        device,
-        make=make_baseline if settings.baseline else make_block,
-        make_baseline=make_baseline,
-        draw_batch=lambda: text.batch(settings.batch_size, settings.seq_len, device),
-        evaluate=evaluate_and_write,
-        metric="bits_per_char",
-        unit="bits per character",
-        use=lambda networks, count: write_some(make_stack(networks), count, settings.seq_len, sigmas),
-    )
+    make = make_baseline if settings.baseline else make_block
+    run = Run("looped", settings, data_sha256=text.sha256, span=list(span))
+    batch = partial(text.batch, run.batch_size, settings.seq_len, device)
+    bench = Bench(run, make_block, make_baseline, batch, write)
+    if settings.benchmark:
+        return bench.race()
+
+    for _ in run.rounds():
+        for b in run.turns():  # every block in turn; with --only or torchrun, mine
+            block = run.build(make, b)  # first weights: from the seed and b alone
+            optimizer = make_optimizer(block, settings)
+            for _ in run.steps(b, block, optimizer):  # resumes from the block's file; seeds each step; logs and saves
+                x, y = batch()
+                with run.autocast:
+                    loss = block.loss(x, y)
+                loss.backward()
+                run.average_gradients(block)  # does nothing, unless several processes share the block
+                norm = nn.utils.clip_grad_norm_(block.parameters(), settings.clip)
+                optimizer.step()
+                optimizer.zero_grad()
+                run.record(loss, norm)
+            del block, optimizer, loss  # of this block nothing is in memory while the next one trains
+        if run.ready():  # all blocks are there
+            model = put_together(run.trained_blocks(make), make_partition(noise, 1))
+            metrics = score_text(model, text, settings.seq_len, settings.eval_windows, settings.seed, device)
+            metrics["bits_per_char_by_calls"] = by_calls = quality_by_calls(model, text, settings, noise)
+            metrics["layer_evaluations"] = layers = layer_evaluations(settings)
+            kind = f"after {settings.calls} turns" if settings.baseline else "(bound)"
+            print(f"{metrics['bits_per_char']:.4f} bits per character {kind}")
+            print("bits per character by K:", *(f"{k}: {bits:.4f}" for k, bits in by_calls.items()))
+            print(f"layers evaluated a step: {layers['forward']:g} forward, {layers['backward']:g} backward")
+            run.log_evaluation(metrics)
+            run.keep_samples(continue_prompt(model, text, settings, equal_mass_grid(noise, settings.calls)))
+    if run.complete():
+        bench.report(metrics, "bits_per_char", "bits per character")
 
 
 if __name__ == "__main__":

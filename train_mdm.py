@@ -17,46 +17,44 @@ import torch
 import torch.nn as nn
 
 from data.text import load_text
-from nano_db.device import pick_device
 from nano_db.errors import UsageError
-from nano_db.layers import Layer, NoiseEmbedding, check_width, rms_norm, rotary_angles
+from nano_db.laboratory.benchmark import Bench
+from nano_db.layers import Layer, NoiseEmbedding, rms_norm, rotary_angles
+from nano_db.machinery.run import Run, command, make_optimizer
+from nano_db.machinery.settings import Blocks, Training, method, network, output, read_settings, training
 from nano_db.masking import (
     MaskedBlock,
     MaskSchedule,
     average,
-    nats_per_block,
-    route,
+    block_at,
+    score_masked,
     unmask,
     visible_range,
     visible_share,
 )
 from nano_db.partition import split_layers
-from nano_db.run import write_text
-from nano_db.script import read_settings, run_script
-from nano_db.settings import RunSettings, command, option
 
-SAMPLE_STEPS = 16  # to uncover a text, for the figures of one sample
 GAP = "_"  # stands for one hidden character in --fill and in samples.txt
 
 
 @dataclass
-class Settings(RunSettings):
-    data: str = option("pydocs", "text: pydocs, shakespeare, text8, or the path of a UTF-8 file")
-    width: int = option(128, "features of a character", least=2)
-    heads: int = option(4, "attention heads", least=1)
-    mlp: str = option("gelu", "kind of MLP", choices=("gelu", "swiglu"))
-    dropout: float = option(0.0, "on both residual branches", least=0, below=1)
-    seq_len: int = option(128, "characters of a text", least=2)
-    schedule: str = option("linear", "visible share alpha(t)", choices=("linear", "cosine"))
-    eval_windows: int = option(0, "held-out windows to evaluate on; 0: all", least=0, free=True)
-    unmask_steps: int = option(128, "steps from hidden to visible", least=1, free=True)
-    temperature: float = option(0.6, "of the samples; below 1 is more cautious", least=0.01, free=True)
-    fill: str = option("", f"a text whose gaps ({GAP}) are to be filled; the samples are of it", free=True)
+class Settings(Blocks, Training):
+    data: str = training("pydocs", "text: pydocs, shakespeare, text8, or the path of a UTF-8 file")
+    seq_len: int = network(128, "characters of a text", least=2)
+    width: int = network(128, "features of a character", least=2)
+    heads: int = network(4, "attention heads", flag=False)
+    dropout: float = network(0.0, "on both residual branches", flag=False)
+    layer_split: str = network("", "layers of each block, most masked first, like 3,6,3 (default: even)", of="blocks")
+    schedule: str = method("linear", "visible share alpha(t)", choices=("linear", "cosine"))
+    eval_windows: int = output(0, "held-out windows to evaluate on; 0: all", least=0)
+    unmask_steps: int = output(128, "steps from hidden to visible", least=1)
+    temperature: float = output(0.6, "of the samples; below 1 is more cautious", least=0.01)
+    fill: str = output("", f"a text whose gaps ({GAP}) are to be filled; the samples are of it")
 
 
 PRESETS = {
     "tiny": dict(
-        blocks=3, layers=12, width=24, heads=2, seq_len=16, batch_size=8, steps=40, warmup=5, log_every=10,
+        blocks=3, layers=12, width=24, heads=2, seq_len=16, batch_size=8, steps=40, warmup=5,
         unmask_steps=12, eval_windows=32, overlap=0.05,
     ),
     "laptop": dict(
@@ -84,9 +82,7 @@ class Unmasker(nn.Module):
         self.embedding = nn.Embedding(classes + 1, width)  # the last one is the mask
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.time_embedding = NoiseEmbedding(cond_width)
-        self.layers = nn.ModuleList(
-            Layer(width, settings.heads, settings.mlp, cond_width, settings.dropout) for _ in range(layers)
-        )
+        self.layers = nn.ModuleList(Layer(width, settings.heads, cond_width, settings.dropout) for _ in range(layers))
         self.readout = nn.Linear(width, classes, bias=False)
         nn.init.normal_(self.readout.weight, std=0.02)
 
@@ -117,84 +113,78 @@ def show(text, tokens):
     return "".join(GAP if token == mask else text.tokenizer.decode([token]) for token in tokens)
 
 
-def write_samples(blocks, text, settings, device):
+def uncover(blocks, text, settings, device):
     """Samples, and of the first one a strip: how far it is uncovered when each block has done its part."""
     start = encode_fill(text, settings).expand(settings.samples, -1).to(device)
     length = len(settings.fill) or settings.seq_len
     generator = torch.Generator().manual_seed(settings.seed)
     strip, alpha = {}, visible_share(start, text.tokenizer.classes)
     for alpha_next, x in unmask(blocks, start, settings.unmask_steps, settings.temperature, generator):
-        strip[route(alpha, len(blocks))] = show(text, x[0, :length].tolist())  # the last state of each block stays
+        strip[block_at(alpha, len(blocks))] = show(text, x[0, :length].tolist())  # the last state of each block stays
         alpha = alpha_next
     lines = [f"after block {b}: {line}" for b, line in strip.items()]
     hidden = f"hidden: {show(text, start[0, :length].tolist())}"
     return ["\n\n".join([hidden, *lines]), *(show(text, row[:length].tolist()) for row in x)]
 
 
-@torch.no_grad()
-def evaluate(blocks, text, settings, device):
-    """Held-out bits per character by the bound of masking.py, also split by block."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    nats, windows = torch.zeros(len(blocks), dtype=torch.float64), 0
-    for x, _ in text.heldout_batches(32, settings.seq_len, device):
-        nats += len(x) * nats_per_block(blocks, x, levels=math.ceil(48 / len(blocks)), generator=generator)
-        windows += len(x)
-        if settings.eval_windows and windows >= settings.eval_windows:
-            break
-    nats = nats / windows
-    return {
-        "bits_per_char": text.bits_per_character(float(nats.sum())),
-        "nats_per_token": float(nats.sum()),
-        "nats_per_block": nats.tolist(),
-    }
-
-
 def main():
-    settings = read_settings("mdm", Settings, PRESETS, None, __doc__)
-    check_width(settings.width, settings.heads)
-    device = pick_device(settings.device)
-    text = load_text(settings.data, "char", settings.data_dir, settings.seq_len)
-    encode_fill(text, settings)  # too long, or a character the data has not: say so now, not after the training
+    settings = read_settings("mdm", Settings, PRESETS, description=__doc__)
+    text, device = load_text(settings.data, seq_len=settings.seq_len), settings.device
+    encode_fill(text, settings)  # too long, or a character not in the data: say so now, not after the training
     classes, schedule = text.tokenizer.classes, MaskSchedule(settings.schedule)
     blocks = 1 if settings.baseline else settings.blocks
     layers = split_layers(settings.layers, blocks, settings.layer_split)
 
-    def make_baseline(b=0):
-        return MaskedBlock(Unmasker(classes, settings, settings.layers), schedule, classes)
-
     def make_block(b):
-        span = visible_range(b, blocks, settings.overlap)
+        span = visible_range(b, blocks, settings.overlap)  # what the block owns: shares of visible characters
         return MaskedBlock(Unmasker(classes, settings, layers[b]), schedule, classes, span)
 
-    def evaluate_and_write(networks, folder):
-        if settings.baseline:
-            networks = [average(networks)]
-        metrics = evaluate(networks, text, settings, device)
-        print(f"{metrics['bits_per_char']:.4f} bits per character (bound)")
-        print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
-        samples = write_samples(networks, text, settings, device) if settings.samples else []
-        print("", *samples, sep="\n---\n")
-        if folder:
-            write_text(folder / "samples.txt", "\n---\n".join(samples))
-        return metrics
+    def make_baseline(b):
+        return MaskedBlock(Unmasker(classes, settings, settings.layers), schedule, classes)
 
-    def uncover_some(networks, count):
+    def batch():
+        return text.batch(run.batch_size, settings.seq_len, device)[:1]
+
+    def uncover_some(networks, count):  # the cost of a sample is measured by 16 steps
         hidden = torch.full((count, settings.seq_len), classes, device=device)
-        return list(unmask([average(networks)] if settings.baseline else networks, hidden, SAMPLE_STEPS))
+        return list(unmask([average(networks)] if settings.baseline else networks, hidden, 16))
 
-    run_script(
-        "mdm",
-        settings,
-        text.sha256,
-        device,
-        make=make_baseline if settings.baseline else make_block,
-        make_baseline=make_baseline,
-        draw_batch=lambda: text.batch(settings.batch_size, settings.seq_len, device)[0],
-        evaluate=evaluate_and_write,
-        metric="bits_per_char",
-        unit="bits per character",
-        use=uncover_some,
-    )
+    make = make_baseline if settings.baseline else make_block
+    run = Run("mdm", settings, data_sha256=text.sha256)
+    bench = Bench(run, make_block, make_baseline, batch, uncover_some)
+    if settings.benchmark:
+        return bench.race()
+
+    for _ in run.rounds():
+        for b in run.turns():  # every block in turn; with --only or torchrun, mine
+            block = run.build(make, b)  # first weights: from the seed and b alone
+            optimizer = make_optimizer(block, settings)
+            for _ in run.steps(b, block, optimizer):  # resumes from the block's file; seeds each step; logs and saves
+                (x,) = batch()
+                with run.autocast:
+                    loss = block.loss(x)
+                loss.backward()
+                run.average_gradients(block)  # does nothing, unless several processes share the block
+                norm = nn.utils.clip_grad_norm_(block.parameters(), settings.clip)
+                optimizer.step()
+                optimizer.zero_grad()
+                run.record(loss, norm)
+            del block, optimizer, loss  # of this block nothing is in memory while the next one trains
+        if run.ready():  # all blocks are there
+            trained = run.trained_blocks(make)
+            model = [average(trained)] if settings.baseline else trained
+            windows = text.heldout_batches(32, settings.seq_len, device, settings.eval_windows)
+            generator = torch.Generator().manual_seed(settings.seed)
+            nats = score_masked(model, (x for x, _ in windows), math.ceil(48 / blocks), generator)
+            total = float(nats.sum())
+            metrics = {"bits_per_char": text.bits_per_character(total), "nats_per_token": total}
+            metrics["nats_per_block"] = nats.tolist()
+            print(f"{metrics['bits_per_char']:.4f} bits per character (bound)")
+            print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
+            run.log_evaluation(metrics)
+            run.keep_samples(uncover(model, text, settings, device) if settings.samples else [])
+    if run.complete():
+        bench.report(metrics, "bits_per_char", "bits per character")
 
 
 if __name__ == "__main__":

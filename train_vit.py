@@ -3,53 +3,62 @@
     python train_vit.py                                    # glyphs, drawn on the spot: no network needed
     python train_vit.py --baseline                         # the same network, end to end
     python train_vit.py --recipe paper --out out/vit-paper # the paper's own choices
-    python train_vit.py --data cifar10                     # photographs (downloaded, or in --data-dir)
+    python train_vit.py --data cifar10                     # photographs (downloaded)
 
-The target is the image's class, as a point on the unit sphere with noise on it (codebook.py). In the paper's recipe
-the noisy label takes the place of a ViT's [CLS] token, and the walk from noise to a class passes through all blocks.
-In ours, Bayes' rule brings the noise in, and the network sees the image alone.
+The target is the image's class, as a point on the unit sphere with noise on it (heads.py). In the paper's recipe the
+noisy label takes the place of a ViT's [CLS] token. In ours the network is a plain ViT, and a small head sees what it
+found in the image, the noisy label and the noise level. Either way the walk from noise to a class passes through all
+blocks.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 
 from data.images import NAMES, load_images
 from nano_db.block import DiffusionBlock, EndToEnd
-from nano_db.classify import classify, evaluate
-from nano_db.codebook import PosteriorHead, make_codebook, make_head
-from nano_db.device import pick_device
+from nano_db.classify import classify, score_images
+from nano_db.errors import UsageError
+from nano_db.heads import HEADS, PosteriorHead, make_codebook
+from nano_db.images import patch_positions, patchify
+from nano_db.laboratory.benchmark import Bench
 from nano_db.layers import Layer, NoiseEmbedding, rms_norm
+from nano_db.machinery.run import Run, command, make_optimizer
+from nano_db.machinery.settings import Blocks, Discrete, Training, method, network, output, read_settings, training
 from nano_db.partition import make_partition, split_layers
-from nano_db.patches import check_patches, patch_positions, patchify
-from nano_db.schedule import GRIDS, make_noise
-from nano_db.script import picture_path, read_settings, run_script
-from nano_db.settings import DiscreteSettings, RunSettings, check_discrete, command, option
-from nano_db.stack import Stack
+from nano_db.schedule import Information, LogNormal, equal_mass_grid
+from nano_db.stack import put_together
 
 
 @dataclass
-class Settings(DiscreteSettings, RunSettings):
-    data: str = option("glyphs", "labelled images", choices=NAMES)
-    glyphs: int = option(18_000, "how many glyphs to draw for training", least=100)
-    augment: str = option("standard", "training images", choices=("none", "flip", "standard", "randaugment"))
-    patch: int = option(4, "side of a patch in pixels", least=1)
-    positions: float = option(1.0, "size (root mean square) of the embeddings of a patch's place", least=0)
-    width: int = option(96, "features of a patch", least=4)
-    heads: int = option(4, "attention heads", least=1)
-    mlp: str = option("gelu", "kind of MLP", choices=("gelu", "swiglu"))
-    dropout: float = option(0.0, "on both residual branches", least=0, below=1)
-    readout: str = option("token", "where the class is read: the label token, or the mean", choices=("token", "mean"))
-    calls_per_block: int = option(1, "Euler calls of each block", least=1, free=True, only="blocks")
-    walks: int = option(8, "walks from noise to average", least=1, free=True, only="blocks")
-    samples: int = option(25, "hardest test images to show in samples.png; 0: no picture", least=0, free=True)
-    test_images: int = option(0, "test images to evaluate on; 0: all", least=0, free=True)
+class Settings(Discrete, Blocks, Training):
+    data: str = training("glyphs", "labelled images", choices=NAMES)
+    glyphs: int = training(18_000, "how many glyphs to draw for training", least=100)
+    augment: str = training("standard", "training images", choices=("none", "flip", "standard"), flag=False)
+    patch: int = network(4, "side of a patch in pixels", least=1)
+    positions: float = network(1.0, "size (root mean square) of the embeddings of a patch's place", least=0)
+    width: int = network(96, "features of a patch", least=4)
+    heads: int = network(4, "attention heads", flag=False)
+    dropout: float = network(0.0, "on both residual branches", flag=False)
+    readout: str = network("token", "where the class is read: the label token, or the mean", choices=("token", "mean"))
+    partition: str = method(
+        "probability", "edges of equal mass, or uniform in ln sigma", ("probability", "uniform"), of="blocks"
+    )
+    head: str = method("denoising", "output head (heads.py)", choices=tuple(HEADS), of="blocks")
+    walk: str = method(
+        "averaged", "who answers: the block at work, or all so far", ("last", "averaged"), of="blocks", resumable=True
+    )
+    calls_per_block: int = method(1, "Euler calls of each block", flag=False, resumable=True)
+    walks: int = output(8, "walks from noise to average", flag=False)
+    samples: int = output(25, "hardest test images to show in samples.png; 0: no picture", least=0)
+    test_images: int = output(0, "test images to evaluate on; 0: all", least=0)
 
 
 PRESETS = {
     "tiny": dict(
-        blocks=3, layers=12, width=16, heads=2, patch=8, batch_size=16, steps=40, warmup=5, log_every=10,
+        blocks=3, layers=12, width=16, heads=2, patch=8, batch_size=16, steps=40, warmup=5,
         glyphs=500, overlap=0.05,
     ),
     "laptop": dict(
@@ -67,15 +76,15 @@ PRESETS = {
 }  # fmt: skip
 
 RECIPES = {
-    "paper": dict(
-        head="paper", loss_weight="edm", range="own", z="inside", walk="last",
-        p_mean=-1.2, p_std=1.2, sigma_min=0.002, sigma_max=80.0,
-    ),
-    "nano": dict(
-        head="posterior", loss_weight="none", range="upward", z="outside", walk="averaged",
-        p_mean=0.0, p_std=0.8, sigma_min=0.2, sigma_max=20.0,
-    ),
-}  # fmt: skip
+    "nano": dict(head="denoising", walk="averaged", loss_weight="none", noise="nano"),
+    "paper": dict(head="paper", walk="last", loss_weight="edm", noise="paper"),
+}
+NOISE = {
+    # A label is one of few: z alone names it below sigma = 0.3 or so, and there is nothing to learn of the image. Ours
+    # leaves those levels out. The paper's is EDM's, made for images.
+    "nano": LogNormal(p_mean=0.0, p_std=0.8, sigma_min=0.2, sigma_max=20.0),
+    "paper": LogNormal(p_mean=-1.2, p_std=1.2, sigma_min=0.002, sigma_max=80.0),
+}
 
 
 class ViT(nn.Module):
@@ -84,7 +93,7 @@ class ViT(nn.Module):
     The label token is learned, like [CLS]; where the network is shown the noisy label z, W(c_in * z) is added to it.
     """
 
-    def __init__(self, shape, settings, layers, shows_z):
+    def __init__(self, shape, settings, layers, shows_z=False):
         super().__init__()
         width, self.shape, self.patch, self.readout = settings.width, shape, settings.patch, settings.readout
         cond_width = max(8, width // 6) if shows_z else 0
@@ -95,12 +104,10 @@ class ViT(nn.Module):
         if shows_z:
             self.from_z = nn.Linear(width, width, bias=False)
             self.noise_embedding = NoiseEmbedding(cond_width)
-        self.layers = nn.ModuleList(
-            Layer(width, settings.heads, settings.mlp, cond_width, settings.dropout) for _ in range(layers)
-        )
+        self.layers = nn.ModuleList(Layer(width, settings.heads, cond_width, settings.dropout) for _ in range(layers))
 
-    def forward(self, x, z, c_noise):
-        """x (B, C, H, W) images; z (B, width) scaled noisy labels and c_noise (B,), or None for both."""
+    def forward(self, x, z=None, c_noise=None):
+        """x (B, C, H, W) images; where it is shown them, z (B, width) scaled noisy labels and c_noise (B,)."""
         patches = self.embedding(patchify(x, self.patch, self.shape)) + self.positions  # (B, T, width)
         label = self.label_token.expand(len(x), 1, -1)
         cond = None if z is None else self.noise_embedding(c_noise)
@@ -113,65 +120,75 @@ class ViT(nn.Module):
         return h[:, 0] if self.readout == "token" else h.mean(1)
 
 
+def score_and_draw(model, images, grid, settings, run):
+    """The accuracies, as metrics; and samples.png."""
+    batches = images.test_batches(256, settings.test_images, settings.device)
+    metrics, log_p, labels = score_images(model, batches, grid, settings.walks, settings.seed)
+    for name, shares in metrics.items():
+        print(name.replace("_", " "), *(f"{share:.4f}" for share in torch.tensor(shares).view(-1)))
+    if settings.samples:
+        from nano_db.laboratory.plots import draw_classification
+
+        draw_classification(run.picture(), images, log_p, labels, metrics, settings.samples)
+    return metrics
+
+
 def main():
     settings = read_settings("vit", Settings, PRESETS, RECIPES, __doc__)
-    check_discrete(settings)
-    device = pick_device(settings.device)
-    images = load_images(settings.data, settings.data_dir, settings.glyphs)
-    check_patches(images.shape, settings.patch, settings.width, settings.heads)
-    classes = len(images.classes)
-    codebook = make_codebook(classes, settings.width, settings.seed)
-    noise = make_noise(settings, torch.full((classes,), 1 / classes), codebook)
-    blocks = 1 if settings.baseline else settings.blocks
-    layers = split_layers(settings.layers, blocks, settings.layer_split)
-    partition = make_partition(noise, blocks, settings.partition, settings.overlap)
-    sigmas = GRIDS[settings.grid](noise, settings.calls_per_block * blocks)
+    if settings.walk == "averaged" and settings.head != "denoising":
+        raise UsageError("--walk averaged needs --head denoising: take --walk last")
+    images, device = load_images(settings.data, count=settings.glyphs), settings.device
+    shape, classes = tuple(images.train.shape[1:]), len(images.classes)
 
-    def make_baseline(b=0):
-        return EndToEnd(ViT(images.shape, settings, settings.layers, shows_z=False), PosteriorHead(codebook))
+    # What every block knows without being told: the code vectors, the noise levels, and who owns which.
+    codebook = make_codebook(classes, settings.width, settings.seed)
+    frequencies = torch.full((classes,), 1 / classes)
+    noise = NOISE.get(settings.noise) or Information(frequencies, codebook, 0.2, 20.0, seed=settings.seed)
+    blocks = 1 if settings.baseline else settings.blocks
+    partition = make_partition(noise, blocks, settings.partition, settings.overlap)
+    layers, calls = split_layers(settings.layers, blocks), settings.calls_per_block * blocks
+    average = settings.walk == "averaged"
 
     def make_block(b):
-        shows_z = settings.z == "inside"
-        network = ViT(images.shape, settings, layers[b], shows_z)
-        head = make_head(settings.head, codebook, settings.sigma_data)
-        span = partition.training_range(b, upward=settings.range == "upward")
-        return DiffusionBlock(network, head, noise, span, settings.sigma_data, settings.loss_weight, shows_z)
+        head = HEADS[settings.head]
+        network = ViT(shape, settings, layers[b], shows_z=not head.sees_z)
+        span = partition.training_range(b)
+        return DiffusionBlock(network, head(codebook), noise, span, loss_weight=settings.loss_weight)
 
-    def make_stack(networks):
-        if isinstance(networks[0], EndToEnd):
-            return Stack(networks)
-        return Stack(networks, partition, settings.walk == "averaged")
+    def make_baseline(b):
+        return EndToEnd(ViT(shape, settings, settings.layers), PosteriorHead(codebook))
 
-    def classify_some(networks, count):
+    def name_some(networks, count):  # the cost of a sample is measured by these
         x, _ = next(images.test_batches(count, count, device))
-        return classify(make_stack(networks), x, sigmas)
+        return classify(put_together(networks, partition, average), x, equal_mass_grid(noise, calls))
 
-    def evaluate_and_draw(networks, _):
-        batches = images.test_batches(256, settings.test_images, device)
-        metrics, log_p, labels = evaluate(make_stack(networks), batches, sigmas, settings.walks, settings.seed)
-        for name, value in metrics.items():
-            print(
-                name.replace("_", " "), *(f"{share:.4f}" for share in (value if isinstance(value, list) else [value]))
-            )
-        if settings.samples:
-            from nano_db.plots import draw_classification
+    make = make_baseline if settings.baseline else make_block
+    run = Run("vit", settings, data_sha256=images.sha256, edges=[round(edge, 5) for edge in partition.edges])
+    batch = partial(images.batch, run.batch_size, settings.augment, device)
+    bench = Bench(run, make_block, make_baseline, batch, name_some)
+    if settings.benchmark:
+        return bench.race()
 
-            draw_classification(picture_path("vit", settings), images, log_p, labels, metrics, settings.samples)
-        return metrics
-
-    run_script(
-        "vit",
-        settings,
-        images.sha256,
-        device,
-        make=make_baseline if settings.baseline else make_block,
-        make_baseline=make_baseline,
-        draw_batch=lambda: images.batch(settings.batch_size, settings.augment, device),
-        evaluate=evaluate_and_draw,
-        metric="accuracy",
-        unit="share of test images named right",
-        use=classify_some,
-    )
+    for _ in run.rounds():
+        for b in run.turns():  # every block in turn; with --only or torchrun, mine
+            block = run.build(make, b)  # first weights: from the seed and b alone
+            optimizer = make_optimizer(block, settings)
+            for _ in run.steps(b, block, optimizer):  # resumes from the block's file; seeds each step; logs and saves
+                x, y = batch()
+                with run.autocast:
+                    loss = block.loss(x, y)
+                loss.backward()
+                run.average_gradients(block)  # does nothing, unless several processes share the block
+                norm = nn.utils.clip_grad_norm_(block.parameters(), settings.clip)
+                optimizer.step()
+                optimizer.zero_grad()
+                run.record(loss, norm)
+            del block, optimizer, loss  # of this block nothing is in memory while the next one trains
+        if run.ready():  # all blocks are there
+            model = put_together(run.trained_blocks(make), partition, average)
+            run.log_evaluation(metrics := score_and_draw(model, images, equal_mass_grid(noise, calls), settings, run))
+    if run.complete():
+        bench.report(metrics, "accuracy", "share of test images named right")
 
 
 if __name__ == "__main__":

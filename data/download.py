@@ -36,7 +36,9 @@ def fetch(url, path, checksum, size, algorithm="sha256"):
         aside.write_bytes(content)
         os.replace(aside, path)
     except OSError as error:
-        raise UsageError(f"cannot write {path} ({error.strerror}): choose another --data-dir") from error
+        raise UsageError(
+            f"cannot write {path} ({error.strerror}): make room, or put the file there yourself"
+        ) from error
     return path
 
 

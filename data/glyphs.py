@@ -3,6 +3,7 @@
 Test fonts are other fonts than training fonts, so that the test asks for the letter and not for a memory of it.
 """
 
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -30,25 +31,19 @@ def make(fonts, count, seed):
     turned and shifted a little, and its strokes are made thicker or thinner.
     """
     random = np.random.default_rng(seed)
-    outlines = [[_outline(font, character) for font in fonts] for character in CLASSES]
+    files = [Path(matplotlib.get_data_path(), "fonts", "ttf", f"{font}.ttf") for font in fonts]
+    outlines = []
+    for character, file in itertools.product(CLASSES, files):  # centred at the origin, a capital about one unit high
+        outline = TextPath((0, 0), character, size=1 / 0.7, prop=FontProperties(fname=file))
+        (left, bottom), (right, top) = outline.get_extents().get_points()
+        outlines.append(Affine2D().translate(-(left + right) / 2, -(bottom + top) / 2).transform_path(outline))
     labels = np.arange(count) % len(CLASSES)
     styles = np.arange(count) // len(CLASSES) % len(fonts)
     order = random.permutation(count)
     images = np.empty((count, 1, SIZE, SIZE), np.uint8)
     for i, (label, style) in enumerate(zip(labels[order], styles[order], strict=True)):
-        images[i, 0] = _draw(outlines[label][style], random)
+        images[i, 0] = _draw(outlines[label * len(fonts) + style], random)
     return images, labels[order]
-
-
-def font_file(font):
-    return Path(matplotlib.get_data_path(), "fonts", "ttf", f"{font}.ttf")
-
-
-def _outline(font, character):
-    """The character's outline with its centre at the origin, a capital being about one unit high."""
-    outline = TextPath((0, 0), character, size=1 / 0.7, prop=FontProperties(fname=font_file(font)))
-    (left, bottom), (right, top) = outline.get_extents().get_points()
-    return Affine2D().translate(-(left + right) / 2, -(bottom + top) / 2).transform_path(outline)
 
 
 def _draw(outline, random):

@@ -7,11 +7,11 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from data import cifar, glyphs
-from data.augment import augment
-from nano_db.errors import UsageError
 
+PADDING = 4  # pixels
 NAMES = ("glyphs", "cifar10", "cifar100")
 
 
@@ -20,12 +20,24 @@ def to_floats(images):
     return images.float() / 127.5 - 1
 
 
+def padded_crop(images):
+    """Shift each image by up to PADDING pixels each way; zeros (black) come in. A letter that is shifted is the same
+    letter, so glyphs are shifted, too.
+    """
+    B, C, H, W = images.shape
+    padded = F.pad(images, (PADDING,) * 4)
+    down, right = torch.randint(2 * PADDING + 1, (2, B))
+    rows = (down[:, None] + torch.arange(H))[:, None, :, None]  # (B, 1, H, 1)
+    columns = (right[:, None] + torch.arange(W))[:, None, None, :]  # (B, 1, 1, W)
+    return padded[torch.arange(B)[:, None, None, None], torch.arange(C)[:, None, None], rows, columns]
+
+
 @dataclass
 class Images:
     """train, test: (N, channels, height, width) uint8, with labels (N,) int64, whose names are `classes`.
 
-    mirrors: may an image be mirrored, or cropped at its edge, without becoming something else? sha256: of all pixels
-    and labels.
+    mirrors: may an image be mirrored without becoming something else? sha256: of all pixels and
+    labels.
     """
 
     train: torch.Tensor
@@ -35,11 +47,6 @@ class Images:
     classes: list[str]
     mirrors: bool
     sha256: str
-
-    def __post_init__(self):
-        for labels in (self.train_labels, self.test_labels):
-            if labels.min() < 0 or labels.max() >= len(self.classes):
-                raise UsageError(f"labels must lie between 0 and {len(self.classes) - 1}, the number of the last class")
 
     @property
     def shape(self):
@@ -51,10 +58,18 @@ class Images:
         return to_floats(self.train[rows])
 
     def batch(self, batch_size, augmentation="none", device="cpu"):
-        """Random training images as floats (B, C, H, W) and labels (B,), by torch's global generator."""
+        """Random training images as floats (B, C, H, W) and labels (B,), by torch's global generator.
+        augmentation: "none"; "flip" mirrors every other image, where `mirrors`; "standard" also shifts.
+        """
         chosen = torch.randint(len(self.train), (batch_size,))
-        images = augment(self.train[chosen], augmentation, self.mirrors)
-        return to_floats(images).to(device), self.train_labels[chosen].to(device)
+        images = self.train[chosen]
+        if augmentation != "none" and self.mirrors:
+            mirrored = torch.rand(batch_size) < 0.5
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        if augmentation == "standard":
+            images = padded_crop(images)
+        images = images.float() / 127.5 - 1
+        return images.to(device), self.train_labels[chosen].to(device)
 
     def test_batches(self, batch_size, count=0, device="cpu"):
         """The first `count` test images (0: all) in order, as floats, with their labels."""

@@ -1,15 +1,15 @@
-"""Python's own manual as a text: the topics of `help()`, which every Python carries along. No network needed."""
+"""Python's own manual as a text: the topics of `help()`, which every Python carries along. No network needed.
+
+Topics quote each other ("compound" repeats "if", "while", "for", ...): of some 465,000 characters a fifth is said
+twice. Left in, such paragraphs would stand on both sides of the split between training and held-out text. The manual
+differs a little between versions of Python; the text's checksum is written in the run's config.json.
+"""
 
 import pydoc_data.topics
 
 
-def text():
-    """All topics in alphabetical order, each paragraph once.
-
-    Topics quote each other ("compound" repeats "if", "while", "for", ...): of some 465,000 characters a fifth is said
-    twice. Left in, such paragraphs would stand on both sides of the split between training and held-out text. The
-    manual differs a little between versions of Python; the text's checksum is written in the run's config.json.
-    """
+def text(folder=None):
+    """All topics in alphabetical order, each paragraph once. folder: not needed."""
     seen, kept = set(), []
     for _, topic in sorted(pydoc_data.topics.topics.items()):
         for paragraph in topic.split("\n\n"):

@@ -12,31 +12,27 @@ import torch
 from data import pydocs, shakespeare, text8
 from nano_db.errors import UsageError
 
-NAMES = ("pydocs", "shakespeare", "text8")
+TEXTS = {"pydocs": pydocs.text, "shakespeare": shakespeare.text, "text8": text8.text}
 
 
 class CharTokenizer:
     """One token a character; the vocabulary is the text's own."""
 
     def __init__(self, text):
-        self._codes = np.unique(_codes(text))  # code points, ascending
+        self._codes = np.unique(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32))  # ascending
         self.classes = len(self._codes)
 
     def encode(self, text):
-        """Tokens of `text`, an array of whole numbers. Raises UsageError for characters that the data has not."""
-        codes = _codes(text)
+        """Tokens of `text`, an array of whole numbers. Raises UsageError for characters that are not in the data."""
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
         unknown = np.setdiff1d(codes, self._codes)
         if len(unknown):
             names = " ".join(repr(chr(code)) for code in unknown[:10])
-            raise UsageError(f"the text has characters that the data has not: {names}")
+            raise UsageError(f"the text has characters that are not in the data: {names}")
         return np.searchsorted(self._codes, codes)
 
     def decode(self, tokens):
         return "".join(chr(self._codes[token]) for token in tokens)
-
-
-def _codes(text):
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
 
 
 class GPT2Tokenizer:
@@ -75,7 +71,7 @@ class Text:
     sha256: str
 
     def frequencies(self):
-        """Share of each class in the training text, (V,); a class it has not counts as one occurrence."""
+        """Share of each class in the training text, (V,); a class that is not in it counts as one occurrence."""
         counts = torch.bincount(self.train, minlength=self.tokenizer.classes).double().clamp(min=1)
         return counts / counts.sum()
 
@@ -85,9 +81,12 @@ class Text:
         windows = self.train[starts + torch.arange(seq_len + 1)].long().to(device)
         return windows[:, :-1], windows[:, 1:]
 
-    def heldout_batches(self, batch_size, seq_len, device="cpu"):
-        """The held-out text in windows that do not overlap, each token predicted once; a shorter rest is left out."""
+    def heldout_batches(self, batch_size, seq_len, device="cpu", windows=0):
+        """The held-out text in windows that do not overlap, each token predicted once; a shorter rest is left out.
+        windows: how many, 0 for all.
+        """
         count = (len(self.heldout) - 1) // seq_len
+        count = min(windows or count, count)
         x, y = (self.heldout[i : i + count * seq_len].view(count, seq_len) for i in (0, 1))
         for i in range(0, count, batch_size):
             yield x[i : i + batch_size].long().to(device), y[i : i + batch_size].long().to(device)
@@ -97,13 +96,13 @@ class Text:
 
 
 def load_text(name="pydocs", tokenizer="char", folder="data/cache", seq_len=1):
-    """A Text. name: one of NAMES, or the path of a UTF-8 file. The first 90% of the characters train, the rest is
+    """A Text. name: one of TEXTS, or the path of a UTF-8 file. The first 90% of the characters train, the rest is
     held out.
 
     Raises UsageError for an unknown name, a file that cannot be read, or a text too short for windows of seq_len
     tokens.
     """
-    text = _read(name, folder)
+    text = TEXTS[name](folder) if name in TEXTS else _read_file(name)
     cut = text8.TRAIN if name == "text8" else len(text) * 9 // 10
     text = text[: text8.TRAIN + text8.VALIDATION] if name == "text8" else text
     tokens = GPT2Tokenizer() if tokenizer == "gpt2" else CharTokenizer(text)
@@ -118,17 +117,11 @@ def load_text(name="pydocs", tokenizer="char", folder="data/cache", seq_len=1):
     return Text(train, heldout, tokens, (len(text) - cut) / len(heldout), sha256)
 
 
-def _read(name, folder):
-    if name == "pydocs":
-        return pydocs.text()
-    if name == "shakespeare":
-        return shakespeare.text(folder)
-    if name == "text8":
-        return text8.text(folder)
+def _read_file(name):
     path = Path(name)
     if not os.path.exists(path):  # says no, too, to what cannot be a path at all
         raise UsageError(
-            f"--data {name}: no such data set or file; choose {', '.join(NAMES)}, or the path of a UTF-8 text"
+            f"--data {name}: no such data set or file; choose {', '.join(TEXTS)}, or the path of a UTF-8 text"
         )
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,6 +1,7 @@
-"""nano_db: train a deep network block by block, each block a denoiser for its own noise levels.
+"""nano_db: train a deep network block by block, each block alone, as a denoiser for its own noise levels.
 
-Reading order: schedule (noise levels) -> partition (who owns which) -> codebook (what discrete targets are denoised to)
--> layers, block (one denoiser and its loss) -> stack (the blocks put together) -> sampler (the walk from noise to data)
--> likelihood (an honest score) -> run, trainer (files, resume, one loop for everything) -> memory, compare, plots.
+Reading order: schedule (noise levels) -> partition (who owns which) -> heads (what targets are, and who answers) ->
+layers -> block (the loss: the whole method) -> stack (the blocks put together) -> sampler (the walk from noise to data)
+-> likelihood (an honest score) -> classify, language (what it is good for) -> masking (the other kind of noise) ->
+images. Then a script, train_gpt.py first. machinery/ and laboratory/ can stay closed.
 """

@@ -7,40 +7,39 @@ instead: so the walk may start from z = 0, where no noise leads it astray, or ma
 import torch
 
 from nano_db.sampler import euler_walk
+from nano_db.stack import Ensemble
 
 
-def after_each_block(stack, x, sigmas, z):
-    """ln p(y | z, x) at the last call of each block, for a walk along `sigmas` from z (B, d). A list of (B, V),
-    noisiest block first. The last of `sigmas` is 0.
+def after_each_block(posterior, stack, sigmas, z):
+    """ln p(y | z, x) at the last call of each block, for a walk along `sigmas` (which end at 0) from z (B, d).
+
+    posterior: stack.posterior(x). Returns a list of (B, V), noisiest block first.
     """
-    return _walk(stack, stack.posterior(x), sigmas, z)
-
-
-def _walk(stack, posterior, sigmas, z):
-    said = {}
+    answers = {}
 
     def denoise(z, sigma):
-        log_p = said[stack.partition.route(sigma)] = posterior(z, sigma)  # a block's last word stays
+        log_p = answers[stack.partition.route(sigma)] = posterior(z, sigma)  # a block's last answer stays
         return log_p.exp() @ stack.codebook
 
     for _ in euler_walk(denoise, z, sigmas):
         pass
-    return list(said.values())
+    return list(answers.values())
 
 
 @torch.no_grad()
 def classify(stack, x, sigmas=None):
-    """ln p(y | x) of images x (B, ...), (B, V): by the noise-free walk; of end-to-end networks, at once."""
-    if not stack.denoises:
-        return stack.priors(x)[-1]
-    return after_each_block(stack, x, sigmas, torch.zeros(len(x), stack.codebook.shape[1], device=x.device))[-1]
+    """ln p(y | x) of images x (B, ...), (B, V): by the noise-free walk; of an Ensemble, at once."""
+    if isinstance(stack, Ensemble):
+        return stack.log_p(x)
+    nothing = torch.zeros(len(x), stack.codebook.shape[1], device=x.device)
+    return after_each_block(stack.posterior(x), stack, sigmas, nothing)[-1]
 
 
 @torch.no_grad()
-def evaluate(stack, batches, sigmas=None, walks=8, seed=0):
+def score_images(stack, batches, sigmas=None, walks=8, seed=0):
     """Shares of test images named right. batches: yields (x, labels).
 
-    For end-to-end networks: accuracy. For blocks: accuracy_walk, of one walk from noise (the paper's readout),
+    For an Ensemble: accuracy. For blocks: accuracy_walk, of one walk from noise (the paper's readout),
     accuracy_mean_of_walks, accuracy_noise_free, and of the first and the last of these also the accuracy
     that they have reached after each block; `accuracy` is that of the noise-free walk.
 
@@ -48,30 +47,30 @@ def evaluate(stack, batches, sigmas=None, walks=8, seed=0):
     """
     generator, right, all_log_p, all_labels = torch.Generator().manual_seed(seed), {}, [], []
 
-    def count(name, said, labels):
-        hits = torch.tensor([float((log_p.argmax(-1) == labels).sum()) for log_p in said])
+    def count(name, answers, labels):
+        hits = torch.tensor([float((log_p.argmax(-1) == labels).sum()) for log_p in answers])
         right[name] = right.get(name, 0) + hits
 
     for x, labels in batches:
-        if stack.denoises:
+        if isinstance(stack, Ensemble):
+            log_p = stack.log_p(x)
+            count("accuracy", [log_p], labels)
+        else:
             nothing = torch.zeros(len(x), stack.codebook.shape[1], device=x.device)
-            posterior = stack.posterior(x)  # once for all walks: networks that are not shown z answer here
-            noise_free = _walk(stack, posterior, sigmas, nothing)
+            posterior = stack.posterior(x)  # for all walks: trunks are evaluated once
+            noise_free = after_each_block(posterior, stack, sigmas, nothing)
             count("accuracy_noise_free", noise_free, labels)
             noise = [float(sigmas[0]) * torch.randn(nothing.shape, generator=generator) for _ in range(walks)]
-            noisy = [_walk(stack, posterior, sigmas, z.to(x.device)) for z in noise]
+            noisy = [after_each_block(posterior, stack, sigmas, z.to(x.device)) for z in noise]
             count("accuracy_walk", noisy[0], labels)
-            count("accuracy_mean_of_walks", [torch.stack([said[-1].exp() for said in noisy]).mean(0)], labels)
+            count("accuracy_mean_of_walks", [torch.stack([answers[-1].exp() for answers in noisy]).mean(0)], labels)
             log_p = noise_free[-1]
-        else:
-            log_p = classify(stack, x)
-            count("accuracy", [log_p], labels)
         all_log_p.append(log_p.float().cpu())
         all_labels.append(labels.cpu())
     log_p, labels = torch.cat(all_log_p), torch.cat(all_labels)
     shares = {name: (hits / len(labels)).tolist() for name, hits in right.items()}
     metrics = {name: after[-1] for name, after in shares.items()}
-    if stack.denoises:
+    if not isinstance(stack, Ensemble):
         metrics["accuracy"] = metrics["accuracy_noise_free"]
         for name in ("walk", "noise_free"):
             metrics[f"accuracy_{name}_after_each_block"] = shares[f"accuracy_{name}"]

@@ -3,11 +3,11 @@ level or not.
 
 A layer is conditioned on the noise level by adaLN-Zero (Peebles & Xie 2023): shift, scale and gate of both residual
 branches are linear in a conditioning vector, and zero at the start, so that a new layer is the identity.
-Unconditioned layers (the baseline's, or a block's that is not shown z) are the identity at the start by zero output
-projections.
+Unconditioned layers (the baseline's, or a trunk's) are the identity at the start by zero output projections.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -20,14 +20,6 @@ from nano_db.errors import UsageError
 def rms_norm(h):
     """RMSNorm (Zhang & Sennrich 2019) over the features, without weights."""
     return F.rms_norm(h, h.shape[-1:])
-
-
-def check_width(width, heads):
-    """Raise UsageError unless each head gets whole pairs of channels, which rotary positions turn."""
-    if width % (2 * heads):
-        raise UsageError(
-            f"--width {width} must be a multiple of twice --heads {heads}: rotary positions turn channel pairs"
-        )
 
 
 def rotary_angles(positions, head_width, base=10_000.0):
@@ -72,6 +64,8 @@ class Cache:
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
+        if width % (2 * heads):
+            raise UsageError(f"--width {width} must be a multiple of {2 * heads}: {heads} heads of an even width each")
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
@@ -87,38 +81,20 @@ class Attention(nn.Module):
         return self.out(h.transpose(1, 2).reshape(B, T, D))
 
 
-class MLP(nn.Module):
-    """GELU with a hidden width of 4d, or SwiGLU (Shazeer 2020) of 8d/3: the same number of weights."""
-
-    def __init__(self, width, kind="gelu"):
-        super().__init__()
-        self.gated = kind == "swiglu"
-        hidden = 8 * width // 3 if self.gated else 4 * width
-        self.up = nn.Linear(width, 2 * hidden if self.gated else hidden, bias=False)
-        self.out = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, h):
-        h = self.up(h)
-        if self.gated:
-            h, gate = h.chunk(2, dim=-1)
-            return self.out(h * F.silu(gate))
-        return self.out(F.gelu(h))
-
-
 class Layer(nn.Module):
     """h <- h + attention(norm(h)); h <- h + mlp(norm(h)). With cond_width, both branches are modulated (adaLN-Zero).
 
     sandwich: normalise each sum, too (Geiping et al. 2025), which keeps a layer stable that is applied again and again.
-    With `checkpointed` set, a layer keeps its input alone for the backward pass, and is evaluated again there (Chen et
-    al. 2016).
     """
 
-    checkpointed = False
+    checkpointed = False  # see checkpoint_layers
 
-    def __init__(self, width, heads, mlp="gelu", cond_width=0, dropout=0.0, sandwich=False):
+    def __init__(self, width, heads, cond_width=0, dropout=0.0, sandwich=False):
         super().__init__()
         self.norm_sum = rms_norm if sandwich else nn.Identity()
-        self.attention, self.mlp = Attention(width, heads), MLP(width, mlp)
+        self.attention = Attention(width, heads)
+        up, down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+        self.mlp = nn.Sequential(up, nn.GELU(), down)
         self.dropout = nn.Dropout(dropout)
         self.modulation = nn.Linear(cond_width, 6 * width) if cond_width else None
         if cond_width:
@@ -126,17 +102,12 @@ class Layer(nn.Module):
             nn.init.zeros_(self.modulation.bias)
         else:
             nn.init.zeros_(self.attention.out.weight)
-            nn.init.zeros_(self.mlp.out.weight)
+            nn.init.zeros_(down.weight)
 
     def forward(self, h, rotary=None, cond=None, mask=None, causal=False, remember=None):
         """h (B, T, D); rotary: angles of the positions, or None; cond (B, cond_width) where the layer is conditioned;
         mask (T, keys), True where to look.
         """
-        if self.checkpointed and torch.is_grad_enabled():
-            return checkpoint(self._update, h, rotary, cond, mask, causal, remember, use_reentrant=False)
-        return self._update(h, rotary, cond, mask, causal, remember)
-
-    def _update(self, h, rotary, cond, mask, causal, remember):
         attend = (rotary, mask, causal, remember)
         if self.modulation is None:
             h = self.norm_sum(h + self.dropout(self.attention(rms_norm(h), *attend)))
@@ -147,10 +118,13 @@ class Layer(nn.Module):
 
 
 def checkpoint_layers(module, on=True):
-    """Let all Layers of `module` keep their inputs alone, or all that they compute."""
+    """Let all Layers of `module` keep their inputs alone for the backward pass, and be evaluated again there (Chen et
+    al. 2016); or, with on=False, keep all that they compute.
+    """
     for layer in module.modules():
         if isinstance(layer, Layer):
-            layer.checkpointed = on
+            layer.checkpointed, plain = on, partial(Layer.forward, layer)
+            layer.forward = partial(checkpoint, plain, use_reentrant=False) if on else plain
 
 
 class NoiseEmbedding(nn.Module):

@@ -22,8 +22,6 @@ from itertools import pairwise
 
 import torch
 
-from nano_db.codebook import log_likelihood
-
 MARGIN = 0.05  # "clearly": by more than the noise of an estimate from a few thousand tokens, or choosing would flatter
 
 
@@ -76,29 +74,6 @@ def split_by_block(levels, measured):
         bounds[-1][b] += decoding
     tightest = min(bounds, key=torch.sum)
     return tightest if tightest.sum() < (1 - MARGIN) * bounds[-1].sum() else bounds[-1]
-
-
-def nats_of_priors(priors, y, codebook, edges, generator=None):
-    """The bound for networks that are not shown z, split by block, without an integral. (blocks,) float64
-
-    priors: ln p(y | x) of each block, (B, ..., V), one and the same at all levels of its interval; edges: the levels
-    between the blocks. The integral of one p's error between two levels is the difference of its nats of decoding
-    there. So block 0 pays its cross-entropy, less its decoding at its lower edge; the next one its decoding at this
-    edge (of the same z: what differs is p alone), less that at its own lower edge; and the last one decodes. A single
-    network pays its exact cross-entropy."""
-
-    def decoding(log_p):
-        return -float(log_p.log_softmax(-1).gather(-1, y[..., None]).cpu().double().mean())
-
-    nats = torch.zeros(len(priors), dtype=torch.float64)
-    nats[0] = decoding(priors[0])
-    for b, edge in enumerate(edges):
-        clean = codebook[y]
-        z = clean + edge * torch.randn(clean.shape, generator=generator).to(clean.device)
-        told = log_likelihood(z, edge, codebook)
-        nats[b] -= decoding(priors[b] + told)
-        nats[b + 1] += decoding(priors[b + 1] + told)
-    return nats
 
 
 def nats_of_walk(posterior, y, codebook, sigmas, generator=None):

@@ -49,7 +49,7 @@ def visible_range(b, blocks, overlap=0.0):
     return max(0.0, (b - overlap) / blocks), min(1.0, (b + 1 + overlap) / blocks)
 
 
-def route(alpha, blocks):
+def block_at(alpha, blocks):
     """The block that serves the visible share alpha; a share on an edge belongs to the less masked block."""
     return min(int(alpha * blocks + 1e-9), blocks - 1)
 
@@ -79,29 +79,29 @@ class MaskedBlock(nn.Module):
         super().__init__()
         self.network, self.schedule, self.classes, self.span = network, schedule, classes, span
 
-    def nats(self, x, t, generator=None, rows=slice(None)):
+    def nats(self, x, t, generator=None):
         """-ln p of the hidden tokens at times t (B,), each sequence's sum divided by its expected number of them. (B,)
 
-        Its mean over all of [0, 1] in alpha is the bound in nats a token. rows: the sequences to compute, out of (B,);
-        tokens are hidden in all of them, as block.py says of noise.
+        Its mean over all of [0, 1] in alpha is the bound in nats a token.
         """
         alpha = self.schedule.alpha(t)
         masked, hidden = hide(x, alpha, self.classes, generator)
-        masked, hidden, x, t, alpha = masked[rows], hidden[rows], x[rows], t[rows], alpha[rows]
         logits = self.network(masked, t.float().to(x.device)).float()
         nats = F.cross_entropy(logits.transpose(1, 2), x, reduction="none") * hidden  # (B, T)
         return nats.sum(1) / ((1 - alpha).clamp(min=LEAST_HIDDEN).float().to(x.device) * x.shape[1])
 
-    def loss(self, batch, rows=slice(None)):
+    def loss(self, x):
         """The block's part of the bound, as a mean over its span: times spread evenly, weighted by -alpha'."""
         least, most = self.span
         t_low, t_high = float(self.schedule.time(most)), float(self.schedule.time(least))
-        t = spread_times(len(batch), t_low, t_high)
+        t = spread_times(len(x), t_low, t_high)
         weight = -self.schedule.slope(t) * (t_high - t_low) / (most - least)  # (B,), 1 on average
-        return (weight[rows].float().to(batch.device) * self.nats(batch, t, rows=rows)).mean()
+        return (weight.float().to(x.device) * self.nats(x, t)).mean()
 
 
 class _Mean(nn.Module):
+    """The mean of several networks' ln p, as one network."""
+
     def __init__(self, networks):
         super().__init__()
         self.networks = nn.ModuleList(networks)
@@ -111,21 +111,27 @@ class _Mean(nn.Module):
 
 
 def average(blocks):
-    """An ensemble of MaskedBlocks of the same span, as one: the mean of what they say in ln p."""
+    """An ensemble of MaskedBlocks of the same span, as one: the mean of their ln p."""
     first = blocks[0]
     return MaskedBlock(_Mean([block.network for block in blocks]), first.schedule, first.classes, first.span)
 
 
 @torch.no_grad()
-def nats_per_block(blocks, x, levels=16, generator=None):
-    """The bound by block, nats a token, (B,) float64: for each, `levels` visible shares, midpoints of its interval."""
-    nats = torch.zeros(len(blocks), dtype=torch.float64)
-    for b, block in enumerate(blocks):
-        for i in range(levels):
-            alpha = (b + (i + 0.5) / levels) / len(blocks)
-            t = block.schedule.time(alpha).expand(len(x))
-            nats[b] += float(block.nats(x, t, generator).cpu().double().mean()) / (levels * len(blocks))
-    return nats
+def score_masked(blocks, batches, levels=16, generator=None):
+    """The bound by block, nats a token, (B,) float64: for each, `levels` visible shares, midpoints of its interval.
+
+    batches: yields x (n, T) to average over.
+    """
+    nats, sequences = torch.zeros(len(blocks), dtype=torch.float64), 0
+    for x in batches:
+        found = torch.zeros(len(blocks), dtype=torch.float64)
+        for b, block in enumerate(blocks):
+            for i in range(levels):
+                alpha = (b + (i + 0.5) / levels) / len(blocks)
+                t = block.schedule.time(alpha).expand(len(x))
+                found[b] += float(block.nats(x, t, generator).cpu().double().mean()) / (levels * len(blocks))
+        nats, sequences = nats + len(x) * found, sequences + len(x)
+    return nats / sequences
 
 
 def visible_share(x, mask_token):
@@ -145,7 +151,7 @@ def unmask(blocks, x, steps, temperature=1.0, generator=None):
     start = visible_share(x, classes)
     for step in range(steps):
         alpha, alpha_next = (start + (1 - start) * i / steps for i in (step, step + 1))
-        block = blocks[route(alpha, len(blocks))]
+        block = blocks[block_at(alpha, len(blocks))]
         t = block.schedule.time(alpha).float().to(x.device).expand(len(x))
         log_p = (block.network(x, t).float() / temperature).log_softmax(-1)
         chance = torch.rand(x.shape, dtype=torch.float64, generator=generator)

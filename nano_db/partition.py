@@ -38,17 +38,11 @@ class Partition:
         block = (sigma[..., None] <= inner).sum(-1)  # one edge passed, one block further
         return block if block.dim() else int(block)
 
-    def training_range(self, b, upward=False):
-        """(low, high) of the noise levels that block b trains on, inside the whole range.
-
-        The interval is stretched by a = (high / low)^overlap at both ends. With `upward` it
-        reaches up to sigma_max instead: right for a posterior head, where one and the same p(y|x) is the answer at
-        every sigma.
-        """
-        low, high = self.interval(b)
+    def training_range(self, b):
+        """(low, high) of what block b trains on: its interval, stretched at both ends by a = (high / low)^overlap."""
+        low, high = self.edges[b + 1], self.edges[b]
         a = (high / low) ** self.overlap
-        top, bottom = self.edges[0], self.edges[-1]
-        return max(low / a, bottom), top if upward else min(high * a, top)
+        return max(low / a, self.edges[-1]), min(high * a, self.edges[0])
 
 
 def make_partition(noise, blocks, kind="probability", overlap=0.0):
@@ -56,25 +50,22 @@ def make_partition(noise, blocks, kind="probability", overlap=0.0):
     way), "uniform" the same width in ln sigma (its ablation).
     """
     if kind == "probability":
-        edges = quantiles(noise, blocks).tolist()
-    elif kind == "uniform":
-        top, bottom = math.log(noise.sigma_max), math.log(noise.sigma_min)
-        edges = [math.exp(top + (bottom - top) * b / blocks) for b in range(blocks + 1)]
-        edges[0], edges[-1] = noise.sigma_max, noise.sigma_min
-    else:
-        raise ValueError(f"unknown partition {kind!r}")
-    return Partition(tuple(edges), overlap)
+        return Partition(tuple(quantiles(noise, blocks).tolist()), overlap)
+    top, bottom = math.log(noise.sigma_max), math.log(noise.sigma_min)
+    inner = [math.exp(top + (bottom - top) * b / blocks) for b in range(1, blocks)]
+    return Partition((noise.sigma_max, *inner, noise.sigma_min), overlap)
 
 
 def split_layers(layers, blocks, split=""):
-    """Layers of each block, noisiest first: as even as possible, or as `split` says ("3,6,3").
-
-    An uneven remainder goes to the first blocks, one layer each. Raises UsageError where the numbers do not add up.
-    """
+    """Layers of each block, noisiest first: as even as possible (what is over goes first), or as `split` says."""
     if blocks > layers:
         raise UsageError(f"--blocks {blocks} is more than --layers {layers}: every block needs a layer of its own")
-    if not split:
-        return [layers // blocks + (b < layers % blocks) for b in range(blocks)]
+    even = [layers // blocks + (b < layers % blocks) for b in range(blocks)]
+    return parse_split(split, layers, blocks) if split else even
+
+
+def parse_split(split, layers, blocks):
+    """ "3,6,3" -> [3, 6, 3]. Raises UsageError where the numbers do not add up."""
     try:
         parts = [int(part) for part in split.split(",")]
     except ValueError:

@@ -26,6 +26,10 @@ class LogNormal:
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
         self._below = self._normal_cdf(sigma_min)  # mass of the untruncated normal below the range
         self.mass = self._normal_cdf(sigma_max) - self._below  # inside the range
+        if not float(self.mass) > 1e-6:
+            raise UsageError(
+                f"ln sigma ~ N({p_mean}, {p_std}^2) has next to no mass in [{sigma_min}, {sigma_max}]: change --p-mean"
+            )
 
     def _normal_cdf(self, sigma):
         sigma = torch.as_tensor(sigma, dtype=torch.float64)
@@ -78,23 +82,8 @@ class Information:
         return torch.as_tensor(np.exp(log_sigma)).clamp(self.sigma_min, self.sigma_max)
 
 
-def make_noise(settings, frequencies, codebook):
-    """The p_noise that the settings (settings.NoiseSettings) name."""
-    if settings.noise == "information":
-        return Information(frequencies, codebook, settings.sigma_min, settings.sigma_max, seed=settings.seed)
-    noise = LogNormal(settings.p_mean, settings.p_std, settings.sigma_min, settings.sigma_max)
-    if not float(noise.mass) > 1e-6:
-        raise UsageError(
-            f"p_noise has next to no mass in [{settings.sigma_min}, {settings.sigma_max}]: "
-            "change --p-mean, --p-std, --sigma-min or --sigma-max"
-        )
-    return noise
-
-
 def sample_sigma(noise, count, low, high, generator=None):
-    """`count` noise levels from p_noise restricted to [low, high]: uniform in cdf space, then the inverse cdf.
-    (count,)
-    """
+    """`count` noise levels from p_noise between low and high: uniform in cdf space, then the inverse cdf. (count,)"""
     q_low, q_high = noise.cdf(low), noise.cdf(high)
     q = q_low + (q_high - q_low) * torch.rand(count, dtype=torch.float64, generator=generator)
     return noise.inverse_cdf(q).clamp(low, high)
@@ -126,9 +115,6 @@ def karras_grid(noise, calls, rho=7.0):
     ramp = torch.linspace(0, 1, calls, dtype=torch.float64)
     top, bottom = noise.sigma_max ** (1 / rho), noise.sigma_min ** (1 / rho)
     return torch.cat([(top + ramp * (bottom - top)) ** rho, torch.zeros(1, dtype=torch.float64)])
-
-
-GRIDS = {"equal-mass": equal_mass_grid, "karras": karras_grid}  # as --grid names them
 
 
 def edm_coefficients(sigma, sigma_data):

@@ -1,61 +1,73 @@
-"""The trained blocks put together: at each noise level, one block answers.
+"""Trained networks put together: the blocks, of which one is at work at each noise level; or end-to-end networks.
 
 A Stack turns a condition x into a function of (z, sigma), the form that the sampler and the likelihood bound take:
 
     posterior = stack.posterior(x)
-    posterior(z, sigma)                # ln p(y | z, x), (B, ..., V), by the block that owns sigma
+    posterior(z, sigma)                # ln p(y | z, x), (B, ..., V), for the noise level sigma
 """
 
 import torch
 
-from nano_db.codebook import log_likelihood
+from nano_db.block import DiffusionBlock
+from nano_db.heads import log_likelihood
 from nano_db.layers import Cache
 
 
 class Stack:
-    """blocks: DiffusionBlocks, noisiest first, with their Partition; or EndToEnd networks without one.
+    """blocks: DiffusionBlocks, noisiest first. partition: who is at work at which noise level (partition.py).
 
-    average: for networks that are not shown z, let block b speak for all blocks so far: the mean of their ln p(y | x).
-    The walk is at block b after it has passed blocks 0..b, and each has had its say, so that this is an ensemble at no
-    extra cost (ours). End-to-end networks have no order: their mean is an ordinary ensemble.
+    average: blocks with a DenoisingHead answer together (ours). The walk has passed blocks 0..b when it is at block b.
+    By Bayes' rule all of them estimate the same ln p(y | x), so the mean of their residuals (in ln p, normalised) takes
+    the place of block b's own: an ensemble. None is asked below the noise levels it was trained on: it is told its
+    lowest one instead, since its answer should not depend on the level.
     """
 
-    def __init__(self, blocks, partition=None, average=False):
+    def __init__(self, blocks, partition, average=False):
         self.blocks, self.partition, self.average = blocks, partition, average
         self.codebook = blocks[0].head.codebook
-        self.denoises = partition is not None
-        self.shows_z = self.denoises and blocks[0].shows_z
-        assert not (average and self.shows_z), "an average needs networks that are not shown z"
-
-    def priors(self, x, caches=None):
-        """ln p(y | x) as each block says it, for networks not shown z: a list of (B, ..., V); of an ensemble, one."""
-        said = [block.log_prior(x, **_cache(caches, b)) for b, block in enumerate(self.blocks)]
-        if not self.denoises:
-            return [torch.stack(said).mean(0).log_softmax(-1)]
-        if self.average:
-            said = [torch.stack(said[: b + 1]).mean(0).log_softmax(-1) for b in range(len(said))]
-        return said
+        assert not average or all(block.head.sees_z for block in blocks), "only denoising heads answer together"
 
     def posterior(self, x, caches=None, temperature=1.0):
         """A function (z, sigma) -> ln p(y | z, x).
 
-        A network that is shown z answers anew at each call; one that is not is asked once, however many calls the walk
-        makes. caches: a dict in which networks keep keys and values between positions, the former for each noise level.
-        temperature T sharpens the network's part: p(y | x)^(1/T) with a posterior head, which leaves the likelihood of
-        z as it is; the whole answer with the paper's head.
+        Of blocks with a DenoisingHead the trunks are evaluated here, once for all calls; other networks answer anew at
+        each call. caches: a dict in which networks keep keys and values between positions; a network that is shown z
+        has others for each noise level. temperature T sharpens the network's part: p(y | x)^(1/T) with a posterior or
+        denoising head, which leaves the likelihood of z as it is; the whole answer with the paper's head.
         """
-        priors = None if self.shows_z else self.priors(x, caches)
+        trunks = self.blocks[0].head.sees_z
+        features = [block.network(x, **_cache(caches, b)) for b, block in enumerate(self.blocks)] if trunks else None
 
         def posterior(z, sigma):
-            sigma = float(sigma)
             b = self.partition.route(sigma)
-            if self.shows_z:
-                logits = self.blocks[b](x, z, sigma, temperature, **_cache(caches, sigma))
-            else:
-                logits = priors[b] / temperature + log_likelihood(z, sigma, self.codebook)
-            return logits.log_softmax(-1)
+            if not trunks:
+                return self.blocks[b](x, z, sigma, temperature, **_cache(caches, float(sigma))).log_softmax(-1)
+            residuals = []
+            for i in range(b + 1) if self.average else (b,):
+                level = max(float(sigma), self.blocks[i].span[0])
+                levels = torch.full((len(z),), level, dtype=z.dtype, device=z.device)
+                residuals.append(self.blocks[i].head.residual(features[i], z, levels).log_softmax(-1))
+            residual = torch.stack(residuals).mean(0)
+            return (residual / temperature + log_likelihood(z, float(sigma), self.codebook)).log_softmax(-1)
 
         return posterior
+
+
+class Ensemble:
+    """End-to-end networks, most often a single one; of several, the mean of what they say in ln p, normalised."""
+
+    def __init__(self, networks):
+        self.networks, self.codebook = networks, networks[0].head.codebook
+
+    def log_p(self, x, caches=None):
+        """ln p(y | x), (B, ..., V). caches: as in Stack.posterior."""
+        answers = [network.log_p(x, **_cache(caches, i)) for i, network in enumerate(self.networks)]
+        return torch.stack(answers).mean(0).log_softmax(-1)
+
+
+def put_together(networks, partition, average=False):
+    """Trained DiffusionBlocks as a Stack, end-to-end networks as an Ensemble."""
+    return Stack(networks, partition, average) if isinstance(networks[0], DiffusionBlock) else Ensemble(networks)
 
 
 def _cache(caches, key):

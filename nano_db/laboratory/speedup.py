@@ -1,9 +1,8 @@
-"""How much sooner W processes are done than one: `python -m nano_db.speedup --workers 2 --pairs 5 train_gpt.py FLAGS`.
+"""How much sooner W processes are done than one: `python -m nano_db.laboratory.speedup --workers 2 train_gpt.py FLAGS`
 
-One process trains all blocks in turn, then torchrun starts W processes for the same blocks, each with one thread; the
-order alternates. Machines drift, so what counts is the ratio within each pair. Two are printed: of the whole commands,
-with start and evaluation, and of the training alone (of torchrun's, the process that trained longest). For W times as
-fast, W cores must be idle.
+One process trains all blocks, then torchrun starts W processes for the same blocks, each with one thread. The order
+alternates: machines drift, so what counts is the ratio within each pair. Two ratios are printed: of the whole commands,
+and of the training alone (of torchrun's, the process that trained longest). For W times as fast, W cores must be idle.
 """
 
 import os
@@ -14,33 +13,28 @@ import tempfile
 import time
 
 from nano_db.errors import UsageError
-from nano_db.run import read_folder
-from nano_db.settings import Parser, command
+from nano_db.machinery.files import read_folder
+from nano_db.machinery.run import command
+from nano_db.machinery.settings import Parser
 
 
 def measure(workers, script, flags):
     """(seconds of the whole command, seconds of training) of `workers` processes, one thread each, in a new folder."""
-    start = [sys.executable]
-    if workers > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)] if workers > 1 else []
     with tempfile.TemporaryDirectory() as folder:
+        line, threads = [sys.executable, *torchrun, script, *flags, "--out", folder], {"OMP_NUM_THREADS": "1"}
         clock = time.perf_counter()
-        done = subprocess.run(
-            [*start, script, *flags, "--out", folder],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
+        done = subprocess.run(line, env=os.environ | threads, capture_output=True, text=True)
         whole = time.perf_counter() - clock
         if done.returncode:
             raise UsageError(f"{script} failed: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}")
-        _, states = read_folder(folder)
+        states = read_folder(folder)[1]
     seconds = [states[b]["seconds"] for b in sorted(states)]
     return whole, max(sum(seconds[rank::workers]) for rank in range(workers))
 
 
 def main():
-    parser = Parser(prog="python -m nano_db.speedup", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m nano_db.laboratory.speedup", description=__doc__, allow_abbrev=False)
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--pairs", type=int, default=5, help="measurements of each (default 5)")
     parser.add_argument("script", help="like train_gpt.py")
@@ -50,14 +44,8 @@ def main():
     ratios = []
     for pair in range(args.pairs):
         order = (1, args.workers) if pair % 2 else (args.workers, 1)
-        found = {workers: measure(workers, args.script, flags) for workers in order}
-        ratios.append([one / many for one, many in zip(found[1], found[args.workers], strict=True)])
-        one, many = found[1], found[args.workers]
-        print(
-            f"pair {pair + 1}: whole {one[0]:.1f} s against {many[0]:.1f} s, training {one[1]:.1f} s against "
-            f"{many[1]:.1f} s",
-            flush=True,
-        )
+        seconds = {workers: measure(workers, args.script, flags) for workers in order}
+        ratios.append([one / many for one, many in zip(seconds[1], seconds[args.workers], strict=True)])
     for name, values in zip(("whole command", "training"), zip(*ratios, strict=True), strict=True):
         low, middle, high = statistics.quantiles(values, n=4)
         print(f"{name}: {args.workers} workers are {middle:.2f} times as fast as one (quartiles {low:.2f}, {high:.2f})")

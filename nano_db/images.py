@@ -1,16 +1,54 @@
-"""The trained image blocks put together, and what they are for: denoising, sampling with guidance, and a loss.
+"""Images: as sequences of patches, for a transformer; and as what blocks denoise, with guidance and a held-out loss.
 
-The twin of stack.py for targets that are the data itself. At each noise level one block answers, so that a call costs
-L/B layers, and no more than one block need be in memory.
+An ImageStack is the twin of stack.py for targets that are the data itself. At each noise level one block answers, so
+that a call costs L/B layers, and no more than one block need be in memory.
 """
 
 import torch
 import torch.nn as nn
 
-from nano_db.sampler import euler_walk, heun_walk
+from nano_db.errors import UsageError
+from nano_db.sampler import euler_walk
 from nano_db.schedule import edm_weight
 
-WALKS = {"euler": euler_walk, "heun": heun_walk}
+
+def patchify(images, patch, shape):
+    """(B, C, H, W) -> (B, T, C * patch^2), row by row; T = H * W / patch^2. shape: the (C, H, W) that is expected.
+
+    Raises UsageError for images of another shape.
+    """
+    if images.shape[1:] != tuple(shape):
+        raise UsageError(
+            f"the network is made for images of shape {tuple(shape)} (channels, height, width), "
+            f"but these are of shape {tuple(images.shape[1:])}"
+        )
+    C, H, W = shape
+    grid = images.view(-1, C, H // patch, patch, W // patch, patch)
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches, patch, shape):
+    """The inverse: (B, T, C * patch^2) -> (B, C, H, W). shape: (C, H, W)."""
+    C, H, W = shape
+    grid = patches.view(len(patches), H // patch, W // patch, C, patch, patch)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, C, H, W)
+
+
+def patch_positions(shape, patch, width, base=10_000.0):
+    """Fixed embeddings of the patches' rows and columns by sines and cosines, a quarter of `width` each. (T, width)
+
+    Scaled to a root mean square of 1, as normal features have. Raises UsageError unless the patches fill the image, and
+    `width` is a multiple of 4.
+    """
+    _, H, W = shape
+    if H % patch or W % patch:
+        raise UsageError(f"--patch {patch} must divide the image's height and width, {H} x {W} pixels")
+    if width % 4:
+        raise UsageError(f"--width {width} must be a multiple of 4: rows and columns take sines and cosines")
+    frequencies = base ** (-torch.arange(width // 4) / (width // 4))
+    rows, columns = torch.meshgrid(torch.arange(H // patch), torch.arange(W // patch), indexing="ij")
+    angles = torch.cat([rows.reshape(-1, 1) * frequencies, columns.reshape(-1, 1) * frequencies], dim=1)
+    return 2**0.5 * torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class MeanDenoiser(nn.Module):
@@ -31,11 +69,12 @@ class MeanDenoiser(nn.Module):
 
 class ImageStack:
     """blocks: DiffusionBlocks of images given labels, noisiest first, with their Partition; the baseline is a single
-    one. null_label: the label that says nothing, which training puts in the place of a share of the labels.
+    one. shape: of an image, (C, H, W). null_label: the label that says nothing, one more than those of the classes.
     """
 
-    def __init__(self, blocks, partition, null_label):
-        self.blocks, self.partition, self.null_label = blocks, partition, null_label
+    def __init__(self, blocks, partition, shape, null_label):
+        self.blocks, self.partition = blocks, partition
+        self.shape, self.null_label = shape, null_label
 
     def denoiser(self, labels, guidance=1.0):
         """A function (z, sigma) -> D for images z (B, C, H, W) of the classes `labels` (B,), for a walk of sampler.py.
@@ -56,10 +95,10 @@ class ImageStack:
         return denoise
 
     @torch.no_grad()
-    def walk(self, labels, shape, sigmas, guidance=1.0, solver="euler", generator=None):
-        """Yield the States (sampler.py) of a walk from noise to images of `labels`, (B, *shape)."""
-        z = float(sigmas[0]) * torch.randn(len(labels), *shape, generator=generator).to(labels.device)
-        yield from WALKS[solver](self.denoiser(labels, guidance), z, sigmas)
+    def walk(self, labels, sigmas, guidance=1.0, generator=None):
+        """Yield the States (sampler.py) of a walk from noise to images of `labels`, (B, C, H, W)."""
+        z = float(sigmas[0]) * torch.randn(len(labels), *self.shape, generator=generator).to(labels.device)
+        yield from euler_walk(self.denoiser(labels, guidance), z, sigmas)
 
 
 @torch.no_grad()

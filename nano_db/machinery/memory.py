@@ -26,7 +26,7 @@ def training_bytes(module, batch, optimizer, context=None):
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     with context or nullcontext():
-        loss = module.loss(batch)
+        loss = module.loss(*batch)
     loss.backward()
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     optimizer.step()
@@ -73,7 +73,7 @@ def _activation_bytes(module, batch, fixed, context):
     handles += [layer.register_forward_hook(leave) for layer in layers]
     checkpoint_layers(module, False)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), context or nullcontext():
-        module.loss(batch)
+        module.loss(*batch)
     for handle in handles:
         handle.remove()
     for layer in layers:
@@ -94,15 +94,3 @@ def peak_resident_bytes():
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in kilobytes
-
-
-def memory_table(columns):
-    """Lines of a text table: a row a part in MiB, a column for each {name: training_bytes}; ratios to the last
-    column.
-    """
-    *_, last = columns.values()
-    lines = [f"{'MiB':12}" + "".join(f"{name:>20}" for name in columns)]
-    for part in (*PARTS, "total"):
-        cells = [f"{count[part] / 2**20:9.2f} ({count[part] / max(1, last[part]):6.3f})" for count in columns.values()]
-        lines.append(f"{part:12}" + "".join(f"{cell:>20}" for cell in cells))
-    return lines

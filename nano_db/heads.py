@@ -1,0 +1,153 @@
+"""Heads: what turns a network's features into the answer of a block.
+
+For labels and tokens the clean target is a point: the codebook E holds one fixed unit vector a class, derived from the
+seed. Learned embeddings can make the task easy by collapsing to a point (CDCD, Dieleman et al. 2022). Fixed ones
+cannot, and every block knows them without being told.
+
+A head is a module with
+
+    clean(y)                    the clean target, which gets noised: (B, ..., d)
+    head(features, z, sigma)    the answer: logits of p(y | z, x), or the denoised target D
+    loss(answer, y)             one number a sample: (B,)
+    sees_z                      True: the head alone sees z and sigma, its network reads x alone (DenoisingHead);
+                                False: the network is shown z and sigma (block.py)
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nano_db.layers import NoiseEmbedding
+from nano_db.schedule import edm_coefficients
+
+
+def make_codebook(classes, width, seed=0):
+    """(V, d) unit-norm rows: orthonormal where V <= d, else normalised Gaussian ones."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(classes, width, dtype=torch.float64, generator=generator)
+    rows = torch.linalg.qr(rows.T).Q.T if classes <= width else F.normalize(rows, dim=-1)
+    return rows.float().contiguous()
+
+
+def broadcast(sigma, like):
+    """sigma (B,) or a float, shaped (B, 1, ..., 1) to multiply `like` (B, ...)."""
+    sigma = torch.as_tensor(sigma, dtype=like.dtype, device=like.device)
+    return sigma.reshape(-1, *[1] * (like.dim() - 1)) if sigma.dim() else sigma
+
+
+def log_likelihood(z, sigma, codebook):
+    """ln p(z | y) for every class y, up to a term all classes share: <z, E[y]> / sigma^2. z (B, ..., d) -> (B, ..., V)
+
+    Unit norms make it linear: -|z - E[y]|^2 / (2 sigma^2) differs from it by terms without y. Always float32:
+    dividing by sigma^2 magnifies the rounding of a bfloat16 product into whole nats.
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        return z.float() @ codebook.T / broadcast(sigma, z.float()).square()
+
+
+class DiscreteHead(nn.Module):
+    """What the heads for labels and tokens share: the codebook, a linear readout (width -> V), the cross-entropy."""
+
+    sees_z = False
+
+    def __init__(self, codebook):
+        super().__init__()
+        self.register_buffer("codebook", codebook, persistent=False)  # from the seed, so it needs no place in a file
+        self.readout = nn.Linear(codebook.shape[1], codebook.shape[0], bias=False)
+        nn.init.normal_(self.readout.weight, std=0.02)
+
+    def clean(self, y):
+        return self.codebook[y]  # (B, ...) -> (B, ..., d)
+
+    def loss(self, logits, y):
+        nats = F.cross_entropy(logits.float().flatten(0, -2), y.flatten(), reduction="none")
+        return nats.view(len(y), -1).mean(-1)  # (B,)
+
+
+class PosteriorHead(DiscreteHead):
+    """Bayes' rule as an output layer (ours): logits = residual + <z, E> / sigma^2.
+
+    Given z = E[y] + sigma * eps, p(y | z, x) ~ p(y | x) * exp(<z, E[y]> / sigma^2) exactly. What the noise tells is
+    added in closed form, and the network learns only the residual, what z cannot tell: ln p(y | x).
+    """
+
+    def residual(self, features, z, sigma):
+        """The network's part of the logits, (B, ..., V)."""
+        return self.readout(features).float()
+
+    def forward(self, features, z, sigma, temperature=1.0):
+        return self.residual(features, z, sigma) / temperature + log_likelihood(z, sigma, self.codebook)
+
+
+class DenoisingHead(PosteriorHead):
+    """A small MLP that sees the trunk's features, the noisy target and the noise level (ours; recipe nano).
+
+    The trunk reads x alone and is evaluated once, however many Euler calls follow; the head is evaluated at each call.
+    The idea is that of MAR's diffusion head (Li et al. 2024, arXiv 2406.11838), with Bayes' rule as its output layer.
+    """
+
+    sees_z = True
+
+    def __init__(self, codebook, sigma_data=0.5):
+        super().__init__(codebook)
+        width, self.sigma_data = codebook.shape[1], sigma_data
+        cond_width = max(8, width // 6)  # narrow, as layers.NoiseEmbedding says
+        self.noise_embedding = NoiseEmbedding(cond_width)
+        self.modulation = nn.Linear(cond_width, 2 * width)
+        self.from_z = nn.Linear(width, width, bias=False)
+        hidden = 3 * width // 4  # its activations must not eat what the blocks save
+        self.up, self.out = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, width, bias=False)
+        for weight in (self.modulation.weight, self.modulation.bias, self.from_z.weight, self.out.weight):
+            nn.init.zeros_(weight)  # at the start the features pass as they are, and no noise comes in
+
+    def residual(self, features, z, sigma):
+        """features and z (B, ..., d), sigma (B,)."""
+        _, _, c_in, c_noise = edm_coefficients(sigma, self.sigma_data)
+        modulation = self.modulation(self.noise_embedding(c_noise))  # (B, 2d)
+        scale, shift = modulation.view(len(z), *[1] * (z.dim() - 2), -1).chunk(2, dim=-1)
+        u = features * (1 + scale) + shift + self.from_z(broadcast(c_in, z) * z)
+        return self.readout(features + self.out(F.relu(self.up(u)))).float()
+
+
+class PaperHead(DiscreteHead):
+    """The paper's head: EDM's D = c_skip * z + c_out * F in the embedding space, then a linear readout to logits."""
+
+    def __init__(self, codebook, sigma_data=0.5):
+        super().__init__(codebook)
+        self.sigma_data = sigma_data
+
+    def forward(self, features, z, sigma, temperature=1.0):
+        c_skip, c_out, _, _ = edm_coefficients(broadcast(sigma, z), self.sigma_data)
+        return self.readout(c_skip * z + c_out * features).float() / temperature
+
+
+HEADS = {"denoising": DenoisingHead, "posterior": PosteriorHead, "paper": PaperHead}  # as --head names them
+
+
+class EDMHead(nn.Module):
+    """The head for targets that are themselves numbers, such as pixels: D = c_skip * z + c_out * F (EDM, eq. 7), with
+    the network's features as F. It has no parameters.
+
+    With DiffusionBlock(loss_weight="edm") a block trains on EDM's weighted squared error, in which F regresses on a
+    target of unit variance at every sigma.
+    """
+
+    sees_z = False
+
+    def __init__(self, sigma_data=0.5):
+        super().__init__()
+        self.sigma_data = sigma_data
+
+    def clean(self, y):
+        return y
+
+    def forward(self, features, z, sigma, temperature=1.0):
+        """features and z (B, ...) of one shape -> D (B, ...). D is no distribution: temperature must stay 1."""
+        assert features.shape == z.shape and temperature == 1.0
+        c_skip, c_out, _, _ = edm_coefficients(broadcast(sigma, z), self.sigma_data)
+        return c_skip * z + c_out * features
+
+    def loss(self, denoised, y):
+        """Squared error, the mean over everything but the batch. (B,)"""
+        assert denoised.shape == y.shape
+        return (denoised - y).square().flatten(1).mean(1)

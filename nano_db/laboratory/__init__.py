@@ -1,0 +1,1 @@
+"""What was measured: experiments and their tables, pictures, benchmarks, controls. It imports the other two rooms."""

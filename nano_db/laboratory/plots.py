@@ -1,0 +1,226 @@
+"""Pictures of runs, of tables of results, and of the idea of the method: `python -m nano_db.laboratory.plots FILE`"""
+
+import math
+import os
+from pathlib import Path
+
+import matplotlib
+
+if "MPLBACKEND" not in os.environ:  # a notebook has set it, to show figures in its cells
+    matplotlib.use("Agg")  # files only, no window
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from nano_db.errors import UsageError
+from nano_db.laboratory.experiments import GROUPS
+from nano_db.laboratory.mixture import GaussianMixture
+from nano_db.laboratory.summary import median, of_group, shown_metrics, values
+from nano_db.machinery.files import read_metrics, write_atomically
+from nano_db.machinery.run import command
+from nano_db.machinery.settings import Parser
+from nano_db.partition import make_partition
+from nano_db.sampler import euler_walk
+from nano_db.schedule import LogNormal
+
+
+def block_colours(blocks):
+    """A colour a block. The light end of the scale, which is faint on white, is left out."""
+    return [plt.get_cmap("viridis")(0.7 * b / max(1, blocks - 1)) for b in range(blocks)]
+
+
+def save_figure(figure, path):
+    write_atomically(Path(path), lambda file: figure.savefig(file, dpi=110, format="png"))
+    plt.close(figure)
+
+
+def draw_curves(folder, metric, unit, shares=()):
+    """curves.png of a run: training loss by block, the held-out `metric` by round, and its `shares` by block."""
+    training, evaluations = read_metrics(folder, "train"), read_metrics(folder, "evaluation")
+    blocks, panels = sorted({record["block"] for record in training}), 3 if len(shares) > 1 else 2
+    figure, axes = plt.subplots(1, panels, figsize=(4.4 * panels, 3.6), layout="constrained")
+    for b, colour in zip(blocks, block_colours(len(blocks)), strict=True):
+        records = [record for record in training if record["block"] == b]
+        axes[0].plot([r["step"] for r in records], [r["loss"] for r in records], color=colour, label=f"block {b}")
+    axes[0].set(xlabel="step", ylabel="training loss", title="training loss")
+    if len(blocks) > 1:
+        axes[0].legend()
+    axes[1].plot([r["step"] for r in evaluations], [r[metric] for r in evaluations], "o-", color="black")
+    axes[1].set(xlabel="steps of each block", ylabel=unit, title="held-out " + metric.replace("_", " "))
+    if len(shares) > 1:
+        axes[2].bar(range(len(shares)), shares, color=block_colours(len(shares)))
+        axes[2].set(xlabel="block (0 is the noisiest)", ylabel="nats a symbol", title="what each block answers for")
+        axes[2].set_xticks(range(len(shares)))
+    save_figure(figure, Path(folder) / "curves.png")
+
+
+def draw_rows(path, names, panels, title=""):
+    """Runs from top to bottom, with a bar for the mean and a dot a seed. panels: {label: [numbers of each run]}."""
+    size = (3 + 2.7 * len(panels), 1.2 + 0.36 * len(names))
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    for ax, (label, runs) in zip(axes[0], panels.items(), strict=True):
+        for place, (numbers, colour) in enumerate(zip(runs, block_colours(len(runs)), strict=True)):
+            if numbers:
+                ax.barh(place, np.mean(numbers), color=colour, alpha=0.7)
+                ax.plot(numbers, [place] * len(numbers), "k.", ms=4)
+                ax.text(max(numbers), place, f"  {np.mean(numbers):.4g}", va="center", fontsize=8)
+        ax.margins(x=0.25)
+        ax.set_xlabel(label)
+    axes[0, 0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0, 0].invert_yaxis()
+    figure.suptitle(title)
+    save_figure(figure, path)
+
+
+def draw_by_calls(path, curves, unit):
+    """Quality against the number of calls K, a line a run. curves: {name: {K: value}}."""
+    figure, ax = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
+    for (name, points), colour in zip(curves.items(), block_colours(len(curves)), strict=True):
+        ax.plot([int(k) for k in points], list(points.values()), "o-", color=colour, label=name)
+    ax.set_xscale("log", base=2)
+    ax.set(xlabel="K: calls of the network, or turns of the loop", ylabel=unit)
+    ax.legend()
+    save_figure(figure, path)
+
+
+def draw_all(folder, found):
+    """A picture for each table of which anything has been run. found: as of summary.read_records."""
+    for group, (title, _) in GROUPS.items():
+        rows = {experiment: records for experiment, records in of_group(group, found).items() if records}
+        if rows:
+            metrics = [] if group == "memory" else shown_metrics(rows)  # one step teaches nothing
+            panels = {column: [values(r, name) for r in rows.values()] for name, column, _ in metrics}
+            panels["training memory, MiB"] = [[median(r, "memory_bytes", "total") / 2**20] for r in rows.values()]
+            panels["ms a step, all blocks"] = [[1000 * median(r, "seconds_per_step_all_blocks")] for r in rows.values()]
+            draw_rows(Path(folder) / f"{group}.png", [experiment.row for experiment in rows], panels, title)
+
+
+def draw_classification(path, images, log_p, labels, metrics, hardest):
+    """samples.png of a classifier: the test images that surprise it most, and for blocks its accuracy along the walk.
+
+    log_p (N, V) and labels (N,) of the first N test images.
+    """
+    surprise, guesses = -log_p.gather(1, labels[:, None])[:, 0], log_p.argmax(-1)
+    chosen = surprise.topk(min(hardest, len(labels))).indices
+    tiles = [image / 127.5 - 1 for image in images.test[chosen].float()]
+    titles = [f"{images.classes[labels[i]]} -> {images.classes[guesses[i]]}" for i in chosen]
+    walks = "accuracy_walk" in metrics
+    figure, axes = plt.subplots(1, 1 + walks, figsize=(5 + 5 * walks, 4.8), layout="constrained", squeeze=False)
+    left, right = axes[0, 0], axes[0, -1]
+    _show_mosaic(left, tiles, titles, columns=5, gap=16)
+    left.set_title("the hardest test images: true -> named")
+    if walks:
+        for name, style, label in (("noise_free", "o-", "from z = 0"), ("walk", "s--", "from noise")):
+            right.plot(metrics[f"accuracy_{name}_after_each_block"], style, label=label)
+        right.axhline(metrics["accuracy_mean_of_walks"], ls=":", color="black", label="mean of walks, at the end")
+        right.set(xlabel="after block", ylabel="share of test images named right", title="accuracy along the walk")
+        right.xaxis.get_major_locator().set_params(integer=True)
+        right.legend()
+    save_figure(figure, path)
+
+
+def draw_images(path, states, owners, names, sigma_data, walks=3, columns=13):
+    """samples.png of an image generator: images with their classes, and some walks from noise to image.
+
+    states: of the whole walk (sampler.State), images (B, C, H, W) in [-1, 1]. owners: the block of each call. names: B
+    classes. A walk is two rows: the noisy image z, scaled to the range of a clean one, and D, what the block at work
+    takes it for. The frame has the colour of the block.
+    """
+    chosen = np.linspace(0, len(states) - 1, min(columns, len(states))).round().astype(int)
+    colours = [block_colours(max(owners) + 1)[owners[k]] for k in chosen]
+    tiles = []
+    for i in range(min(walks, len(names))):
+        tiles += [sigma_data / math.hypot(sigma_data, states[k].sigma) * states[k].z[i].cpu() for k in chosen]
+        tiles += [states[k].denoised[i].cpu() for k in chosen]
+    labels = [f"block {owners[k]}\nto $\\sigma$ = {states[k].sigma:.2g}" for k in chosen]
+    heights = [math.ceil(len(names) / columns), len(tiles) / len(chosen) * columns / len(chosen)]  # inches
+    size = (columns, sum(heights) + 1.5)
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=size, height_ratios=heights, layout="constrained")
+    _show_mosaic(top, list(states[-1].z.cpu()), names, columns, gap=8)
+    _show_mosaic(bottom, tiles, labels, len(chosen), gap=4, frames=colours * (len(tiles) // len(chosen)))
+    bottom.set_title("from noise to image: above z, below what the block at work takes it for", fontsize=10, pad=32)
+    save_figure(figure, path)
+
+
+def save_images(folder, images, first):
+    """Images (B, C, H, W) in [-1, 1] as <folder>/00000.png and so on, numbered from `first`.
+
+    Raises UsageError where the folder cannot be made, or holds images already: two walks must not be mixed.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {folder} ({error.strerror}): move away what is there") from error
+    if first == 0 and any(folder.iterdir()):
+        raise UsageError(f"{folder} holds images already: move it away, or they would be mixed with the new ones")
+    for i, image in enumerate(images, first):
+        pixels = _pixels(image.expand(3, -1, -1).cpu())
+        write_atomically(folder / f"{i:05}.png", lambda file, pixels=pixels: plt.imsave(file, pixels, format="png"))
+
+
+def _pixels(image):
+    """(C, H, W) in [-1, 1] -> (H, W, C) in [0, 1]"""
+    return (image.clamp(-1, 1) * 0.5 + 0.5).permute(1, 2, 0).numpy()
+
+
+def _show_mosaic(ax, images, labels, columns, gap, frames=None):
+    """Show images (C, H, W) in [-1, 1] side by side, with labels above the first of them.
+
+    frames: a colour for each, of its label and of the inner half of the gap around it.
+    """
+    H, W = images[0].shape[1:]
+    canvas, edge = np.ones((math.ceil(len(images) / columns) * (H + gap) + gap, columns * (W + gap) + gap, 3)), gap // 2
+    for i, image in enumerate(images):
+        x, y = i % columns * (W + gap) + gap, i // columns * (H + gap) + gap
+        if frames:
+            canvas[y - edge : y + H + edge, x - edge : x + W + edge] = frames[i][:3]
+        canvas[y : y + H, x : x + W] = _pixels(image)
+        if i < len(labels):
+            colour = frames[i] if frames else "black"
+            ax.text(x + W / 2, y - 2, labels[i], ha="center", va="bottom", fontsize=7, color=colour)
+    ax.imshow(canvas)
+    ax.set_axis_off()
+
+
+def draw_idea(path, blocks=4):
+    """The README's picture: the noise levels cut into blocks, and a walk from noise to data that passes through them.
+
+    Nothing in it is trained: the data is a mixture of Gaussians, whose denoiser is known.
+    """
+    noise = LogNormal(sigma_max=20.0)
+    partition, colours = make_partition(noise, blocks), block_colours(blocks)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+
+    def density(log_sigma):
+        return np.exp(-0.5 * ((log_sigma - noise.p_mean) / noise.p_std) ** 2)
+
+    for b, colour in enumerate(colours):
+        log_sigma = np.linspace(*np.log(partition.interval(b)), 200)
+        left.fill_between(log_sigma, density(log_sigma), color=colour)
+        middle = math.log(noise.inverse_cdf((blocks - b - 0.5) / blocks))
+        left.text(middle, density(middle) / 2, f"block\n{b}", ha="center", va="center", color="white")
+    ticks = [20, 5, 1, 0.3, 0.1, 0.02, 0.002]
+    left.set_xticks(np.log(ticks), ticks)
+    left.set(xlabel="noise level sigma, from pure noise to none", yticks=[], xlim=left.get_xlim()[::-1])
+    left.set_title("Each block trains alone, on its own noise levels\n(equal areas: equal shares of the training)")
+
+    corners = [(math.cos(a), math.sin(a)) for a in torch.arange(5) * 2 * math.pi / 5]
+    z = 20.0 * torch.randn(24, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    sigmas = torch.tensor([*np.geomspace(20, 0.002, 400), 0.0])
+    states = euler_walk(GaussianMixture(corners, std=0.06).denoise, z, sigmas)
+    walk = torch.stack([z, *(state.z for state in states)])  # (steps + 1, 24, 2)
+    for b, colour in enumerate(colours):
+        steps = (partition.route(sigmas[:-1]) == b).nonzero()
+        span = walk[steps.min() : steps.max() + 2]
+        right.plot(span[..., 0], span[..., 1], color=colour, lw=1.2)
+    right.plot(*zip(*corners, strict=True), "k*", ms=11, ls="none", label="data")
+    right.set(xlim=(-3, 3), ylim=(-2.2, 2.2), aspect="equal")
+    right.set_title("Run one after the other, they walk from noise to data\n(colour: the block that takes the step)")
+    right.legend(loc="upper right")
+    save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    parser = Parser(prog="python -m nano_db.laboratory.plots", description="Draw the README's picture of the method.")
+    parser.add_argument("file", help="a PNG to write")
+    command(lambda: draw_idea(parser.parse_args().file))

@@ -1,0 +1,136 @@
+"""The tables of results, by one command: `python -m nano_db.laboratory.results --scale cpu --jobs 2`
+
+It runs the scripts for every experiment of the scale (experiments.py) that has no file yet. What comes out goes into
+results/<scale>: a JSON file a run with its exact command, versions and machine, summary.md, and the pictures. Stop it
+whenever you like; the same command goes on, even in the middle of a run. A run that fails does not stop the others.
+"""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from nano_db.errors import UsageError
+from nano_db.laboratory.compare import read_result
+from nano_db.laboratory.experiments import GROUPS, SCALES
+from nano_db.laboratory.summary import fill, read_records, summary
+from nano_db.machinery.files import read_config, write_json, write_text
+from nano_db.machinery.run import command, stop_requests
+from nano_db.machinery.settings import Parser
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_all(todo, jobs, out, folder):
+    """Run the experiments in `todo`, `jobs` at a time. Returns "name (its last line)" of each that failed.
+
+    Raises KeyboardInterrupt on Ctrl-C or SIGTERM, when the runs under way have saved.
+    """
+    waiting, running, failed, began = list(todo), {}, [], time.monotonic()
+    with stop_requests() as stop:
+        try:
+            while (waiting or running) and not stop:
+                while waiting and len(running) < jobs:
+                    job = waiting.pop(0)
+                    running[start(*job, out)] = job
+                for process in [process for process in running if process.poll() is not None]:
+                    experiment, seed = running.pop(process)
+                    name, done = experiment.file(seed), len(todo) - len(waiting) - len(running)
+                    if process.returncode:
+                        last = (out / f"{name}.log").read_text(errors="replace").strip().split("\n")[-1]
+                        failed.append(f"{name} ({last})")
+                    else:
+                        keep_record(experiment, seed, out, folder, jobs)
+                    minutes = (time.monotonic() - began) / done * (len(todo) - done) / 60
+                    state = "FAILED" if process.returncode else "done"
+                    print(f"{done}/{len(todo)} {name}: {state}, about {minutes:.0f} min left", flush=True)
+                time.sleep(0.1)
+        finally:
+            for process in running:
+                process.terminate()  # upon which it saves
+            for process in running:
+                process.wait()
+    if stop:
+        raise KeyboardInterrupt
+    return failed
+
+
+def start(experiment, seed, out):
+    """Start a run; what it prints goes into a .log beside its folder."""
+    folder = (out / experiment.file(seed)).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    line = [sys.executable, *experiment.command(seed), "--out", str(folder)]
+    threads = {"OMP_NUM_THREADS": "1"} if experiment.given("--device") == "cpu" else {}
+    with open(f"{folder}.log", "w") as log:  # a session of its own: Ctrl-C comes to us alone, and we tell each run once
+        where = {"cwd": ROOT, "stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
+        return subprocess.Popen(line, env=os.environ | threads, **where)
+
+
+def keep_record(experiment, seed, out, folder, jobs):
+    """Write the JSON file of a run that has ended."""
+    run = out / experiment.file(seed)
+    config, result = read_config(run), read_result(run)
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
+    machine = {"cpu": (names or [platform.machine()])[0], "cores": os.cpu_count(), "jobs at a time": jobs}
+    if result["device"] == "cpu":
+        machine["threads of a job"] = 1
+    else:
+        machine["gpu"] = torch.cuda.get_device_name() if result["device"] == "cuda" else result["device"]
+    record = {"experiment": experiment.name, "seed": seed, "command": experiment.command_line(seed), "machine": machine}
+    settings = {name: value for name, value in config["settings"].items() if name != "out"}
+    record |= {"data_sha256": config["depends_on"]["data_sha256"], "settings": settings, "result": result}
+    write_json(folder / f"{experiment.file(seed)}.json", record)
+
+
+def main():
+    parser = Parser(prog="python -m nano_db.laboratory.results", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--scale", choices=tuple(SCALES), default="cpu", help="how large (default cpu)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1; on CPUs no more than cores)")
+    parser.add_argument("--only", default=",".join(GROUPS), help="these tables alone (default %(default)s)")
+    parser.add_argument("--out", type=Path, default="out/results", help="where the runs are kept (default out/results)")
+    parser.add_argument("--results", type=Path, default="results", help="where the tables are kept (default results)")
+    parser.add_argument("--list", action="store_true", help="run nothing: show what there is to run")
+    parser.add_argument("--summary-only", action="store_true", help="run nothing: make the tables of what is there")
+    pages = "renew the marked tables of these Markdown files, too (default README.md and docs/*.md)"
+    parser.add_argument("--readme", nargs="*", type=Path, metavar="FILE", help=pages)
+    args = parser.parse_args()
+    if wrong := set(args.only.split(",")) - set(GROUPS):
+        raise UsageError(f"--only {args.only}: there is no table {min(wrong)!r}; tables: {', '.join(GROUPS)}")
+    if args.jobs < 1:
+        raise UsageError("--jobs must be at least 1")
+    out, folder, todo, failed = args.out / args.scale, args.results / args.scale, [], []
+    for experiment, records in read_records(folder, args.scale)[0].items():
+        missing = sorted(set(range(experiment.seeds)) - {record["seed"] for record in records})
+        if experiment.group in args.only.split(","):
+            todo += [(experiment, seed) for seed in missing]
+        if args.list:
+            print(f"{experiment.name:40} {len(missing)} of {experiment.seeds} to run  {experiment.row}")
+    if args.list:
+        return print(f"to run: {len(todo)}; at scale cpu a run takes a core about two minutes")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not args.summary_only:
+        todo.sort(key=lambda job: job[1])  # the first seed of every row comes first: whole tables can be read early
+        failed = run_all(todo, args.jobs, out, folder)
+
+    from nano_db.laboratory.plots import draw_all  # matplotlib is slow to import
+
+    found, stale = read_records(folder, args.scale)
+    for path in stale:
+        print(f"{path} is left out: its flags are no longer those of experiments.py")
+    write_text(folder / "summary.md", summary(found, args.scale))
+    draw_all(folder, found)
+    print(f"written: {folder / 'summary.md'}, and its pictures")
+    if args.readme is not None:
+        for page in args.readme or [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+            write_text(page, fill(page.read_text(), args.results))
+    if failed:
+        raise UsageError(f"{len(failed)} of {len(todo)} runs failed: {'; '.join(failed)}. Their logs are in {out}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,423 @@
+"""One run of a script: which blocks are to be trained, and what surrounds their training loop.
+
+A block that is not being trained lives in its file. To train one is: build it, load its file, take steps, save it, free
+it. This one mechanism gives the memory saving (weights, gradients, optimizer state and activations of a single block),
+exact resume, and workers on other machines.
+
+Every step draws all its randomness from (seed, block, step). So neither the order in which blocks take turns, nor an
+interruption, nor training a block alone elsewhere can change its weights: bit for bit on a CPU.
+"""
+
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from nano_db.errors import UsageError
+from nano_db.layers import checkpoint_layers
+from nano_db.machinery.files import (
+    FORMAT,
+    differences,
+    identity,
+    lock,
+    read_block,
+    read_config,
+    write_atomically,
+    write_json,
+    write_text,
+)
+from nano_db.machinery.memory import peak_resident_bytes
+from nano_db.machinery.workers import Team, Worker, join
+
+VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+
+
+def seed_from(*numbers):
+    """Seed torch's generators from a tuple of whole numbers below 2^32: different tuples give unrelated streams.
+
+    Zeros at the end do not count, so a block's first weights and its step 0 share a stream, which does no harm.
+    """
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+
+def make_optimizer(module, settings):
+    """AdamW, betas (0.9, 0.99), weight decay on matrices only."""
+    matrices = [p for p in module.parameters() if p.dim() >= 2]
+    vectors = [p for p in module.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99), fused=True)
+
+
+def learning_rate(step, settings):
+    """Linear warm-up, then a cosine from the peak to final_rate of it, at `step` of settings.steps."""
+    if step < settings.warmup:
+        return settings.learning_rate * (step + 1) / settings.warmup
+    progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    low = settings.final_rate
+    return settings.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class Run:
+    """script: its name, like "gpt". settings: those of machinery/settings.py. depends_on: what else the weights depend
+    on, like the data's checksum, as plain values.
+
+    count: networks to train, each with a file. batch_size: samples that this process draws a step.
+    """
+
+    def __init__(self, script, settings, **depends_on):
+        self.script, self.settings, self.device, self.depends_on = script, settings, settings.device, depends_on
+        self.folder = Path(settings.out)
+        bfloat16 = settings.dtype == "bfloat16" or (settings.dtype == "auto" and settings.device == "cuda")
+        self.autocast = torch.autocast(settings.device, torch.bfloat16, enabled=bfloat16)
+        self.count = getattr(settings, "ensemble" if settings.baseline else "blocks", 1)
+        fixed = {f.name: getattr(settings, f.name) for f in fields(settings) if not f.metadata["resumable"]}
+        self.fixed = {**fixed, "script": script, **depends_on}  # what a block's file must agree with
+        self.paths = [self.folder / f"block_{b}.pt" for b in range(self.count)]
+        self.only = getattr(settings, "only", "")
+        self.mine, self.worker, self.team = list(range(self.count)), Worker(), Team()
+        if self.only:
+            self.mine = chosen_blocks(self.only, self.count)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            self.worker = join()
+            self.mine, self.team = self.worker.share(self.mine, settings.batch_size)
+        self.batch_size = settings.batch_size // self.team.size
+        self.step_to_reach = self.trained = 0  # in this round; steps taken by this process so far
+        self.losses, self.peak_resident = [], None  # (loss, gradient norm) since the last look; bytes held at most
+
+    # --- the training loop, from outside to inside ---
+
+    def rounds(self):
+        """Count the rounds: in each of R, every block trains steps / R steps. A script evaluates after it, if `ready`.
+
+        Where blocks are trained elsewhere, too (--only, torchrun), there is one round of all steps. Raises UsageError
+        if another process is training one of these blocks.
+        """
+        self._take_folder()
+        alone = self.only or self.worker.ranks > 1 or self.settings.eval_only
+        rounds = 1 if alone else self.settings.rounds
+        with ExitStack() as locks:
+            for b in () if self.team.place or self.settings.eval_only else self.mine:
+                locks.enter_context(lock(self.folder / f".block_{b}.lock", f"block {b}"))
+                for aside in self.folder.glob(f".block_{b}.pt.*"):  # what a killed owner left half-written
+                    aside.unlink(missing_ok=True)
+            for r in range(1, rounds + 1):
+                self.step_to_reach = self.settings.steps * r // rounds
+                yield r
+
+    def turns(self):
+        """The blocks for this process to train in this round, one after the other: those with steps to go."""
+        for b in () if self.settings.eval_only else self.mine:
+            if self.step_of(b) < self.step_to_reach:
+                yield b
+
+    def build(self, make, b):
+        """Block b = make(b) with its first weights, which depend on the seed and b alone, on the device."""
+        seed_from(self.settings.seed, b)
+        module = make(b).to(self.device)
+        if self.settings.checkpoint_activations:
+            checkpoint_layers(module)
+        return module
+
+    def steps(self, b, module, optimizer):
+        """Count block b's steps of this round, for a loop whose body takes a step and hands its loss to `record`.
+
+        Before the first step the state in the block's file is loaded. Before each step torch's generators are seeded,
+        and the learning rate is set. After it come the moving average and, at times, a line of metrics and the file.
+        Raises KeyboardInterrupt after saving, at the first step boundary after Ctrl-C or SIGTERM; UsageError for a loss
+        that is not finite, with the last good file in place.
+        """
+        settings, team = self.settings, self.team
+        at = self._restore(b, module, optimizer)
+        if settings.compile:
+            module.network.compile()  # in place: the names of the weights stay as they are
+        module.train()
+        with team.connected(b, self.device, at.step) if team.size > 1 else nullcontext(), stop_requests() as stop:
+            while at.step < self.step_to_reach and not at.stopped:
+                seed_from(settings.seed, b, at.step, team.place)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(at.step, settings)
+                yield at.step
+                self._after_step(b, module, optimizer, at, stop)
+        if stop or at.stopped:
+            raise KeyboardInterrupt
+
+    def average_gradients(self, module):
+        """Where several processes train this block, put the mean of their gradients in the place of each one's own."""
+        if self.team.size > 1:
+            self.team.average([p.grad for p in module.parameters() if p.grad is not None])
+
+    def record(self, loss, norm):
+        """Note the loss and the norm of the gradient of a step, as tensors: looking at them would make a GPU wait."""
+        self.losses.append(torch.stack([loss.detach(), norm]))
+
+    def ready(self):
+        """Whether this process shall evaluate now. Process 0 waits until all others have trained their blocks."""
+        self.worker.wait_for_all()
+        alone = self.only or self.worker.ranks > 1
+        if self.worker.rank or (alone and self.unfinished()):
+            if not self.worker.rank:
+                print(f"still to train: blocks {', '.join(map(str, self.unfinished()))} of {self.folder}")
+            return False
+        if self.trained and self.peak_resident is None:
+            self.peak_resident = peak_resident_bytes()
+        if self.trained or self.step_to_reach == self.settings.steps:
+            step = min(self.step_of(b) for b in range(self.count))
+            print(f"after {step} steps" + (" of each network:" if self.count > 1 else ":"))
+            return True
+        return False
+
+    def complete(self):
+        """Whether all blocks have taken all steps, and this process is to report (after --eval-only: no)."""
+        return not (self.worker.rank or self.settings.eval_only or self.unfinished())
+
+    def unfinished(self):
+        """Numbers of the blocks that still have steps to go."""
+        return [b for b in range(self.count) if self.step_of(b) < self.settings.steps]
+
+    # --- files ---
+
+    def trained_block(self, make, b):
+        """Block b as its file has it, for evaluation: with the moving average of its weights, where there is one."""
+        if not self.paths[b].exists():
+            raise UsageError(f"{self.paths[b]} is missing: block {b} has not been trained yet")
+        state, module = self.load_block(b), self.build(make, b)
+        self._fill(module.load_state_dict, state["ema"] or state["weights"], b)
+        return module.eval()
+
+    def trained_blocks(self, make):
+        return [self.trained_block(make, b) for b in range(self.count)]
+
+    def step_of(self, b):
+        """The step at which block b's file stands; 0 if there is none."""
+        return self.load_block(b, whole=False)["step"] if self.paths[b].exists() else 0
+
+    def save_block(self, b, step, seconds, weights, optimizer, ema=None):
+        """seconds: pure training time so far. All is tensors and plain values, to be read with weights_only=True."""
+        state = {"format": FORMAT, "block": b, "step": step, "seconds": seconds, "settings": self.fixed}
+        state |= {"weights": weights, "optimizer": optimizer, "ema": ema}
+        write_atomically(self.paths[b], lambda file: torch.save(state, file))
+
+    def load_block(self, b, whole=True):
+        """The dictionary that save_block wrote, on the CPU. whole=False: for its step, say, as in read_block."""
+        path = self.paths[b]
+        state = read_block(path, whole)
+        if state["block"] != b:
+            raise UsageError(f"{path} holds block {state['block']}: it has been renamed or copied over block {b}")
+        if different := differences(state["settings"], self.fixed):
+            raise UsageError(f"{path} does not belong to this run: {'; '.join(different)}")
+        return state
+
+    def log(self, kind, **record):
+        """Append a record to the metrics: to those of its block, if it names one, which its trainer alone writes."""
+        path = self.folder / (f"metrics_{record['block']}.jsonl" if "block" in record else "metrics.jsonl")
+        try:
+            with open(path, "ab+") as file:
+                line = json.dumps({"kind": kind, **record}).encode() + b"\n"
+                if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                    line = b"\n" + line  # a killed process left half a line: it stays alone, and read_metrics skips it
+                file.write(line)
+        except OSError as error:
+            raise UsageError(f"cannot write {path} ({error.strerror}): make room, then run again") from error
+
+    def log_evaluation(self, metrics):
+        """Append the metrics of an evaluation, but for one with --eval-only, which leaves the run as it is."""
+        if not self.settings.eval_only:
+            self.log("evaluation", step=self.step_to_reach, **metrics)
+
+    def keep_samples(self, texts):
+        """Print texts, and leave them in samples.txt (not with --eval-only)."""
+        if texts:
+            print("", *texts, sep="\n---\n")
+            if not self.settings.eval_only:
+                write_text(self.folder / "samples.txt", "\n---\n".join(texts))
+
+    def picture(self):
+        """Where the run's picture goes. With --eval-only it gets a name of its own: the one of the training stays."""
+        path = self.folder / ("samples-again.png" if self.settings.eval_only else "samples.png")
+        print(f"picture: {path}")
+        return path
+
+    def _take_folder(self):
+        """Make the folder this run's own, or raise UsageError: it belongs to one set of settings."""
+        config = self.folder / "config.json"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"cannot make the folder {self.folder} ({error.strerror}): choose another --out"
+            ) from error
+        if config.exists() and not self._is_left_over():
+            return
+        with lock(self.folder / ".config.lock", "config.json", wait=True):
+            if config.exists() and not self._is_left_over():  # another process of this job has been quicker
+                return
+            if any(self.folder.glob("block_*.pt")) and not config.exists():
+                raise UsageError(f"{self.folder} holds block files but no config.json: choose another --out")
+            about = {"script": self.script, "depends_on": self.depends_on, "settings": asdict(self.settings)}
+            write_json(config, {**about, "versions": VERSIONS})
+
+    def _is_left_over(self):
+        """Whether config.json is that of a run of other settings that has not trained anything: it may be replaced.
+        Raises UsageError where that run has, or is about to write its first block.
+        """
+        different = differences(identity(read_config(self.folder)), self.fixed)
+        if not different:
+            return False
+        if any(self.folder.glob("block_*.pt")):
+            there = f"{self.folder} holds a run of other settings: {'; '.join(different)}"
+            raise UsageError(f"{there}. Choose another --out")
+        for path in self.folder.glob(".block_*.lock"):
+            with lock(path, path.stem[1:].replace("_", " ")):
+                pass
+        for path in self.folder.glob("metrics*.jsonl"):
+            path.unlink()
+        return True
+
+    def _restore(self, b, module, optimizer):
+        """Load block b's file, if there is one, into module and optimizer. Returns where its training stands."""
+        self.losses, clock = [], time.perf_counter()
+        at = SimpleNamespace(step=0, seconds=0.0, ema=None, stopped=False, start=0, began=clock, clock=clock)
+        if self.paths[b].exists():
+            state = self.load_block(b)
+            at.step = at.start = state["step"]
+            at.seconds = state["seconds"]
+            if self.settings.ema:
+                at.ema = state["ema"] or {}
+                self._fill(module.load_state_dict, at.ema, b)  # to see that it fits; the weights come next
+            self._fill(module.load_state_dict, state["weights"], b)
+            self._fill(partial(_load_moments, optimizer), state["optimizer"], b)
+        if self.settings.ema:
+            at.ema = {name: tensor.clone().to(self.device) for name, tensor in (at.ema or module.state_dict()).items()}
+        return at
+
+    def _after_step(self, b, module, optimizer, at, stop):
+        """Averages; now and then a line of metrics, and one on the screen; the file. at: see _restore."""
+        at.step, self.trained = at.step + 1, self.trained + 1
+        if at.ema:
+            for name, tensor in module.state_dict().items():
+                at.ema[name].lerp_(tensor, 1 - self.settings.ema)
+        log_every = max(1, min(50, self.settings.steps // 10))
+        save = at.step == self.step_to_reach or at.step % (5 * log_every) == 0
+        # A team looks at requests to stop at fixed steps only: all its members must stop at the same one.
+        if not (save or at.step % log_every == 0 or (stop and self.team.size == 1)):
+            return
+        loss = self._mean_loss(b, at.step)  # also waits for the device, so that the clock is right
+        at.stopped, now = self.team.any(stop, self.device), time.perf_counter()
+        at.seconds += max(0.0, now - at.clock)  # clocks have been seen to run backwards
+        if self.team.place == 0:
+            rate = optimizer.param_groups[0]["lr"]
+            self.log("train", block=b, step=at.step, loss=loss, learning_rate=rate, seconds=at.seconds)
+            pace = max(1e-9, now - at.began) / (at.step - at.start)
+            left = f"{1 / pace:.1f} steps/s  {pace * (self.step_to_reach - at.step):.0f} s left"
+            print(f"{self._label(b)}  step {at.step}/{self.step_to_reach}  loss {loss:.4f}  {left}", flush=True)
+            if save or at.stopped:
+                self.save_block(b, at.step, at.seconds, module.state_dict(), optimizer.state_dict(), at.ema)
+        at.clock = time.perf_counter()
+
+    def _fill(self, load, state, b):
+        """Let load(state) take up a part of block b's file."""
+        try:
+            load(state)
+        except Exception as error:  # which one depends on what does not fit
+            path = self.paths[b]
+            raise UsageError(f"{path} does not fit the network of these settings: it is no part of this run") from error
+
+    def _label(self, b):
+        return f"baseline {b}" if self.settings.baseline else f"block {b}"
+
+    def _mean_loss(self, b, step):
+        """Mean of the losses since the last look, over the whole batch, if all of them were sound."""
+        values, self.losses = self.team.mean(torch.stack(self.losses)).tolist(), []
+        for i, (loss, norm) in enumerate(values):
+            if not (math.isfinite(loss) and math.isfinite(norm)):  # an infinite gradient would spoil the weights, too
+                path = self.paths[b]
+                kept = f"{path} keeps the last good state" if path.exists() else "no file was written yet"
+                at = f"the loss is {loss} and the gradient's norm {norm} at step {step - len(values) + i + 1}"
+                raise UsageError(f"{self._label(b)}: {at}; {kept}. Try a smaller --learning-rate")
+        return sum(loss for loss, _ in values) / len(values)
+
+
+class OneAtATime(Sequence):
+    """The trained blocks of a run as a list that holds one of them in memory at a time: the last that was asked for.
+
+    For walks that go through the blocks once.
+    """
+
+    def __init__(self, run, make):
+        self.run, self.make, self.held, self.block = run, make, None, None
+
+    def __len__(self):
+        return self.run.count
+
+    def __getitem__(self, b):
+        if not 0 <= b < len(self):
+            raise IndexError(b)
+        if b != self.held:
+            self.held, self.block = None, None  # free the one before first
+            self.held, self.block = b, self.run.trained_block(self.make, b)
+        return self.block
+
+
+@contextmanager
+def stop_requests():
+    """Ctrl-C or SIGTERM fills the list that this yields, so that no step is cut in half. A second Ctrl-C kills."""
+    stop, main = [], threading.current_thread() is threading.main_thread()  # elsewhere (a notebook's server) nothing
+
+    def request(number, frame):
+        stop.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def chosen_blocks(only, count):
+    """The blocks that --only names, like "2" or "0,3"."""
+    try:
+        chosen = [int(part) for part in only.split(",")]
+    except ValueError:
+        raise UsageError(f"--only {only!r} is not a list of block numbers like 0,3") from None
+    wrong = [b for b in chosen if not 0 <= b < count]
+    if wrong:
+        raise UsageError(f"--only {only}: there is no block {wrong[0]}; blocks are numbered 0 to {count - 1}")
+    return chosen
+
+
+def _load_moments(optimizer, state):
+    """Fill AdamW with the averages of a state_dict, and with nothing else of it: the rest comes from the settings.
+
+    Raises whatever error comes first where the averages do not fit.
+    """
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state["state"]})
+    for p, moments in optimizer.state.items():
+        assert set(moments) == {"step", "exp_avg", "exp_avg_sq"} and moments["step"].shape == ()
+        assert moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape
+
+
+def command(main):
+    """Run a script's main: a UsageError is one line on stderr and exit code 2, an interruption one line and 130."""
+    try:
+        main()
+    except UsageError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; what was reached is saved, and the same command goes on from there", file=sys.stderr)
+        sys.exit(130)

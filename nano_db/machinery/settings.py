@@ -1,0 +1,173 @@
+"""Settings as a dataclass, and the command line made from it.
+
+A script declares one dataclass; each field's help and limits stand beside its default. From it come the flags
+(kebab-case), `--help`, the presets and recipes (named bundles of values), the checks and config.json. What wins: a
+flag, then the recipe, then the preset, then the default. A flag that would do nothing is refused.
+"""
+
+import argparse
+import dataclasses
+import math
+import operator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from nano_db.errors import UsageError
+from nano_db.machinery.files import read_config
+
+LIMITS = (
+    ("least", "at least", operator.ge),
+    ("above", "greater than", operator.gt),
+    ("below", "less than", operator.lt),
+)
+
+
+def option(group, default, help, choices=None, least=None, below=None, above=None, of=None, flag=True, resumable=False):
+    """A dataclass field, and the flag made from it, under the heading `group` of --help.
+
+    choices, least (>=), above (>) and below (<) limit the value. of: "blocks" or "baseline", the one method that heeds
+    it. flag=False: presets and recipes set it, no flag does. resumable: it may change between runs in one output
+    folder, because the trained weights do not depend on it.
+    """
+    limits = {"choices": choices, "least": least, "below": below, "above": above}
+    about = {"group": group, "help": help, "of": of, "flag": flag, "resumable": resumable or group == "output"}
+    return field(default=default, metadata=about | limits)
+
+
+method, network, training, output = (partial(option, group) for group in ("method", "network", "training", "output"))
+
+
+@dataclass
+class Training:
+    """What every script has."""
+
+    preset: str = training("laptop", "scale of everything", choices=("tiny", "laptop", "gpu", "paper"), resumable=True)
+    baseline: bool = method(False, "train the same network end to end with backpropagation instead")
+    steps: int = training(1000, "steps of each block (or of the baseline)", least=1)
+    rounds: int = training(1, "turns of the blocks; the run is evaluated after each", least=1, resumable=True)
+    batch_size: int = training(32, "samples a step", least=1)
+    learning_rate: float = training(1e-3, "peak of AdamW's learning rate", above=0)
+    warmup: int = training(50, "steps of linear warm-up, before the cosine", least=0)
+    final_rate: float = training(0.1, "last learning rate, as a share of the peak", flag=False)
+    weight_decay: float = training(0.01, "AdamW's, on matrices only", least=0, flag=False)
+    clip: float = training(1.0, "largest norm of a block's gradient", above=0, flag=False)
+    ema: float = training(0.0, "decay of the average of the weights that is evaluated; 0: none", least=0, below=1)
+    seed: int = training(0, "of everything random", least=0, below=2**31)
+    device: str = training("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"), resumable=True)
+    dtype: str = training("auto", "auto: bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16"))
+    compile: bool = training(False, "torch.compile the network", resumable=True)
+    checkpoint_activations: bool = training(
+        False, "keep only a layer's input for the backward pass, and evaluate the layer again there", resumable=True
+    )
+    out: str = output("", "folder of the run (default: out/<script>-<method>)")
+    eval_only: bool = output(False, "no training: evaluate and sample what the folder holds")
+    samples: int = output(1, "samples to draw", least=0)
+    benchmark: int = output(0, "no training: time so many pairs of steps against the baseline", least=0, of="blocks")
+
+    @property
+    def method(self):
+        return "baseline" if self.baseline else "blocks"
+
+
+@dataclass
+class Blocks:
+    """What scripts have besides whose network is cut into blocks."""
+
+    blocks: int = method(4, "independently trained blocks", least=1, of="blocks")
+    overlap: float = method(0.1, "how far blocks train over their edges (gamma)", least=0, below=1, of="blocks")
+    ensemble: int = method(1, "baselines trained independently and averaged (a control)", least=1, of="baseline")
+    layers: int = network(8, "transformer layers in all", least=1)
+    only: str = training("", "train these blocks alone, like 2 or 0,3; evaluate when all are there", resumable=True)
+
+
+@dataclass
+class Discrete:
+    """What scripts have besides whose blocks denoise a label or a token."""
+
+    recipe: str = method(
+        "nano", "bundle of options: ours, or the paper's", ("nano", "paper"), of="blocks", resumable=True
+    )
+    noise: str = method("nano", "noise levels", ("nano", "paper", "information"), of="blocks")
+    loss_weight: str = method("none", "weight of the loss over sigma", choices=("none", "edm"), of="blocks")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, without argparse's usage block
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def read_settings(script, settings_class, presets, recipes=None, description=None):
+    """The command line as checked settings, `device` being the one to use. Raises UsageError where it cannot.
+
+    presets, recipes: {name: {field: value}}. A preset may have a twin of the name "<preset>-baseline", with what
+    differs there. With --eval-only the settings saved in the run's folder take the place of preset and recipe.
+    """
+    usual = {**presets["laptop"], **(recipes["nano"] if recipes else {})}
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(usage="python %(prog)s [flags]", description=description, formatter_class=form, allow_abbrev=False)
+    groups = {name: parser.add_argument_group(name) for name in ("method", "network", "training", "output")}
+    for f in dataclasses.fields(settings_class):
+        flag, kind, about = "--" + f.name.replace("_", "-"), type(f.default), f.metadata
+        if about["flag"]:
+            text = about["help"].replace("%", "%%") + (f" [{about['of']} only]" if about["of"] else "")
+            value = usual.get(f.name, f.default)
+            form = (
+                {"action": "store_true", "default": None} if kind is bool else {"type": kind, "metavar": kind.__name__}
+            )
+            if about["choices"]:
+                form = {"type": kind, "choices": about["choices"]}
+            if kind is not bool and value != "":
+                text += f" (default {value})"
+            groups[about["group"]].add_argument(flag, help=text, **form)
+    given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    given.setdefault("out", f"out/{script}-{'baseline' if given.get('baseline') else 'blocks'}")
+    if given.get("eval_only"):
+        if useless := [name for name in ("preset", "recipe", "benchmark") if name in given]:
+            raise UsageError(f"--{useless[0]} does nothing with --eval-only, which keeps the run's settings: drop it")
+        bundle = {**stored_settings(script, settings_class, given["out"]), "device": "auto"}  # another machine, perhaps
+    else:
+        preset = given.get("preset", settings_class.preset)
+        bundle = dict(presets[preset])
+        if given.get("baseline"):
+            bundle |= presets.get(f"{preset}-baseline", {})
+        elif recipes:
+            bundle |= recipes[given.get("recipe", settings_class.recipe)]
+    settings = settings_class(**{**bundle, **given})
+    validate(settings, given)
+    if settings.device == "auto":
+        settings.device = "cuda" if torch.cuda.is_available() else "cpu"
+    for device, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
+        if settings.device == device and not backend.is_available():
+            raise UsageError(f"--device {device}: there is none at hand; use --device cpu (or auto)")
+    return settings
+
+
+def stored_settings(script, settings_class, folder):
+    """The settings in a run's config.json that the class knows, if each has its field's type."""
+    config, kept = read_config(folder), {}
+    if config["script"] != script:
+        raise UsageError(f"{folder} holds no run of train_{script}.py: name the folder of one with --out")
+    for f in dataclasses.fields(settings_class):
+        value = config["settings"].get(f.name, f.default)
+        if not isinstance(value, type(f.default)) and not (isinstance(f.default, float) and isinstance(value, int)):
+            raise UsageError(f"the config.json of that run is damaged: {f.name} is {value!r}")
+        kept[f.name] = value
+    return kept
+
+
+def validate(settings, given=()):
+    """Raise UsageError for a value out of its limits, or for a flag among `given` that the method does not heed."""
+    method = "baseline" if settings.baseline else "blocks"
+    for f in dataclasses.fields(settings):
+        value, flag, about = getattr(settings, f.name), "--" + f.name.replace("_", "-"), f.metadata
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{flag} must be a finite number, not {value}")
+        for limit, words, fits in LIMITS:
+            if about[limit] is not None and not fits(value, about[limit]):
+                raise UsageError(f"{flag} must be {words} {about[limit]}, not {value}")
+        if about["choices"] and value not in about["choices"]:
+            raise UsageError(f"{flag} must be one of {', '.join(map(str, about['choices']))}, not {value}")
+        if f.name in given and about["of"] not in (None, method):
+            raise UsageError(f"{flag} does nothing for the {method} method: drop it")

@@ -1,0 +1,122 @@
+"""Many processes, one run: who trains which block, and who trains one block together.
+
+torchrun (or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) starts R processes. With as many
+blocks, process r trains block r. With more blocks, a process takes several, one after the other. With more processes,
+those of one block form a team, which is ordinary data-parallel training: each draws its own share of the batch, from
+(seed, block, step, place), and the gradients are averaged. What a team sends stays in the team, because the only
+process group that a process ever joins is its team's; a process that trains alone joins none. Between blocks nothing
+passes but, at the end of the training, a count of who has finished, so that process 0 knows when to evaluate. Files
+do the rest (run.py).
+"""
+
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nano_db.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that train one block, seen from one of them: number `place` of `size`. Most often it is alone.
+
+    store: where the members find each other (a torch.distributed.Store).
+    """
+
+    place: int = 0
+    size: int = 1
+    store: Any = None
+
+    @contextmanager
+    def connected(self, b, device, step):
+        """A context in which the members of block b's team can talk to each other. All must have reached one `step`."""
+        if device == "mps":
+            raise UsageError("--device mps cannot share a block between processes: start one process a block")
+        if device == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+            raise UsageError(f"{self.size} processes share block {b}, and need a GPU each: start fewer processes")
+        backend, store = "nccl" if device == "cuda" else "gloo", dist.PrefixStore(f"block {b}", self.store)
+        dist.init_process_group(backend, store=store, rank=self.place, world_size=self.size)
+        ends = torch.tensor([step, -step], device=device)
+        self._all_reduce(ends, dist.ReduceOp.MAX)
+        if ends[0] != -ends[1]:
+            raise UsageError(
+                f"block {b}'s file is not the same to all processes that share the block: "
+                "give them an --out on a disk that all of them see"
+            )
+        yield
+        dist.destroy_process_group()
+
+    def average(self, tensors):
+        """Put the mean over the members in the place of each tensor, in one message."""
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        self._all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor) / self.size)
+
+    def mean(self, values):
+        """Mean over the members of a tensor that each of them has."""
+        if self.size > 1:
+            self._all_reduce(values)
+            values /= self.size
+        return values
+
+    def any(self, flag, device):
+        """Whether the flag is set for any member."""
+        return bool(self.mean(torch.tensor(float(bool(flag)), device=device)))
+
+    @staticmethod
+    def _all_reduce(tensor, operation=dist.ReduceOp.SUM):
+        try:
+            dist.all_reduce(tensor, operation)
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or "peer" in str(error):  # the latter is what gloo says
+                raise UsageError(
+                    "this block lost a process of its team: the same command goes on from the last save"
+                ) from error
+            raise
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One process of a job: number `rank` of `ranks`."""
+
+    rank: int = 0
+    ranks: int = 1
+    store: Any = None
+
+    def share(self, blocks, batch_size):
+        """Which of `blocks` this process trains, and its team: (list of blocks, Team).
+
+        Neighbouring ranks form a team, as they stand on one machine, most likely.
+        """
+        if self.ranks <= len(blocks):
+            return blocks[self.rank :: self.ranks], Team()
+        of_rank = [rank * len(blocks) // self.ranks for rank in range(self.ranks)]  # index into blocks
+        mine = of_rank[self.rank]
+        team = Team(self.rank - of_rank.index(mine), of_rank.count(mine), self.store)
+        if batch_size % team.size:
+            raise UsageError(f"--batch-size {batch_size} must be a multiple of the {team.size} processes of a block")
+        return [blocks[mine]], team
+
+    def wait_for_all(self):
+        """Say that this process has trained its share. Process 0 waits here until all have, however long it takes."""
+        if self.ranks > 1:
+            self.store.add("finished", 1)
+            while self.rank == 0 and self.store.add("finished", 0) < self.ranks:
+                time.sleep(0.5)  # in Python, so that a signal is heeded
+
+
+def join():
+    """This process as a Worker, from what torchrun sets. On CUDA each process takes a GPU, as far as they go."""
+    try:
+        store, rank, ranks = next(dist.rendezvous("env://"))
+    except ValueError as error:
+        raise UsageError(f"WORLD_SIZE is set, but {error}: start with torchrun, or unset WORLD_SIZE") from error
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    return Worker(rank, ranks, store)
