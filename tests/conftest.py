@@ -1,3 +1,4 @@
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -6,28 +7,17 @@ import pytest
 import torch
 
 import train_gpt
-from nano_db.settings import command
+from data import glyphs
+from data.text import Text
+from nano_db.machinery.run import command
 
 ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait for each other
 
-# A run of a second: 4 blocks of a layer each on a file of a few thousand characters.
-SMALL = [
-    "--preset",
-    "tiny",
-    "--layers",
-    "4",
-    "--width",
-    "16",
-    "--seq-len",
-    "8",
-    "--steps",
-    "12",
-    "--sample-length",
-    "5",
-]
-SMALL += ["--warmup", "2", "--log-every", "4", "--save-every", "5", "--device", "cpu"]
+# A run of a second: 4 blocks of a layer each on a file of a few thousand characters. It saves every 5 steps.
+SMALL = ["--preset", "tiny", "--layers", "4", "--width", "16", "--seq-len", "8", "--steps", "12", "--warmup", "2"]
+SMALL += ["--device", "cpu"]
 
 
 def tensors(folder, b):
@@ -60,9 +50,13 @@ def text_file(tmp_path):
     return str(path)
 
 
+draw_glyphs_once = functools.lru_cache(glyphs.make)  # to find the outlines of all letters takes half a second
+
+
 @pytest.fixture
 def cli(monkeypatch, capsys):
     """cli("--blocks", "2", ...) runs train_gpt.py in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(glyphs, "make", draw_glyphs_once)
 
     def run(*flags, main=train_gpt.main):
         monkeypatch.setattr(sys, "argv", ["train_gpt.py", *map(str, flags)])
@@ -77,6 +71,22 @@ def cli(monkeypatch, capsys):
 
 
 @pytest.fixture
-def small(cli, text_file):
-    """The same, with the settings and text of a run that takes a second."""
+def small(cli, text_file, monkeypatch):
+    """The same, with the settings and text of a run that takes a second, and with short samples by few calls."""
+    quick = {"sample_length": 5, "calls_per_block": 1}
+    monkeypatch.setitem(train_gpt.PRESETS, "tiny", {**train_gpt.PRESETS["tiny"], **quick})
     return lambda *flags: cli(*SMALL, "--data", text_file, *flags)
+
+
+@pytest.fixture
+def heldout_windows(monkeypatch):
+    """Grows by a number for each batch of held-out text that is evaluated: its windows."""
+    counts, batches = [], Text.heldout_batches
+
+    def counted(*args, **options):
+        for x, y in batches(*args, **options):
+            counts.append(len(x))
+            yield x, y
+
+    monkeypatch.setattr(Text, "heldout_batches", counted)
+    return counts

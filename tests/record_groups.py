@@ -1,8 +1,10 @@
-"""For test_workers.py: run a script, and write into the file $RECORD.<rank> what its process sent to others, and how.
+"""For test_workers.py: run a script, and write into the file $RECORD.<rank> what its process sent to others, and how,
+and a checksum of the weights and the optimizer's state in which it leaves each block.
 
 All that a process can send goes through a process group or through the store in which groups are arranged.
 """
 
+import hashlib
 import json
 import os
 import runpy
@@ -10,8 +12,11 @@ import sys
 
 import torch.distributed as dist
 
-record = {"groups": [], "store": []}
-init_process_group, rendezvous = dist.init_process_group, dist.rendezvous
+sys.path.insert(0, os.getcwd())
+from nano_db.machinery.run import Run
+
+record = {"groups": [], "store": [], "weights": {}}
+init_process_group, rendezvous, steps = dist.init_process_group, dist.rendezvous, Run.steps
 
 
 def recorded_init(*args, **kwargs):
@@ -44,10 +49,18 @@ class PrefixStore(dist.PrefixStore):
         super().__init__(prefix, recorded.store)
 
 
+def recorded_steps(run, b, module, optimizer):
+    yield from steps(run, b, module, optimizer)
+    moments = [v for state in optimizer.state.values() for v in state.values()]
+    sha256 = hashlib.sha256()
+    for tensor in (*module.state_dict().values(), *moments):
+        sha256.update(tensor.numpy().tobytes())
+    record["weights"][b] = sha256.hexdigest()
+
+
 dist.init_process_group, dist.new_group, dist.rendezvous = recorded_init, forbidden, recorded_rendezvous
-dist.PrefixStore = PrefixStore
+dist.PrefixStore, Run.steps = PrefixStore, recorded_steps
 sys.argv = sys.argv[1:]
-sys.path.insert(0, os.getcwd())
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:

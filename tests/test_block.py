@@ -2,9 +2,13 @@ import pytest
 import torch
 import torch.nn as nn
 
+import train_dit
+import train_gpt
+import train_vit
 from nano_db.block import DiffusionBlock, EndToEnd
-from nano_db.codebook import PaperHead, PosteriorHead, log_likelihood, make_codebook
-from nano_db.schedule import LogNormal, edm_coefficients, edm_weight
+from nano_db.heads import DenoisingHead, EDMHead, PaperHead, PosteriorHead, make_codebook
+from nano_db.partition import make_partition
+from nano_db.schedule import LogNormal, edm_coefficients, edm_weight, sample_sigma
 
 NOISE = LogNormal(0.3, 0.8, 0.05, 20.0)
 
@@ -16,8 +20,8 @@ class Echo(nn.Module):
         super().__init__()
         self.features = nn.Parameter(torch.randn(width))
 
-    def forward(self, x, z, c_noise):
-        self.seen = x, z, c_noise
+    def forward(self, x, *shown):
+        self.seen = shown
         return self.features.expand(*x.shape, -1)
 
 
@@ -27,56 +31,34 @@ def make(head=PosteriorHead, **options):
     return DiffusionBlock(Echo(8), head(codebook), NOISE, (0.1, 5.0), **options), codebook
 
 
-def test_codebook_rows_are_unit_and_orthonormal_where_they_fit():
-    narrow, wide = make_codebook(6, 8, seed=3), make_codebook(50, 8, seed=3)
-    torch.testing.assert_close(narrow @ narrow.T, torch.eye(6))
-    torch.testing.assert_close(wide.norm(dim=-1), torch.ones(50))
-    assert torch.equal(narrow, make_codebook(6, 8, seed=3)) and not torch.equal(narrow, make_codebook(6, 8, seed=4))
-
-
-def test_the_posterior_head_is_bayes_rule():
-    """With p(y|x) known, the head's answer must be p(y) N(z; E[y], sigma^2) normalised, computed here the long way."""
-    codebook = make_codebook(5, 3)  # more classes than dimensions
-    prior = torch.tensor([0.4, 0.3, 0.1, 0.1, 0.1])
-    z, sigma = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)), 0.6
-    normal = torch.distributions.Normal(codebook, sigma).log_prob(z[:, None]).sum(-1)  # (7, 5)
-    expected = (prior.log() + normal).softmax(-1)
-    torch.testing.assert_close((prior.log() + log_likelihood(z, sigma, codebook)).softmax(-1), expected)
-
-
-def test_the_likelihood_stays_float32_under_bfloat16_autocast():
-    codebook, z = make_codebook(5, 8), torch.randn(4, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = log_likelihood(z, 0.05, codebook)
-    assert torch.equal(inside, log_likelihood(z, 0.05, codebook))
-
-
-def test_the_paper_head_is_edm():
-    head = PaperHead(make_codebook(5, 8), sigma_data=0.5)
-    z, features, sigma = torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.tensor([0.2, 4.0])
-    c_skip, c_out, _, _ = edm_coefficients(sigma[:, None, None], 0.5)
-    torch.testing.assert_close(head(features, z, sigma), head.readout(c_skip * z + c_out * features))
-
-
-def test_the_network_is_shown_scaled_z_or_nothing():
+def test_the_network_is_shown_scaled_z_or_the_head_is():
     block, _ = make()
-    x, z = torch.zeros(2, 3, dtype=torch.long), torch.randn(2, 3, 8)
-    block(x, z, torch.tensor([0.5, 2.0]))
-    _, seen, c_noise = block.network.seen
+    x, z, sigma = torch.zeros(2, 3, dtype=torch.long), torch.randn(2, 3, 8), torch.tensor([0.5, 2.0])
+    block(x, z, sigma)
+    seen, c_noise = block.network.seen
     torch.testing.assert_close(seen[0], z[0] / (0.5**2 + 0.5**2) ** 0.5)
-    torch.testing.assert_close(c_noise, torch.tensor([0.5, 2.0]).log() / 4)
-    blind, _ = make(shows_z=False)
-    blind(x, z, 0.5)
-    assert blind.network.seen[1] is None and blind.network.seen[2] is None
+    torch.testing.assert_close(c_noise, sigma.log() / 4)
+    trunk, _ = make(DenoisingHead)
+    answer = trunk(x, z, sigma)
+    assert trunk.network.seen == ()
+    assert torch.equal(answer, trunk.head(trunk.network.features.expand(2, 3, 8), z, sigma))
 
 
+@pytest.mark.parametrize("head", [PosteriorHead, DenoisingHead])
+def test_one_noise_level_may_stand_for_all_samples(head):
+    block, _ = make(head)
+    x, z = torch.zeros(2, 3, dtype=torch.long), torch.randn(2, 3, 8)
+    assert torch.equal(block(x, z, 0.5), block(x, z, torch.tensor([0.5, 0.5])))
+
+
+@pytest.mark.parametrize("head", [PosteriorHead, DenoisingHead])
 @pytest.mark.parametrize("weighted", ["none", "edm"])
-def test_the_loss_weighs_each_sample_by_its_own_sigma(weighted):
+def test_the_loss_weighs_each_sample_by_its_own_sigma(weighted, head):
     """Against a slow loop. mean(w) * mean(loss), what a (B, 1) by (B,) product would give, is far from it."""
-    block, codebook = make(loss_weight=weighted)
+    block, codebook = make(head, loss_weight=weighted)
     x = y = torch.randint(6, (64, 3), generator=torch.Generator().manual_seed(1))
     torch.manual_seed(7)
-    loss = block.loss((x, y))
+    loss = block.loss(x, y)
     torch.manual_seed(7)
     q_low, q_high = NOISE.cdf(0.1), NOISE.cdf(5.0)
     sigmas = NOISE.inverse_cdf(q_low + (q_high - q_low) * torch.rand(64, dtype=torch.float64)).float()
@@ -94,10 +76,86 @@ def test_the_loss_weighs_each_sample_by_its_own_sigma(weighted):
         assert abs(wrong - loss) > 0.1 * loss
 
 
+@pytest.mark.parametrize("head", [PosteriorHead, DenoisingHead, PaperHead])
+def test_under_bfloat16_autocast_the_loss_is_nearly_the_same(head):
+    """At little noise, too, where the likelihood term has thousands of nats."""
+    block, _ = make(head)
+    block.span = (0.05, 0.2)
+    x = y = torch.randint(6, (256, 3), generator=torch.Generator().manual_seed(1))
+    losses = []
+    for enabled in (False, True):
+        torch.manual_seed(7)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses.append(block.loss(x, y))
+    assert losses[1].dtype == torch.float32
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=1e-4)
+
+
+class Zero(nn.Module):
+    """A network that has learnt nothing: F = 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, z, c_noise):
+        return self.scale * z
+
+
+def test_a_block_of_numbers_trains_on_the_error_of_f_against_its_unit_variance_target():
+    """w(sigma) * |D - y|^2 is |F - (y - c_skip z) / c_out|^2: here against a slow loop, with F = 0."""
+    noise = LogNormal()
+    block, y = DiffusionBlock(Zero(), EDMHead(), noise, (0.3, 80.0), loss_weight="edm"), 0.5 * torch.randn(2000, 3)
+    torch.manual_seed(1)
+    loss = block.loss(None, y)
+    torch.manual_seed(1)
+    sigma, total = sample_sigma(noise, 2000, 0.3, 80.0).float(), 0.0
+    eps = torch.randn_like(y)
+    for i in range(2000):
+        c_skip, c_out, _, _ = edm_coefficients(sigma[i], 0.5)
+        total += ((y[i] - c_skip * (y[i] + sigma[i] * eps[i])) / c_out).square().mean()
+    torch.testing.assert_close(loss, total / 2000)
+    assert abs(loss.item() - 1) < 0.1  # unit variance, whatever sigma
+
+
 def test_the_baseline_is_plain_cross_entropy():
-    codebook = make_codebook(6, 8)
-    baseline = EndToEnd(Echo(8), PosteriorHead(codebook))
+    baseline = EndToEnd(Echo(8), PosteriorHead(make_codebook(6, 8)))
     x, y = torch.zeros(2, 3, dtype=torch.long), torch.randint(6, (2, 3))
-    log_p = baseline.log_prior(x)
+    log_p = baseline.log_p(x)
     torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(2, 3))
-    torch.testing.assert_close(baseline.loss((x, y)), -log_p.gather(-1, y[..., None]).mean())
+    torch.testing.assert_close(baseline.loss(x, y), -log_p.gather(-1, y[..., None]).mean())
+    assert baseline.network.seen == ()
+
+
+@pytest.mark.parametrize(
+    "script, noise, flags",
+    [
+        (train_gpt, train_gpt.NOISE["nano"], ["--seq-len", "8"]),
+        (train_gpt, train_gpt.NOISE["paper"], ["--seq-len", "8", "--recipe", "paper"]),
+        (train_vit, train_vit.NOISE["nano"], ["--glyphs", "100"]),
+        (train_dit, LogNormal(), []),
+    ],
+    ids=["gpt", "gpt-paper", "vit", "dit"],
+)
+def test_as_a_script_builds_it_a_block_trains_on_its_own_stretched_interval_alone(
+    cli, text_file, tmp_path, monkeypatch, script, noise, flags
+):
+    """Recorded where the noise reaches the block."""
+    seen, forward = [], DiffusionBlock.forward
+    monkeypatch.setattr(DiffusionBlock, "forward", lambda self, *given: seen.append(given[2]) or forward(self, *given))
+    data = ["--data", text_file] if script is train_gpt else []
+    partition, sigmas = make_partition(noise, 3, overlap=0.05), []
+    for b in range(3):
+        only = ["--only", b, "--out", tmp_path / str(b)]  # of each run, so no evaluation
+        tiny = ["--preset", "tiny", "--layers", "3", "--blocks", "3", "--overlap", "0.05", "--steps", "12"]
+        code, _, err = cli(*tiny, "--device", "cpu", *data, *flags, *only, main=script.main)
+        assert code == 0, err
+        sigmas.append(torch.cat(seen))
+        seen.clear()
+        low, high = map(torch.tensor, partition.training_range(b))
+        least, most = sigmas[b].min(), sigmas[b].max()
+        assert len(sigmas[b]) >= 12 * 8 and low <= least and most <= high
+        assert noise.cdf(most) - noise.cdf(least) > 0.9 * (noise.cdf(high) - noise.cdf(low)), "and fills it"
+        assert b == 0 or most > partition.edges[b], "it reaches over its upper edge"
+        assert b == 2 or least < partition.edges[b + 1], "and over its lower one"
+    assert sigmas[2].max() < sigmas[0].min(), "blocks that are no neighbours share no level"

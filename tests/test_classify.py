@@ -2,12 +2,12 @@ import pytest
 import torch
 import torch.nn as nn
 
-from nano_db.block import DiffusionBlock
-from nano_db.classify import after_each_block, evaluate
-from nano_db.codebook import PosteriorHead, make_codebook
+from nano_db.block import DiffusionBlock, EndToEnd
+from nano_db.classify import after_each_block, classify, score_images
+from nano_db.heads import DenoisingHead, PosteriorHead, make_codebook
 from nano_db.partition import make_partition
 from nano_db.schedule import LogNormal, equal_mass_grid
-from nano_db.stack import Stack
+from nano_db.stack import Ensemble, Stack
 
 NOISE, CODEBOOK = LogNormal(0.0, 0.8, 0.2, 20.0), make_codebook(4, 8)
 PRIOR = torch.tensor([0.1, 0.55, 0.05, 0.3])
@@ -16,42 +16,75 @@ PRIOR = torch.tensor([0.1, 0.55, 0.05, 0.3])
 class Knows(nn.Module):
     """A network that says ln PRIOR of every image, by way of a readout that is made the identity."""
 
-    def forward(self, x, z, c_noise):
+    def forward(self, x, z=None, c_noise=None):
         return PRIOR.log().expand(len(x), 4)
 
 
-def stack_of(blocks):
+def stack_of(blocks, average=False):
+    """Blocks whose answer is exact. average: with a head that has the trunk evaluated once, and sees z."""
     partition = make_partition(NOISE, blocks)
     made = []
     for b in range(blocks):
-        head = PosteriorHead(CODEBOOK)
+        head = Exact(CODEBOOK) if average else PosteriorHead(CODEBOOK)
         head.readout = nn.Identity()
-        made.append(DiffusionBlock(Knows(), head, NOISE, partition.interval(b), shows_z=False))
-    return Stack(made, partition)
+        made.append(DiffusionBlock(Knows(), head, NOISE, partition.interval(b)))
+    return Stack(made, partition, average)
 
 
-def test_the_noise_free_walk_names_the_most_probable_class_and_the_noisy_one_draws():
-    stack, sigmas = stack_of(3), equal_mass_grid(NOISE, 48)
-    x = torch.zeros(3000, 1)
-    for said in after_each_block(stack, x, sigmas, torch.zeros(3000, 8)):
-        assert (said.argmax(-1) == 1).all()
+class Exact(DenoisingHead):
+    """A denoising head that has learnt that z does not matter."""
+
+    def residual(self, features, z, sigma):
+        return features
+
+
+both_walks = pytest.mark.parametrize("average", [False, True])
+
+
+@both_walks
+def test_the_noise_free_walk_names_the_most_probable_class_and_the_noisy_one_draws(average):
+    stack, sigmas = stack_of(3, average), equal_mass_grid(NOISE, 48)
+    posterior = stack.posterior(torch.zeros(3000, 1))
+    for log_p in after_each_block(posterior, stack, sigmas, torch.zeros(3000, 8)):
+        assert (log_p.argmax(-1) == 1).all()
     z = sigmas[0].float() * torch.randn(3000, 8, generator=torch.Generator().manual_seed(0))
-    drawn = torch.bincount(after_each_block(stack, x, sigmas, z)[-1].argmax(-1), minlength=4) / 3000
+    drawn = torch.bincount(after_each_block(posterior, stack, sigmas, z)[-1].argmax(-1), minlength=4) / 3000
     torch.testing.assert_close(drawn, PRIOR, atol=0.06, rtol=0)
 
 
-def test_each_block_has_its_say_in_order():
-    stack = stack_of(3)
-    said = after_each_block(stack, torch.zeros(5, 1), equal_mass_grid(NOISE, 6), torch.zeros(5, 8))
-    assert len(said) == 3 and all(log_p.shape == (5, 4) for log_p in said)
-    assert said[0][0, 1] < said[1][0, 1] < said[2][0, 1] < 0, "a walk from z = 0 grows surer"
+@both_walks
+def test_each_block_answers_in_order(average):
+    stack = stack_of(3, average)
+    posterior = stack.posterior(torch.zeros(5, 1))
+    answers = after_each_block(posterior, stack, equal_mass_grid(NOISE, 6), torch.zeros(5, 8))
+    assert len(answers) == 3 and all(log_p.shape == (5, 4) for log_p in answers)
+    assert answers[0][0, 1] < answers[1][0, 1] < answers[2][0, 1] < 0, "a walk from z = 0 grows surer"
 
 
 def test_the_metrics_are_shares_of_images_named_right():
     stack, sigmas = stack_of(2), equal_mass_grid(NOISE, 8)
     batches = [(torch.zeros(6, 1), torch.tensor([1, 1, 1, 0, 2, 3])), (torch.zeros(2, 1), torch.tensor([1, 0]))]
-    metrics, log_p, labels = evaluate(stack, batches, sigmas, walks=200)
+    metrics, log_p, labels = score_images(stack, batches, sigmas, walks=200)
     assert metrics["accuracy"] == metrics["accuracy_noise_free"] == pytest.approx(4 / 8)
     assert metrics["accuracy_noise_free_after_each_block"] == pytest.approx([4 / 8, 4 / 8])
     assert metrics["accuracy_mean_of_walks"] == pytest.approx(4 / 8), "the mean of many draws is p(y | x) again"
+    assert len(metrics["accuracy_walk_after_each_block"]) == 2
+    assert metrics["accuracy_walk_after_each_block"][-1] == metrics["accuracy_walk"]
     assert log_p.shape == (8, 4) and labels.tolist() == [1, 1, 1, 0, 2, 3, 1, 0]
+
+
+def test_end_to_end_networks_answer_at_once():
+    head = PosteriorHead(CODEBOOK)
+    head.readout = nn.Identity()
+    ensemble, x = Ensemble([EndToEnd(Knows(), head)] * 2), torch.zeros(4, 1)
+    torch.testing.assert_close(classify(ensemble, x).exp(), PRIOR.expand(4, 4))
+    metrics, log_p, _ = score_images(ensemble, [(x, torch.tensor([1, 1, 1, 0]))])
+    assert metrics == {"accuracy": pytest.approx(3 / 4)} and torch.equal(log_p, classify(ensemble, x))
+
+
+def test_trunks_are_evaluated_once_for_all_walks():
+    stack, calls = stack_of(2, average=True), []
+    for block in stack.blocks:
+        block.network.register_forward_hook(lambda *_: calls.append(1))
+    score_images(stack, [(torch.zeros(6, 1), torch.ones(6, dtype=torch.long))], equal_mass_grid(NOISE, 4), walks=5)
+    assert len(calls) == 2

@@ -42,6 +42,16 @@ def test_heldout_windows_predict_each_token_once():
     assert len(text.heldout) - 1 - len(targets) < 50
 
 
+@pytest.mark.parametrize("windows, batches", [(1, [1]), (7, [7]), (10, [7, 3]), (10**6, None), (0, None)])
+def test_as_many_windows_are_held_out_as_are_asked_for(windows, batches):
+    text = load_text("pydocs", seq_len=50)
+    found = list(text.heldout_batches(7, 50, windows=windows))
+    if batches:
+        assert [len(y) for _, y in found] == batches
+    assert sum(len(y) for _, y in found) == min(windows or 10**6, (len(text.heldout) - 1) // 50)
+    assert torch.equal(found[0][0][0], text.heldout[:50])
+
+
 def test_the_last_training_token_can_be_drawn(tmp_path):
     (tmp_path / "t.txt").write_text("a" * 89 + "b" + "c" * 10)
     text = load_text(str(tmp_path / "t.txt"), seq_len=4)

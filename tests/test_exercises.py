@@ -3,7 +3,7 @@ import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook
 
-from nano_db.exercises import check, main, reduced
+from nano_db.laboratory.exercises import check, main, reduced
 
 
 def unfinished():

@@ -15,18 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # as the plots below: not to be imported anew in each fork
 from conftest import ROOT, SMALL, needs_namespaces, same, tensors
-from test_trainer import make_trainer
+from test_run import make_run, train
 
-import nano_db.language
-import nano_db.plots
+import nano_db.laboratory.plots  # noqa: F401
 import train_gpt
 from nano_db.errors import UsageError
-from nano_db.files import read_block
-from nano_db.run import read_config, read_metrics
-from nano_db.settings import command
+from nano_db.machinery.files import read_block, read_config, read_metrics
+from nano_db.machinery.run import Run, command
 
-FLAGS = [*SMALL, "--blocks", "2", "--ema", "0.9", "--rounds", "2", "--save-every", "2"]
+FLAGS = [*SMALL, "--blocks", "2", "--ema", "0.9", "--rounds", "2"]  # saves each block at steps 5, 6, 10 and 12
 BLOCKS = range(2)
 
 
@@ -53,8 +52,16 @@ def end(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_samples():
+    with pytest.MonkeyPatch.context() as patch:
+        quick = {"sample_length": 5, "calls_per_block": 1}
+        patch.setitem(train_gpt.PRESETS, "tiny", {**train_gpt.PRESETS["tiny"], **quick})
+        yield
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(tmp_path_factory, short_samples):
     """(flags, folder) of a run that nothing has happened to; not to be changed."""
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 80)
@@ -95,8 +102,8 @@ def watch(pid, folder, changes=float("inf")):
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_of_training_saving_and_evaluation(undisturbed, tmp_path):
-    flags, whole = ["--steps", "40", *undisturbed[0]], tmp_path / "whole"
-    flags = [flag for i, flag in enumerate(flags) if i < 2 or "--steps" not in (flag, flags[i - 1])]
+    flags, whole = ["--steps", "40", "--rounds", "5", *undisturbed[0]], tmp_path / "whole"  # saves every 8 steps
+    flags = [flag for i, flag in enumerate(flags) if i < 4 or not {"--steps", "--rounds"} & {flag, flags[i - 1]}]
     began, pid = time.monotonic(), start(*flags, whole)
     changes = watch(pid, whole)
     assert end(pid) == 0
@@ -159,7 +166,7 @@ def writes_half_and_dies():
         dies(os, "fsync", 5),  # the first is config.json's
         dies(os, "replace", 5),
         dies(os, "replace", 5, after=True),
-        dies(nano_db.language, "write_text", 2),  # samples.txt, after the second round
+        dies(Run, "keep_samples", 2),  # after the second round
     ],
     ids=["half written", "before the flush", "before the rename", "after the rename", "in the evaluation"],
 )
@@ -176,7 +183,8 @@ def test_a_kill_at_the_worst_moment_of_a_save(undisturbed, tmp_path, sabotage):
 
 
 @pytest.mark.parametrize(
-    "code, call", [(errno.ENOSPC, 1), (errno.ENOSPC, 3), (errno.ENOSPC, 8), (errno.EROFS, 6), (errno.EIO, 5)]
+    "code, call",  # 1: config.json; 2 to 5: blocks 0 and 1; 6: samples.txt; 7 to 10: blocks again
+    [(errno.ENOSPC, 1), (errno.ENOSPC, 3), (errno.ENOSPC, 6), (errno.EROFS, 8), (errno.EIO, 5)],
 )
 def test_a_disk_that_refuses_a_save(small, undisturbed, tmp_path, monkeypatch, code, call):
     flags, whole = undisturbed
@@ -208,7 +216,7 @@ def on_disk(mount, flags, out):
 
 @pytest.mark.slow
 @needs_namespaces
-@pytest.mark.parametrize("files", [0.02, 1.1, 2.5, 3.1])  # what fits: no config.json, one block, two, all but pictures
+@pytest.mark.parametrize("files", [0.02, 1.1, 2.5, 3.1])  # what fits: no config.json, one block, two, nearly three
 def test_a_disk_that_is_really_full(undisturbed, tmp_path, files):
     flags, whole = undisturbed
     out, kilobytes = tmp_path / "full", int(files * (whole / "block_0.pt").stat().st_size / 1024)
@@ -308,20 +316,18 @@ def test_data_that_changed_between_start_and_resume(small, undisturbed, tmp_path
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_batch_with_a_value_that_is_not_finite(tmp_path, poison):
-    make_trainer(tmp_path / "whole", ema=0.9).train(1, 12)
-    trainer, draws = make_trainer(tmp_path / "run", ema=0.9), []
-    draw = trainer.batch
+    train(make_run(tmp_path / "whole", ema=0.9, only="1"))
+    draws = []
 
     def spoiled():
         draws.append(1)
-        batch = draw()
-        if len(draws) == 7:
-            batch[3, 2] = poison
-        return batch
+        x = torch.randn(16, 4)
+        if len(draws) == 13:
+            x[3, 2] = poison
+        return [x]
 
-    trainer.batch = spoiled
-    with pytest.raises(UsageError, match=r"block 1: .* at step 7; .*keeps the last good state"):
-        trainer.train(1, 12)
-    assert int(tensors(tmp_path / "run", 1)[-1]) == 4
-    make_trainer(tmp_path / "run", ema=0.9).train(1, 12)
+    with pytest.raises(UsageError, match=r"block 1: .* at step 13; .*keeps the last good state"):
+        train(make_run(tmp_path / "run", ema=0.9, only="1"), batch=spoiled)
+    assert int(tensors(tmp_path / "run", 1)[-1]) == 10
+    train(make_run(tmp_path / "run", ema=0.9, only="1"))
     assert same(tensors(tmp_path / "run", 1), tensors(tmp_path / "whole", 1))

@@ -3,7 +3,7 @@ import torch
 
 from data.images import load_images, to_floats
 from nano_db.errors import UsageError
-from nano_db.frechet import FEATURES, FrechetSmall, check_count, frechet_distance
+from nano_db.laboratory.frechet import FEATURES, FrechetSmall, check_count, frechet_distance
 
 
 def whitened(n, d, generator):

@@ -12,17 +12,16 @@ import zipfile
 import pytest
 import torch
 from conftest import ROOT, SMALL
-from test_trainer import make_trainer
+from test_run import Regression, make_run, train
 
 import train_gpt
 import train_mdm
 from data import download, text8
 from data.text import load_text
-from nano_db import check
 from nano_db.errors import UsageError
-from nano_db.files import read_block
-from nano_db.run import read_folder, read_metrics
-from nano_db.script import read_settings
+from nano_db.laboratory import check
+from nano_db.machinery.files import read_block, read_folder, read_metrics
+from nano_db.machinery.settings import read_settings
 
 JSON = [b"null", b"true", b"-1", b"0", b"1e999", b"NaN", b'""', b"[]", b"{}", b"99999999", b'"\\ud800"', b"[" * 5000]
 
@@ -54,8 +53,14 @@ def mutate(content, rng, words=(b"\0", b"\xff\xff\xff\xff", b"PK\x03\x04", b"../
 # --- checkpoints ---
 
 
+def half_trained(folder, **options):
+    """A run of two blocks of 4 steps each, of which 2 are done; block 1 can go on from its file."""
+    train(make_run(folder, steps=4, blocks=2, rounds=2, **options), rounds=1)
+    return lambda folder: make_run(folder, steps=4, blocks=2, only="1", **options)
+
+
 def test_mutated_bytes_of_a_checkpoint(tmp_path):
-    make_trainer(tmp_path, ema=0.9).train(1, 2)
+    half_trained(tmp_path, ema=0.9)
     path, rng, read = tmp_path / "block_1.pt", random.Random(1), 0
     content, sound = path.read_bytes(), read_block(path)
     for _ in range(400):
@@ -95,7 +100,7 @@ def change_something(state, rng):
 @pytest.mark.filterwarnings("ignore:Using a non-tuple")
 def test_checkpoints_with_sound_checksums_and_strange_content(tmp_path):
     """As a stranger might make them: they go on or are refused, in training and in evaluation."""
-    make_trainer(tmp_path, ema=0.9).train(1, 2)
+    rest = half_trained(tmp_path, ema=0.9)
     path, rng, refused = tmp_path / "block_1.pt", random.Random(2), 0
     for _ in range(300):
         state = torch.load(path, weights_only=True)
@@ -103,15 +108,30 @@ def test_checkpoints_with_sound_checksums_and_strange_content(tmp_path):
         torch.save(state, tmp_path / "strange.pt")
         folder = shutil.copytree(tmp_path, tmp_path / "copy", ignore=shutil.ignore_patterns("copy"))
         (folder / "strange.pt").rename(folder / "block_1.pt")
-        trainer = make_trainer(folder, ema=0.9)
-        try:
-            trainer.restore(1)
-            trainer.train(1, 4)
-        except UsageError as error:
-            refused += 1
-            assert "block_1.pt" in str(error) or "block 1" in str(error)
+        messages = []
+        for use in (lambda run: run.trained_block(lambda b: Regression(), 1), train):
+            try:
+                use(rest(folder))
+            except UsageError as error:
+                messages.append(str(error))
+        refused += bool(messages)
+        assert all("block_1.pt" in message or "block 1" in message for message in messages)
         shutil.rmtree(folder)
     assert refused > 150
+
+
+@pytest.mark.parametrize("ema, content", [(0.0, {"x": torch.ones(2)}), (0.9, {"x": torch.ones(2)}), (0.9, None)])
+def test_averages_that_are_not_the_runs(tmp_path, ema, content):
+    """Where the run keeps none they count for nothing in training; where it does they must fit."""
+    rest = half_trained(tmp_path, ema=ema)
+    state = torch.load(tmp_path / "block_1.pt", weights_only=True)
+    torch.save({**state, "ema": content}, tmp_path / "block_1.pt")
+    if not ema:
+        assert train(rest(tmp_path)) == [1]
+        assert torch.load(tmp_path / "block_1.pt", weights_only=True)["ema"] is None
+    else:
+        with pytest.raises(UsageError, match=r"block_1\.pt does not fit"):
+            train(rest(tmp_path))
 
 
 class Attack:
@@ -124,7 +144,7 @@ class Attack:
 
 @pytest.mark.parametrize("place", ["weights", "optimizer", "settings", "step"])
 def test_code_in_a_checkpoint_never_runs(tmp_path, place):
-    make_trainer(tmp_path).train(1, 2)
+    rest = half_trained(tmp_path)
     path, target = tmp_path / "block_1.pt", tmp_path / "code ran"
     state = torch.load(path, weights_only=True)
     state[place] = {"x": Attack(str(target))} if place != "step" else Attack(str(target))
@@ -132,7 +152,7 @@ def test_code_in_a_checkpoint_never_runs(tmp_path, place):
     for read in (
         lambda: read_block(path),
         lambda: read_block(path, whole=False),
-        lambda: make_trainer(tmp_path).train(1, 4),
+        lambda: train(rest(tmp_path)),
     ):
         with pytest.raises(UsageError, match="damaged or no block"):
             read()
@@ -160,7 +180,7 @@ def test_mutated_config_json(small, cli, tmp_path):
     content = config.read_bytes()
 
     def only_settings():
-        train_gpt.check_discrete(read_settings("gpt", train_gpt.Settings, train_gpt.PRESETS, train_gpt.RECIPES, ""))
+        read_settings("gpt", train_gpt.Settings, train_gpt.PRESETS, train_gpt.RECIPES)
 
     bare, refused = tmp_path / "bare", 0
     bare.mkdir()
@@ -186,7 +206,7 @@ def test_every_setting_of_a_config_json_replaced(small, cli, tmp_path):
             path.write_text(json.dumps({**config, "settings": {**config["settings"], name: strange}}))
             code, _, err = small("--out", run, "--only", "0")
             assert (code == 0) or (code == 2 and err.count("\n") == 1), (name, strange, err)
-            main = lambda: train_gpt.read_settings("gpt", train_gpt.Settings, train_gpt.PRESETS, None, "")  # noqa: E731
+            main = lambda: read_settings("gpt", train_gpt.Settings, train_gpt.PRESETS)  # noqa: E731
             code, _, err = cli("--eval-only", "--out", run, main=main)
             assert (code == 0) or (code == 2 and err.count("\n") == 1), (name, strange, err)
 
@@ -251,9 +271,8 @@ def strange_texts(count):
 
 
 @pytest.mark.parametrize("main, flag", [(train_gpt.main, "--prompt"), (train_mdm.main, "--fill")])
-def test_strange_prompts_and_fills(cli, text_file, tmp_path, main, flag):
-    sizes = [flag for flag in SMALL if flag != "--sample-length"][: SMALL.index("--sample-length")]
-    cli(*sizes, "--device", "cpu", "--data", text_file, "--out", tmp_path / "run", main=main)
+def test_strange_prompts_and_fills(small, cli, text_file, tmp_path, main, flag):
+    cli(*SMALL, "--data", text_file, "--out", tmp_path / "run", main=main)  # `small` keeps the samples short
     codes = []
     for text in (*strange_texts(48), "the", "the dog"):
         code, out, err = cli(
@@ -293,8 +312,8 @@ def test_downloads_are_https_and_no_longer_than_announced(tmp_path, monkeypatch)
 
 def test_no_code_here_unpickles_evaluates_or_unpacks_what_it_reads():
     """A look at every call in the package, the data readers and the scripts."""
-    files = [*ROOT.glob("nano_db/*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("train_*.py")]
-    assert len(files) > 20
+    files = [*ROOT.glob("nano_db/**/*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("train_*.py")]
+    assert len(files) > 20 and {"nano_db", "machinery", "laboratory"} <= {path.parent.name for path in files}
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, (ast.Import, ast.ImportFrom)):

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from data import cifar, glyphs
-from data.augment import OPERATIONS, augment, flip, padded_crop
 from data.images import Images, load_images, to_floats
 from nano_db.errors import UsageError
 
@@ -63,11 +62,12 @@ def test_glyphs_are_deterministic_and_every_class_is_drawn_equally_often():
 
 
 def test_train_and_test_fonts_are_different_ones_and_have_all_characters():
+    import matplotlib
     from matplotlib.ft2font import FT2Font
 
     assert not set(glyphs.TRAIN_FONTS) & set(glyphs.TEST_FONTS)
     for font in glyphs.TRAIN_FONTS + glyphs.TEST_FONTS:
-        characters = FT2Font(str(glyphs.font_file(font))).get_charmap()
+        characters = FT2Font(str(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{font}.ttf"))).get_charmap()
         assert {ord(c) for c in glyphs.CLASSES} <= characters.keys()
 
 
@@ -176,46 +176,42 @@ def test_a_malicious_archive_writes_nothing_and_reads_nothing_else(tmp_path):
             cifar.read_archive(cifar.ARCHIVES["cifar10"], write_archive(path, files, extra=[wanted]))
 
 
+def numbered(channels=1, mirrors=True):
+    """Random images whose labels are their row numbers, so that a batch says which images it holds."""
+    pixels = torch.randint(1, 256, (400, channels, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    rows = torch.arange(400)
+    return Images(pixels, rows, pixels, rows, [""] * 400, mirrors, "")
+
+
 def test_a_flip_mirrors_about_half_and_letters_never():
-    images = torch.randint(256, (400, 1, 8, 8), dtype=torch.uint8)
     torch.manual_seed(0)
-    flipped = (flip(images) != images).flatten(1).any(1)
-    assert 150 < flipped.sum() < 250
-    assert torch.equal(augment(images, "flip", mirrors=False), images)
-    assert torch.equal(augment(images, "none", mirrors=True), images)
+    x, rows = (images := numbered()).batch(400, "flip")
+    plain = to_floats(images.train[rows])
+    mirrored = (x == plain.flip(-1)).flatten(1).all(1)
+    assert 150 < mirrored.sum() < 250 and torch.equal(x[~mirrored], plain[~mirrored])
+    for mirrors, augmentation in [(False, "flip"), (True, "none"), (False, "none")]:
+        x, rows = numbered(mirrors=mirrors).batch(400, augmentation)
+        assert torch.equal(x, to_floats(images.train[rows]))
 
 
-def test_a_padded_crop_is_a_shift():
-    images = torch.randint(1, 256, (50, 3, 8, 8), dtype=torch.uint8)
+@pytest.mark.parametrize("mirrors", [False, True])
+def test_the_standard_augmentation_shifts_and_mirrors_what_may_be_mirrored(mirrors):
     torch.manual_seed(1)
-    moved = padded_crop(images)
-    shifts = set()
-    for before, after in zip(images, moved, strict=True):
-        padded = torch.nn.functional.pad(before, (4,) * 4)
-        found = [(i, j) for i in range(9) for j in range(9) if torch.equal(padded[:, i : i + 8, j : j + 8], after)]
-        assert len(found) == 1
-        shifts.update(found)
-    assert len(shifts) > 20
-
-
-def test_randaugment_keeps_shape_and_type_and_its_first_operation_does_nothing():
-    images = torch.randint(256, (64, 3, 16, 16), dtype=torch.uint8)
-    torch.manual_seed(0)
-    changed = augment(images, "randaugment", mirrors=True)
-    assert changed.shape == images.shape and changed.dtype == torch.uint8 and not torch.equal(changed, images)
-    x = images.float() / 255
-    for operation in OPERATIONS:
-        assert operation(x, torch.full((64,), 0.3)).shape == x.shape
-        assert torch.isfinite(operation(x, torch.full((64,), -1.0))).all()
-    geometric = OPERATIONS[:6]
-    for operation in geometric:
-        torch.testing.assert_close(operation(x, torch.zeros(64)), x, atol=1e-4, rtol=0)
-
-
-def test_labels_out_of_range_are_refused():
-    pixels, labels = torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1, 2])
-    with pytest.raises(UsageError, match="between 0 and 1"):
-        Images(pixels, labels, pixels, labels % 2, ["a", "b"], mirrors=True, sha256="")
+    x, rows = (images := numbered(channels=3, mirrors=mirrors)).batch(60, "standard")
+    shifts, flips = set(), 0
+    for after, row in zip(x, rows, strict=True):
+        padded = torch.nn.functional.pad(images.train[row], (4,) * 4)
+        found = [
+            (i, j, flipped)
+            for flipped in (False, True)
+            for i in range(9)
+            for j in range(9)
+            if torch.equal(to_floats((padded.flip(-1) if flipped else padded)[:, i : i + 8, j : j + 8]), after)
+        ]
+        assert len(found) == 1, "one shift, by up to 4 pixels each way"
+        shifts.add(found[0][:2])
+        flips += found[0][2]
+    assert len(shifts) > 20 and (15 < flips < 45 if mirrors else flips == 0)
 
 
 @pytest.mark.skipif(not MAKE_CIFAR.exists(), reason="no local copy of CIFAR-10")

@@ -6,9 +6,9 @@ from nano_db.masking import (
     MaskedBlock,
     MaskSchedule,
     average,
+    block_at,
     hide,
-    nats_per_block,
-    route,
+    score_masked,
     spread_times,
     unmask,
     visible_range,
@@ -47,7 +47,7 @@ def test_blocks_own_equal_parts_of_alpha_and_the_most_masked_runs_first():
     assert [visible_range(b, 4) for b in range(4)] == [(0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1)]
     assert visible_range(1, 4, overlap=0.1) == pytest.approx((0.225, 0.525))
     assert visible_range(0, 4, overlap=0.1)[0] == 0 and visible_range(3, 4, overlap=0.1)[1] == 1
-    assert [route(alpha, 3) for alpha in (0, 0.33, 1 / 3, 0.6, 2 / 3, 1.0)] == [0, 0, 1, 1, 2, 2]
+    assert [block_at(alpha, 3) for alpha in (0, 0.33, 1 / 3, 0.6, 2 / 3, 1.0)] == [0, 0, 1, 1, 2, 2]
 
 
 def test_times_are_spread_evenly_with_one_shared_offset():
@@ -84,7 +84,8 @@ def test_the_bound_of_a_unigram_model_is_its_entropy_and_splits_into_equal_share
     p = torch.tensor([0.4, 0.3, 0.2, 0.1])
     generator = torch.Generator().manual_seed(0)
     x = torch.multinomial(p, 400 * 50, replacement=True, generator=generator).view(400, 50)
-    nats = nats_per_block(unigram_blocks(p, blocks, kind), x, levels=32 // blocks, generator=generator)
+    batches = (x[:150], x[150:])  # of unequal sizes
+    nats = score_masked(unigram_blocks(p, blocks, kind), batches, levels=32 // blocks, generator=generator)
     cross_entropy = -float(p.log()[x].double().mean())
     assert float(nats.sum()) == pytest.approx(cross_entropy, rel=0.01)
     torch.testing.assert_close(nats, nats.sum().expand(blocks) / blocks, rtol=0.03, atol=0)

@@ -1,9 +1,18 @@
+import weakref
+
+import pytest
 import torch
 import torch.nn as nn
+from conftest import SMALL
 
-from nano_db.inference import PeakBytes
+import train_dit
+import train_gpt
+import train_mdm
+import train_vit
+from nano_db.laboratory.benchmark import PeakBytes, print_costs
 from nano_db.layers import Layer, checkpoint_layers
-from nano_db.memory import memory_table, peak_resident_bytes, training_bytes
+from nano_db.machinery.memory import peak_resident_bytes, training_bytes
+from nano_db.machinery.run import Run
 
 
 class Chain(nn.Module):
@@ -20,7 +29,7 @@ class Chain(nn.Module):
 def test_the_four_parts_of_a_network_counted_by_hand():
     model = Chain()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    count = training_bytes(model, torch.randn(8, 10), optimizer)
+    count = training_bytes(model, [torch.randn(8, 10)], optimizer)
     weights = 4 * (10 * 20 + 20 * 5)
     assert count["weights"] == count["gradients"] == weights
     assert count["optimizer"] == 2 * weights + 2 * 4  # two moments, and a step counter a tensor
@@ -50,7 +59,7 @@ def test_checkpointed_layers_keep_their_inputs_and_one_layer_at_work():
     for on in (False, True):
         model = Deep()
         checkpoint_layers(model, on)
-        counts[on] = training_bytes(model, x, torch.optim.SGD(model.parameters()))["activations"]
+        counts[on] = training_bytes(model, [x], torch.optim.SGD(model.parameters()))["activations"]
         assert all(layer.checkpointed == on for layer in model.layers)
     end = 4 * x.numel()  # what the mean of squares keeps
     one_layer = (counts[False] - end) // 4  # with its input
@@ -72,12 +81,64 @@ def test_checkpoints_lower_the_true_peak_and_change_no_gradient():
     assert all(map(torch.equal, *gradients))
 
 
-def test_the_table_has_every_part_and_ratios_to_the_last_column():
-    count = training_bytes(Chain(), torch.randn(8, 10), torch.optim.SGD(Chain().parameters()))
-    lines = memory_table({"a": count, "b": {part: 2 * value for part, value in count.items()}})
-    assert len(lines) == 6 and "( 0.500)" in lines[-1] and "( 1.000)" in lines[-1]
+def test_the_table_has_every_part_and_ratios_to_the_last_column(capsys):
+    count, use = training_bytes(Chain(), [torch.randn(8, 10)], torch.optim.SGD(Chain().parameters())), {"seconds": 2.0}
+    twice = {"memory_bytes": {part: 2 * value for part, value in count.items()}, "one_sample": {"seconds": 4.0}}
+    print_costs({"a": {"memory_bytes": count, "one_sample": use}, "b": twice})
+    training, in_use = capsys.readouterr().out.strip().split("\n\n")
+    for table, rows in ((training, 6), (in_use, 2)):
+        lines = table.splitlines()
+        assert len(lines) == rows and "(0.500)" in lines[-1] and "(1.000)" in lines[-1]
 
 
 def test_the_peak_of_the_process_is_at_least_what_it_holds():
     held = torch.ones(2**24)  # 64 MiB
     assert peak_resident_bytes() > held.nbytes
+
+
+IMAGES = ["--preset", "tiny", "--width", "16", "--steps", "4", "--warmup", "2", "--device", "cpu"]
+
+
+@pytest.mark.parametrize(
+    "script, flags, turns",
+    [
+        (train_gpt, [*SMALL, "--blocks", "2", "--rounds", "2", "--ema", "0.9"], 4),
+        (train_mdm, [*SMALL, "--only", "0,1"], 2),
+        (train_vit, [*IMAGES, "--only", "0,1", "--glyphs", "150"], 2),
+        (train_dit, [*IMAGES, "--only", "0,1"], 2),
+    ],
+    ids=["gpt", "mdm", "vit", "dit"],
+)
+def test_while_a_block_trains_nothing_of_another_is_in_memory(
+    small, cli, text_file, tmp_path, monkeypatch, script, flags, turns
+):
+    """Weights, gradients, optimizer's state: all tensors of a block that has trained are gone before the next begins,
+    and without the help of Python's garbage collector.
+    """
+    trained, alive, build, steps, make = [], [], Run.build, Run.steps, script.make_optimizer
+
+    def checked_build(run, *args):
+        assert not [reference() for reference in alive if reference() is not None]
+        return build(run, *args)
+
+    def noted_make(module, settings):
+        optimizer = make(module, settings)
+        alive.extend(map(weakref.ref, [module, optimizer, *module.parameters()]))
+        return optimizer
+
+    def noted_steps(run, b, module, optimizer):
+        for step in steps(run, b, module, optimizer):
+            yield step
+            if step == 0:
+                state = [v for moments in optimizer.state.values() for v in moments.values()]
+                assert state
+                alive.extend(map(weakref.ref, state))
+        trained.append(b)
+
+    monkeypatch.setattr(Run, "build", checked_build)
+    monkeypatch.setattr(Run, "steps", noted_steps)
+    monkeypatch.setattr(script, "make_optimizer", noted_make)
+    data = [] if flags[: len(IMAGES)] == IMAGES else ["--data", text_file]
+    code, _, err = cli(*flags, *data, "--out", tmp_path / "run", main=script.main)  # `small` keeps the samples short
+    assert code == 0, err
+    assert len(trained) == turns and len(alive) > 20 * turns

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from nano_db.exercises import execute
+from nano_db.laboratory.exercises import execute
 
 ROOT = Path(__file__).parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -104,7 +104,7 @@ def test_it_is_committed_executed_small_and_without_traces_of_a_machine(path):
 
 @each_notebook
 def test_it_redefines_nothing_of_nano_db(path):
-    library = set().union(*(definitions(file.read_text()) for file in (ROOT / "nano_db").glob("*.py")))
+    library = set().union(*(definitions(file.read_text()) for file in (ROOT / "nano_db").rglob("*.py")))
     assert "euler_walk" in library
     assert definitions(source_of(nbformat.read(path, as_version=4))) & library == set()
 
@@ -112,7 +112,8 @@ def test_it_redefines_nothing_of_nano_db(path):
 def executed(stub, check, solution):
     """A notebook of three exercises, run: two that are fine, and the given one."""
     exercises = {"1.1": ("", "False", "True", ""), "1.2": ("", "None", "1", ""), "1.3": (stub, check, check, solution)}
-    cells, solutions = [new_code_cell('import sys; sys.path.insert(0, ".."); from nano_db.exercises import check')], []
+    setup = 'import sys; sys.path.insert(0, ".."); from nano_db.laboratory.exercises import check'
+    cells, solutions = [new_code_cell(setup)], []
     for name, (stub, before, after, answer) in exercises.items():
         before, after = (f'\ncheck("{name}", lambda: {passed}, "Think.")' for passed in (before, after))
         cells.append(new_code_cell(stub, metadata={"tags": ["exercise"], "exercise": name}))

@@ -52,7 +52,6 @@ def test_overlap_stretches_both_ends_inside_the_whole_range():
     partition = Partition((80.0, 0.8, 0.2, 0.002), overlap=0.5)
     assert partition.training_range(1) == pytest.approx((0.1, 1.6))  # a = (0.8 / 0.2)^0.5 = 2
     assert partition.training_range(0)[1] == 80.0 and partition.training_range(2)[0] == 0.002
-    assert partition.training_range(1, upward=True) == pytest.approx((0.1, 80.0))
     assert Partition((80.0, 0.8, 0.2, 0.002)).training_range(1) == (0.2, 0.8)
 
 

@@ -1,17 +1,20 @@
+import dataclasses
 import importlib
 import json
 import re
 import statistics
+import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from nano_db import results, summary
 from nano_db.errors import UsageError
-from nano_db.experiments import GROUPS, SCALES, Experiment, experiments
-from nano_db.memory import PARTS
-from nano_db.settings import frozen_fields, parse
+from nano_db.laboratory import results, summary
+from nano_db.laboratory.experiments import GROUPS, SCALES, Experiment, experiments
+from nano_db.machinery.memory import PARTS
+from nano_db.machinery.settings import read_settings
 
 ROOT = Path(__file__).parent.parent
 VIT = ("--preset", "tiny", "--layers", "3", "--steps", "4", "--glyphs", "180", "--samples", "0", "--device", "cpu")
@@ -20,30 +23,19 @@ VIT = ("--preset", "tiny", "--layers", "3", "--steps", "4", "--glyphs", "180", "
 def settings_of(experiment):
     """The flags of an experiment as its script reads them: whatever it refuses ends the test."""
     script = importlib.import_module(f"train_{experiment.script}")
-    read = parse(script.Settings, script.PRESETS, getattr(script, "RECIPES", None), experiment.flags)
-    if hasattr(script, "check_discrete"):
-        script.check_discrete(read)
-    return read
+    with mock.patch.object(sys, "argv", ["train", *experiment.flags]):
+        return read_settings(experiment.script, script.Settings, script.PRESETS, getattr(script, "RECIPES", None))
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_rows_differ_in_what_they_are_about_alone(scale):
+def test_rows_differ_in_what_they_name_alone(scale):
     rows = experiments(scale)
     assert len({row.name for row in rows}) == len({(row.script, *row.flags) for row in rows}) == len(rows)
+    shared = ("data", "batch_size", "learning_rate", "weight_decay", "dropout", "width", "ema", "preset", "dtype")
     for group in GROUPS:
         read = {row.name: settings_of(row) for row in rows if row.group == group}
         first, *others = read.values()
-        for name in (
-            "data",
-            "batch_size",
-            "learning_rate",
-            "weight_decay",
-            "dropout",
-            "width",
-            "ema",
-            "preset",
-            "dtype",
-        ):
+        for name in shared:
             assert all(getattr(other, name, None) == getattr(first, name, None) for other in others), (group, name)
         steps = {settings.steps for name, settings in read.items() if "times" not in name and "twice" not in name}
         assert len(steps) == 1, f"{group}: the baseline takes as many steps as every block"
@@ -67,11 +59,11 @@ def test_every_row_that_was_promised_is_there(scale):
         if group in ("vit", "gpt"):
             assert {s.recipe for s in read if not s.baseline} == {"nano", "paper"}
     assert {s.recipe for _, s in by_group["looped"] if not s.baseline} == {"nano", "paper"}
+    assert {(s.turns, s.calls) for row, s in by_group["looped"] if "one-turn" in row.name} == {(1, 1)}
     for group in ("vit", "dit", "mdm", "gpt", "looped"):
         assert sum(bool(row.paper) for row, _ in by_group[group]) == 2, "the paper's end to end, and its blocks"
-        assert {row.seeds for row, s in by_group[group] if not s.checkpoint_activations} == {
-            2 if scale == "tiny" else 3
-        }
+        seeds = {row.seeds for row, s in by_group[group] if not s.checkpoint_activations}
+        assert seeds == {2 if scale == "tiny" else 3}
 
     read = [s for _, s in by_group["dit-ablations"]]
     splits = {(s.partition, s.layer_split) for s in read if s.layer_split}
@@ -80,13 +72,8 @@ def test_every_row_that_was_promised_is_there(scale):
     assert {1 if s.baseline else s.blocks for s in read} == {1, 2, 3, 4, 6}
     first, *others = (s for _, s in by_group["gpt-ablations"])
     changed = [{name for name in vars(first) if getattr(first, name) != getattr(s, name)} for s in others]
-    assert changed == [{"head"}, {"loss_weight"}, {"noise"}, {"streams"}]
+    assert changed == [{"loss_weight"}, {"noise"}, {"head"}] and first.walk == "last"
     assert len(by_group["memory"]) == 3 * 3 * 2
-
-
-def test_the_cpu_scale_fits_into_two_and_a_half_hours_of_two_cores():
-    minutes = sum(row.seeds * row.seconds for row in experiments("cpu")) / 60
-    assert 0 < minutes < 270, "of one job; a reserve is left of 2 x 150"
 
 
 @pytest.fixture
@@ -94,8 +81,7 @@ def few(monkeypatch, cli, tmp_path):
     """few(rows, *flags): the command with these rows for the scale `tiny`: (exit code, stdout, stderr)."""
 
     def run(rows, *flags):
-        for module in (results, summary):
-            monkeypatch.setattr(module, "experiments", lambda scale: rows)
+        monkeypatch.setattr(summary, "experiments", lambda scale: rows)
         monkeypatch.setattr(summary, "GROUPS", {"vit": GROUPS["vit"]})
         where = ("--out", tmp_path / "out", "--results", tmp_path / "results")
         return cli("--scale", "tiny", *where, *flags, main=results.main)
@@ -104,7 +90,7 @@ def few(monkeypatch, cli, tmp_path):
 
 
 def row(name, *flags, seeds=1):
-    return Experiment(name, "vit", name, "vit", (*VIT, *flags), seeds, 1.0)
+    return Experiment(name, "vit", name, "vit", (*VIT, *flags), seeds)
 
 
 def test_runs_are_made_kept_and_skipped_and_a_failing_one_is_named(few, tmp_path, monkeypatch):
@@ -115,10 +101,8 @@ def test_runs_are_made_kept_and_skipped_and_a_failing_one_is_named(few, tmp_path
     record = json.loads((folder / "vit-baseline-s0.json").read_text())
     assert record["command"] == f"python train_vit.py {' '.join(VIT)} --baseline --seed 0"
     assert record["machine"]["cores"] >= 1 and record["result"]["versions"].keys() >= {"python", "torch"}
-    assert (
-        record["data_sha256"]
-        == json.loads((tmp_path / "out/tiny/vit-baseline-s0/config.json").read_text())["about"]["data_sha256"]
-    )
+    config = json.loads((tmp_path / "out/tiny/vit-baseline-s0/config.json").read_text())
+    assert record["data_sha256"] == config["depends_on"]["data_sha256"]
     assert "not run" in (folder / "summary.md").read_text() and not (folder / "vit-bad-s0.json").exists()
 
     started = []
@@ -126,20 +110,25 @@ def test_runs_are_made_kept_and_skipped_and_a_failing_one_is_named(few, tmp_path
     monkeypatch.setattr(results, "start", lambda e, seed, out: started.append(e.file(seed)) or begin(e, seed, out))
     code, out, err = few(rows[1:])
     assert code == 0 and started == ["vit-blocks-s0", "vit-blocks-s1"], err
-    assert "2/2 vit-blocks-s1: done, 0 min left" in out and (folder / "vit.png").read_bytes().startswith(b"\x89PNG")
+    assert "2/2 vit-blocks-s1: done" in out and (folder / "vit.png").read_bytes().startswith(b"\x89PNG")
     page = (folder / "summary.md").read_text()
     assert few(rows[1:])[0] == 0 and len(started) == 2
-    assert (folder / "summary.md").read_text() == page == summary.summary(folder, "tiny")
+    assert (folder / "summary.md").read_text() == page
 
     code, out, _ = few([row("vit-baseline", "--baseline", "--width", "32"), rows[2]], "--summary-only")
     assert code == 0 and "vit-baseline-s0.json is left out" in out and len(started) == 2
     code, out, _ = few(rows, "--list")
-    assert "to run: 1," in out and "vit-bad" in out and len(started) == 2
+    assert "to run: 1;" in out and "vit-bad" in out and len(started) == 2
+    pages = [tmp_path / name for name in ("a.md", "b.md")]
+    for path in pages:
+        path.write_text("<!-- results: tiny vit -->\n<!-- end -->\n")
+    assert few(rows, "--summary-only", "--readme", *pages)[0] == 0
+    assert all("| vit-blocks | 4 | 2 |" in path.read_text() for path in pages)
 
 
 def test_an_interruption_lets_the_run_save_and_the_same_command_goes_on(few, tmp_path, monkeypatch):
     """A request to stop that comes as soon as the run has written its first block."""
-    rows = [row("vit-blocks", "--save-every", "5", "--steps", "60")]
+    rows = [row("vit-blocks", "--steps", "200")]
     stop, really_sleep = [], time.sleep
 
     def sleep(seconds):
@@ -163,9 +152,7 @@ def test_an_interruption_lets_the_run_save_and_the_same_command_goes_on(few, tmp
     assert code == 0 and (tmp_path / "results/tiny/vit-blocks-s0.json").exists(), err
 
 
-@pytest.mark.parametrize(
-    "flags, message", [(("--only", "gtp"), "there is no table gtp"), (("--jobs", 0), "at least 1")]
-)
+@pytest.mark.parametrize("flags, message", [(("--only", "gtp"), "no table 'gtp'"), (("--jobs", 0), "at least 1")])
 def test_bad_flags_get_one_clear_line(few, flags, message):
     code, _, err = few([], *flags)
     assert code == 2 and message in err and err.count("\n") == 1
@@ -201,9 +188,8 @@ def cpu(tmp_path):
 def test_a_table_says_what_the_files_say(cpu):
     found, stale = summary.read_records(cpu, "cpu")
     lines = summary.table("gpt", found).splitlines()
-    assert (
-        not stale and len(lines) == 2 + 7 and lines[-1].startswith("| 4 blocks, activations checkpointed | not run |")
-    )
+    assert not stale and len(lines) == 2 + 7
+    assert lines[-1].startswith("| 4 blocks, activations checkpointed | not run |")
     spread = f"2.150 ± {statistics.stdev([2.0, 2.3]):.3f}"
     sizes = "4.0: 1.0 + 1.0 + 1.0 + 1.0"
     assert lines[2] == f"| end to end | 7 | 2 of 3 | {spread} | 2.50 M | {sizes} | 500 | 1,234 | 2.0 | 0.50; OWT 0.85 |"
@@ -222,7 +208,7 @@ def test_the_main_table_has_each_architecture_and_what_its_blocks_cost(cpu):
     ]  # fmt: skip
     cells = dict(zip(header.split(" | "), lines[0].split(" | "), strict=True))
     assert cells["end to end"] == cells["blocks"] == "0.2000" and cells["control: mean of B such"] == "–"
-    assert (cells["training memory"], cells["step"]) == (f"{4 / 12:.2f}", "1.00")
+    assert cells["training memory"] == f"{4 / 12:.2f}"
     assert "| FID 39.83, 37.20 |" in lines[0] and "| MAUVE 0.50; OWT 0.85, 0.71; OWT 0.82 |" in lines[1]
     assert summary.fill("<!-- results: cpu main -->\n<!-- end -->", cpu.parent).count("\n") == 5
 
@@ -245,17 +231,18 @@ def test_marked_tables_are_filled_and_a_changed_number_is_found(cpu):
         summary.fill(text.replace("cpu gpt", "cpu gtp"), cpu.parent)
 
 
-def test_a_summary_says_which_table_was_measured_where(cpu):
-    assert "- Machine: cpu: slide rule\n" in summary.summary(cpu, "cpu")
+def test_a_summary_says_what_each_table_was_measured_on(cpu):
     path = write(cpu, next(row for row in experiments("cpu") if row.group == "looped"), 0, {"bits_per_char": 2.0})
-    record = json.loads(path.read_text())
-    path.write_text(json.dumps({**record, "machine": {"cpu": "abacus"}}))
-    assert "- Machine: cpu: abacus for looped; cpu: slide rule for gpt\n" in summary.summary(cpu, "cpu")
+    path.write_text(path.read_text().replace("slide rule", "abacus"))
+    page = summary.summary(summary.read_records(cpu, "cpu")[0], "cpu")
+    measured = [line.split("Measured on: ")[1] for line in page.splitlines() if "Measured on" in line]
+    gpt, looped = (f"cpu: {name}, python: 3; pydocs abc." for name in ("slide rule", "abacus"))
+    assert measured == ["–.", "–.", "–.", gpt, looped, "–.", "–.", "–.", "–."]
 
 
 def test_a_damaged_file_is_named(cpu):
     (cpu / "gpt-nano-s0.json").write_text("{")
-    with pytest.raises(UsageError, match=r"gpt-nano-s0\.json is damaged"):
+    with pytest.raises(UsageError, match=r"gpt-nano-s0\.json is missing or damaged"):
         summary.read_records(cpu, "cpu")
 
 
@@ -271,7 +258,7 @@ def test_the_memory_formula_is_the_papers(tmp_path):
             activations = more + layer_input * (layers - 1) + A
         weights = rest + four_p * layers
         path = write(tmp_path, experiment, 0, weights=weights, gradients=0, optimizer=0, activations=activations)
-        rows[experiment] = [summary.read_record(path)]
+        rows[experiment] = [json.loads(path.read_text())]
     lines = summary.memory_table(rows).splitlines()[2:]
     assert len(lines) == 18 and all(line.endswith("| 1.000 |") for line in lines)
     wrong = next(row for row in rows if row.given("--blocks") == "4")
@@ -282,28 +269,49 @@ def test_the_memory_formula_is_the_papers(tmp_path):
 # --- what is committed ---
 
 
-def test_the_tables_of_the_readme_are_those_of_the_files():
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_marked_tables_are_those_of_the_files(page):
+    text = page.read_text()
     assert text.count("<!-- results:") == len(summary.MARKED.findall(text)), "a mark without its end"
-    assert summary.fill(text, ROOT / "results") == text, "python -m nano_db.results --summary-only --readme README.md"
+    mend = "python -m nano_db.laboratory.results --summary-only --readme"
+    assert summary.fill(text, ROOT / "results") == text, mend
 
 
 def test_committed_results_are_those_of_todays_presets():
-    """A preset that has changed since makes a file stale, although its command is still the same."""
+    """A preset that has changed since makes a file stale, although its command is still the same.
+
+    Settings count that a row heeds, and that both its file and today's script name. A file that says "lognormal" is
+    older than the names of noise levels, and has their numbers.
+    """
+    stale = []
     for folder in (ROOT / "results").glob("*"):
         for experiment, records in summary.read_records(folder, folder.name)[0].items():
-            read = settings_of(experiment)
+            settings = settings_of(experiment)
+            heeded = [f for f in dataclasses.fields(settings) if f.metadata["of"] in (None, settings.method)]
+            today = {f.name: getattr(settings, f.name) for f in heeded if not f.metadata["resumable"]}
+            del today["seed"]
             for record in records:
-                kept = {name: record["settings"].get(name) for name in frozen_fields(type(read)) if name != "seed"}
-                today = {name: getattr(read, name) for name in kept}
-                assert kept == today, f"delete {folder / experiment.file(record['seed'])}.json and run it again"
+                kept = record["settings"]
+                if "noise" in today and kept["noise"] == "lognormal":
+                    noise = importlib.import_module(f"train_{experiment.script}").NOISE[today["noise"]]
+                    numbers = ("p_mean", "p_std", "sigma_min", "sigma_max")
+                    same = all(kept[name] == getattr(noise, name) for name in numbers)
+                    kept = {**kept, "noise": today["noise"] if same else [kept[name] for name in numbers]}
+                if any(kept[name] != today[name] for name in kept.keys() & today.keys()):
+                    stale.append(f"{experiment.file(record['seed'])}.json")
+    assert not stale, "delete these, and run them again"
 
 
 def test_committed_summaries_are_those_of_their_files():
     folders = [path for path in (ROOT / "results").glob("*") if path.is_dir()]
     for folder in folders:
         assert folder.name in SCALES
-        assert (folder / "summary.md").read_text() == summary.summary(folder, folder.name), folder
+        found, stale = summary.read_records(folder, folder.name)
+        assert (folder / "summary.md").read_text() == summary.summary(found, folder.name), folder
+        known = {experiment.file(seed) for experiment in found for seed in range(experiment.seeds)}
+        assert not stale and {path.stem for path in folder.glob("*.json")} <= known, "files of no experiment"
     assert sum(path.stat().st_size for folder in folders for path in folder.iterdir()) < 5_000_000
 
 

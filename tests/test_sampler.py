@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from nano_db.codebook import log_likelihood, make_codebook
-from nano_db.mixture import GaussianMixture
+from nano_db.heads import log_likelihood, make_codebook
+from nano_db.laboratory.mixture import GaussianMixture
 from nano_db.sampler import draw, euler_walk, heun_walk, sample_classes
 from nano_db.schedule import LogNormal, equal_mass_grid, karras_grid
 

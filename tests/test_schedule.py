@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nano_db.codebook import make_codebook
+from nano_db.heads import make_codebook
 from nano_db.schedule import (
     Information,
     LogNormal,

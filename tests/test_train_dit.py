@@ -6,11 +6,11 @@ import torch
 
 import train_dit
 from nano_db.block import DiffusionBlock
-from nano_db.regression import EDMHead
+from nano_db.heads import EDMHead
+from nano_db.machinery.run import OneAtATime
 from nano_db.schedule import LogNormal
-from nano_db.trainer import InTurn
 
-TINY = ("--preset", "tiny", "--layers", "3", "--steps", "6", "--device", "cpu", "--glyphs", "180", "--calls", "6")
+TINY = ("--preset", "tiny", "--layers", "3", "--steps", "6", "--device", "cpu", "--calls", "6")
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def result_of(folder):
         ("--ema", "0.9"),
         ("--baseline",),
         ("--baseline", "--ensemble", "2"),
-        ("--partition", "uniform", "--solver", "heun", "--grid", "karras", "--frechet-images", "0"),
+        ("--partition", "uniform", "--layer-split", "1,1,1", "--frechet-images", "0"),
     ],
 )
 def test_a_run_scores_paints_and_resumes(dit, tmp_path, flags):
@@ -76,38 +76,31 @@ def test_the_ema_is_what_is_evaluated(dit, tmp_path):
 
 
 def test_only_one_block_is_in_memory_at_a_time():
-    class Trainer:
-        networks, restored = 3, []
+    class Run:
+        count, built = 3, []
 
-        def restore(self, b):
-            self.restored.append(b)
-            return f"block {b}"
+        def trained_block(self, make, b):
+            self.built.append(b)
+            return make(b)
 
-    blocks = InTurn(Trainer())
+    blocks = OneAtATime(Run(), "block {}".format)
     assert [blocks[b] for b in (0, 0, 1, 1, 1, 2)] == [f"block {b}" for b in (0, 0, 1, 1, 1, 2)]
-    assert Trainer.restored == [0, 1, 2] and len(blocks) == 3 and blocks.block == "block 2"
+    assert Run.built == [0, 1, 2] and len(blocks) == 3
     assert list(blocks) == ["block 0", "block 1", "block 2"]
 
 
-def test_a_share_of_the_labels_is_dropped():
+def test_a_share_of_the_labels_is_dropped_in_training_and_only_there():
+    settings = train_dit.Settings(width=16, heads=2, patch=8, label_dropout=0.3)
+    network, seen = train_dit.DiT((1, 32, 32), 10, settings, 1), []
+    network.label_embedding.register_forward_hook(lambda module, given, result: seen.extend(given[0].tolist()))
+    block = DiffusionBlock(network, EDMHead(), LogNormal(), (0.002, 80.0))
+    labels, y = torch.arange(1000) % 10, torch.randn(1000, 1, 32, 32)
     torch.manual_seed(0)
-    labels = train_dit.drop_labels(torch.full((2000,), 3), share=0.3, null_label=10)
-    assert set(labels.tolist()) == {3, 10} and 500 < (labels == 10).sum() < 700
-    assert (train_dit.drop_labels(torch.arange(10), share=0.0, null_label=10) == torch.arange(10)).all()
-
-
-def test_labels_are_dropped_in_training_and_only_there():
-    seen = []
-
-    class Network(torch.nn.Module):
-        def forward(self, x, z, c_noise):
-            seen.append(x)
-            return z
-
-    block = DiffusionBlock(Network(), EDMHead(), LogNormal(), (0.002, 80.0), drop=lambda labels: labels + 7)
-    block.loss((torch.zeros(4, dtype=torch.long), torch.randn(4, 1, 2, 2)), rows=slice(1, 3))
-    block(torch.zeros(4, dtype=torch.long), torch.randn(4, 1, 2, 2), 1.0)
-    assert seen[0].tolist() == [7, 7] and seen[1].tolist() == [0, 0, 0, 0]
+    block.train().loss(labels, y)
+    assert 250 < sum(label == 10 for label in seen) < 350 and all(label in (10, i % 10) for i, label in enumerate(seen))
+    seen.clear()
+    block.eval()(labels, y, 1.0)
+    assert seen == labels.tolist()
 
 
 def test_an_untrained_network_answers_c_skip_z():
@@ -120,12 +113,12 @@ def test_an_untrained_network_answers_c_skip_z():
     "flags, message",
     [
         (("--patch", "5"), "must divide"),
-        (("--label-dropout", "0"), "--label-dropout above 0"),
         (("--frechet-images", "20"), "more than 64"),
-        (("--frechet-images", "100"), "at most half"),
+        (("--frechet-images", "300"), "at most half"),
         (("--recipe", "nano"), "unrecognized"),
         (("--calls", "0"), "at least 1"),
-        (("--solver", "heun"), "needs --grid karras"),
+        (("--width", "18"), "multiple of 4"),
+        (("--p-mean", "50"), "no mass"),
         (("--layer-split", "1,1"), "must name 3 blocks"),
         (("--baseline", "--partition", "uniform"), "does nothing for the baseline"),
     ],
@@ -136,5 +129,5 @@ def test_bad_input_gets_one_clear_line(dit, flags, message):
 
 
 def test_the_baseline_heeds_the_noise_levels(dit, tmp_path):
-    code, _, err = dit("--baseline", "--sigma-max", "10", "--frechet-images", "0")
+    code, _, err = dit("--baseline", "--p-mean", "0.5", "--sigma-data", "0.9", "--frechet-images", "0")
     assert code == 0, err

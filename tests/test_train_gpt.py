@@ -1,24 +1,26 @@
 import dataclasses
 import json
+import math
 import sys
 
 import pytest
 import torch
 
 import train_mdm
+from data.text import load_text
 from nano_db.block import DiffusionBlock, EndToEnd
-from nano_db.codebook import PosteriorHead, make_codebook
-from nano_db.language import generate
-from nano_db.layers import Cache
-from nano_db.likelihood import nats_of_priors, nats_per_block
+from nano_db.heads import HEADS, PosteriorHead, make_codebook
+from nano_db.language import generate, score_text
+from nano_db.likelihood import nats_per_block
 from nano_db.partition import make_partition
 from nano_db.schedule import LogNormal, equal_mass_grid
-from nano_db.stack import Stack
+from nano_db.stack import Ensemble, Stack
 from train_gpt import GPT, Settings
 
 CLASSES, T = 11, 10
 NOISE = LogNormal(0.3, 0.8, 0.05, 20.0)
-MODES = [dict(z="inside", streams=1), dict(z="inside", streams=2), dict(z="outside", streams=1, walk="averaged")]
+MODES = [("denoising", "averaged"), ("denoising", "last"), ("posterior", "last"), ("paper", "last")]
+in_all_modes = pytest.mark.parametrize("head, walk", MODES)
 
 
 def randomised(module):
@@ -29,16 +31,26 @@ def randomised(module):
     return module.eval()
 
 
-def make_stack(blocks=2, **options):
-    settings = Settings(width=16, heads=2, seq_len=T, mlp="swiglu", blocks=blocks, **options)
+def make_stack(head="denoising", walk="averaged", blocks=2):
+    settings = Settings(width=16, heads=2, seq_len=T, blocks=blocks)
     codebook, partition = make_codebook(CLASSES, 16), make_partition(NOISE, blocks)
-    shows_z = settings.z == "inside"
-    networks = [GPT(CLASSES, settings, 2, shows_z) for _ in range(blocks)]
-    stack = [
-        randomised(DiffusionBlock(network, PosteriorHead(codebook), NOISE, partition.interval(b), shows_z=shows_z))
-        for b, network in enumerate(networks)
-    ]
-    return Stack(stack, partition, average=settings.walk == "averaged"), settings
+    stack = []
+    for b in range(blocks):
+        network = GPT(CLASSES, settings, 2, shows_z=not HEADS[head].sees_z)
+        stack.append(randomised(DiffusionBlock(network, HEADS[head](codebook), NOISE, partition.interval(b))))
+    return Stack(stack, partition, average=walk == "averaged")
+
+
+def make_blind():
+    """A stack of one block whose head does not look at z, and its p(y | x)."""
+    stack = make_stack(blocks=1)
+    (block,) = stack.blocks
+    block.head.out.weight.data.zero_()
+    return stack, lambda x: block.head.readout(block.network(x)).log_softmax(-1)
+
+
+def make_baseline():
+    return randomised(EndToEnd(GPT(CLASSES, Settings(width=16, heads=2), 2), PosteriorHead(make_codebook(CLASSES, 16))))
 
 
 @pytest.fixture
@@ -48,10 +60,10 @@ def sequence():
     return x, z, generator
 
 
-@pytest.mark.parametrize("options", MODES)
-def test_later_tokens_change_nothing_at_earlier_positions(options, sequence):
+@in_all_modes
+def test_later_tokens_change_nothing_at_earlier_positions(head, walk, sequence):
     x, z, generator = sequence
-    stack, _ = make_stack(**options)
+    stack = make_stack(head, walk)
     for t in (0, 4, 8):
         changed = x.clone()
         changed[:, t + 1 :] = (
@@ -62,30 +74,22 @@ def test_later_tokens_change_nothing_at_earlier_positions(options, sequence):
         assert (before[:, t + 1 :] - after[:, t + 1 :]).abs().max() > 1e-2  # and the test can see a difference
 
 
-@pytest.mark.parametrize("options", MODES[:2])
-def test_later_noise_changes_nothing_at_earlier_positions(options, sequence):
+@in_all_modes
+def test_a_position_sees_no_noise_but_its_own(head, walk, sequence):
+    """So nothing leaks: the noisy token t + 1 is known to position t alone, whose answer it is."""
     x, z, _ = sequence
-    stack, _ = make_stack(**options)
-    changed = z.clone()
-    changed[:, 5:] += 1.0
-    posterior = stack.posterior(x)
-    torch.testing.assert_close(posterior(z, 0.7)[:, :5], posterior(changed, 0.7)[:, :5], rtol=0, atol=1e-5)
-
-
-def test_in_two_streams_a_position_sees_no_noise_but_its_own(sequence):
-    x, z, _ = sequence
-    stack, _ = make_stack(**MODES[1])
+    stack = make_stack(head, walk)
     changed = z.clone()
     changed[:, 3] += 1.0
     difference = (stack.posterior(x)(z, 0.7) - stack.posterior(x)(changed, 0.7)).abs().amax((0, 2))
     assert difference[3] > 1e-2 and difference[torch.arange(T) != 3].max() < 1e-5
 
 
-@pytest.mark.parametrize("options", MODES)
-def test_cached_and_uncached_answers_agree(options, sequence):
+@in_all_modes
+def test_cached_and_uncached_answers_agree(head, walk, sequence):
     """A prompt of four tokens at once, then one by one, at two noise levels of different blocks."""
     x, z, _ = sequence
-    stack, _ = make_stack(**options)
+    stack = make_stack(head, walk)
     caches = {}
     whole = stack.posterior(x)
     for start, end in [(0, 4), *((t, t + 1) for t in range(4, T - 3)), (T - 3, T)]:
@@ -96,52 +100,48 @@ def test_cached_and_uncached_answers_agree(options, sequence):
 
 def test_the_cache_of_the_baseline_agrees_too(sequence):
     x, _, _ = sequence
-    baseline = randomised(
-        EndToEnd(GPT(CLASSES, Settings(width=16, heads=2), 2, False), PosteriorHead(make_codebook(CLASSES, 16)))
-    )
-    cache = Cache()
-    parts = [baseline.log_prior(x[:, t : t + 1], cache=cache) for t in range(T)]
-    torch.testing.assert_close(torch.cat(parts, 1), baseline.log_prior(x), rtol=0, atol=1e-4)
+    baseline, caches = Ensemble([make_baseline()]), {}
+    parts = [baseline.log_p(x[:, t : t + 1], caches) for t in range(T)]
+    torch.testing.assert_close(torch.cat(parts, 1), baseline.log_p(x), rtol=0, atol=1e-4)
 
 
-def test_the_bound_of_a_network_that_sees_no_z_is_its_exact_cross_entropy():
-    stack, _ = make_stack(blocks=1, z="outside")
+def test_the_score_is_the_mean_over_the_windows_asked_for(tmp_path):
+    (tmp_path / "text").write_text("abcdefghijk" * 60)
+    text, baseline = load_text(str(tmp_path / "text"), seq_len=T), make_baseline()
+    for windows, count in [(1, 1), (3, 3), (0, len(text.heldout) // T)]:
+        batches = text.heldout_batches(1, T)
+        nats = [float(-baseline.log_p(x)[0, torch.arange(T), y[0]].mean().detach()) for x, y in batches][:count]
+        found = score_text(Ensemble([baseline]), text, T, windows)
+        assert len(nats) == count and found["nats_per_token"] == pytest.approx(sum(nats) / count)
+        assert found["bits_per_char"] == pytest.approx(found["nats_per_token"] / math.log(2))
+
+
+def test_the_bound_of_a_head_that_does_not_look_at_z_is_its_exact_cross_entropy():
+    stack, log_p = make_blind()
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randint(CLASSES, (4000, T), generator=generator) for _ in range(2))
     with torch.no_grad():
         bound = nats_per_block(stack.posterior(x), y, stack.codebook, stack.partition, generator=generator)
-        exact = -stack.blocks[0].log_prior(x).gather(-1, y[..., None]).mean()
+        exact = -log_p(x).gather(-1, y[..., None]).mean()
     assert float(bound.sum()) == pytest.approx(float(exact), rel=0.01)
 
 
-def test_without_z_in_the_network_the_bound_needs_no_integral():
-    """Blocks of different p(y | x): what nats_of_priors says must be what the integral says, in all and by block."""
-    stack, _ = make_stack(blocks=3, z="outside", walk="averaged")
-    generator = torch.Generator().manual_seed(0)
-    for block in stack.blocks:
-        block.head.readout.weight.data = 0.3 * torch.randn(CLASSES, 16, generator=generator)
-    x, y = (torch.randint(CLASSES, (3000, T), generator=generator) for _ in range(2))
-    with torch.no_grad():
-        integral = nats_per_block(stack.posterior(x), y, stack.codebook, stack.partition, generator)
-        closed = nats_of_priors(stack.priors(x), y, stack.codebook, stack.partition.edges[1:-1], generator)
-    assert float(closed.sum()) == pytest.approx(float(integral.sum()), rel=0.01)
-    torch.testing.assert_close(closed, integral, rtol=0.03, atol=0.02)
+@pytest.mark.parametrize("walk", ["averaged", "last"])
+def test_a_token_is_written_by_16_calls_of_which_each_asks_a_head_and_the_first_the_trunks(walk):
+    stack, trunks, heads = make_stack(walk=walk, blocks=4), [], []
+    for b, block in enumerate(stack.blocks):
+        block.network.register_forward_hook(lambda *_, b=b: trunks.append(b))
+        block.head.readout.register_forward_hook(lambda *_, b=b: heads.append(b))
+    sigmas, generator = equal_mass_grid(NOISE, 16), torch.Generator().manual_seed(0)
+    generate(stack, torch.tensor([[1, 2, 3]]), 1, T, sigmas, generator=generator)
+    assert sorted(trunks) == [0, 1, 2, 3] and len(heads) >= 16
+    turns = [b for b in range(4) for _ in range(4)]  # whose interval each call falls in
+    assert heads == ([i for b in turns for i in range(b + 1)] if walk == "averaged" else turns)
 
 
-def test_the_averaged_walk_is_the_mean_of_what_was_said(sequence):
-    x, z, _ = sequence
-    stack, _ = make_stack(blocks=2, z="outside", walk="averaged")
-    first, second = (block.log_prior(x) for block in stack.blocks)
-    posterior = stack.posterior(x)
-    sigma_first, sigma_last = 5.0, 0.2
-    z = z * 0  # no likelihood: the prior alone
-    torch.testing.assert_close(posterior(z, sigma_first), first)
-    torch.testing.assert_close(posterior(z, sigma_last), ((first + second) / 2).log_softmax(-1))
-
-
-@pytest.mark.parametrize("options", MODES)
-def test_generation_with_restarts_of_a_full_context(options):
-    stack, _ = make_stack(**options)
+@in_all_modes
+def test_generation_with_restarts_of_a_full_context(head, walk):
+    stack = make_stack(head, walk)
     sigmas, prompt = equal_mass_grid(NOISE, 4), torch.arange(6).view(2, 3)
     first, again = (
         generate(stack, prompt, 15, T, sigmas, generator=torch.Generator().manual_seed(0)) for _ in range(2)
@@ -149,16 +149,26 @@ def test_generation_with_restarts_of_a_full_context(options):
     assert first.shape == (2, 18) and torch.equal(first[:, :3], prompt) and torch.equal(first, again)
 
 
-def test_generation_at_low_temperature_takes_the_likeliest_token():
-    stack, _ = make_stack(blocks=1, z="outside")
+@pytest.mark.parametrize("baseline", [False, True])
+def test_at_low_temperature_each_token_is_the_likeliest_after_its_window(baseline):
+    """Against a slow loop without caches: the window grows to T tokens, and then begins anew from its later half."""
+    stack, log_p = make_blind()
+    if baseline:
+        stack = Ensemble([make_baseline()])
+        log_p = stack.log_p
     sigmas, generator = equal_mass_grid(NOISE, 8), torch.Generator().manual_seed(0)
-    tokens = generate(stack, torch.tensor([[1, 2]]), 5, T, sigmas, temperature=0.01, generator=generator)
-    likeliest = stack.blocks[0].log_prior(tokens[:, :-1]).argmax(-1)
-    assert torch.equal(tokens[0, 2:], likeliest[0, 1:])
+    prompts = torch.randint(CLASSES, (64, 2), generator=generator)
+    tokens = generate(stack, prompts, 22, T, sigmas, temperature=1e-5, generator=generator)
+    first = 0
+    for t in range(2, 24):
+        if t - first > T:
+            first = t - T // 2
+        assert torch.equal(tokens[:, t], log_p(tokens[:, first:t])[:, -1].argmax(-1))
 
 
-def test_blocks_share_no_trainable_tensor():
-    stack, _ = make_stack(blocks=3)
+@in_all_modes
+def test_blocks_share_no_trainable_tensor(head, walk):
+    stack = make_stack(head, walk, blocks=3)
     owners = {}
     for b, block in enumerate(stack.blocks):
         for p in block.parameters():
@@ -173,8 +183,8 @@ def test_blocks_share_no_trainable_tensor():
     [
         ("--rounds", "2"),
         ("--recipe", "paper"),
-        ("--noise", "information", "--partition", "uniform", "--layer-split", "1,1,1,1"),
-        ("--head", "posterior", "--z", "inside", "--walk", "last", "--streams", "1", "--grid", "karras"),
+        ("--noise", "information", "--partition", "uniform"),
+        ("--head", "posterior", "--walk", "last"),
         ("--baseline", "--layers", "2", "--ensemble", "2"),
     ],
 )
@@ -196,7 +206,9 @@ def test_a_run_leaves_all_its_files_and_resumes_to_the_same_result(small, tmp_pa
         assert (tmp_path / "run" / name).stat().st_size > 0
     code, again, _ = small("--out", tmp_path / "run", *flags)
     assert code == 0 and "loss" not in again  # nothing is trained a second time
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["metrics"] == result["metrics"]
+    second = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert second["metrics"] == result["metrics"]
+    assert second["peak_resident_bytes"] == result["peak_resident_bytes"] > 0, "that of the training is kept"
 
 
 def test_eval_only_takes_the_settings_of_the_run_and_continues_the_prompt(small, cli, tmp_path):
@@ -212,19 +224,16 @@ def test_eval_only_takes_the_settings_of_the_run_and_continues_the_prompt(small,
     config = tmp_path / "run" / "config.json"
     config.write_text(config.read_text().replace('"width": 16', '"width": "16"'))
     code, _, err = cli("--eval-only", "--out", tmp_path / "run")
-    assert code == 2 and "width 16 there, '16' here" in err
+    assert code == 2 and "width is '16'" in err
 
 
-def test_a_finished_run_keeps_its_peak_memory_when_it_is_run_again(small, tmp_path):
-    peaks = []
-    for _ in range(2):
-        small("--out", tmp_path / "run")
-        peaks.append(json.loads((tmp_path / "run" / "result.json").read_text())["peak_resident_bytes"])
-    assert peaks[0] == peaks[1] > 0
+def test_one_window_is_evaluated_where_one_is_asked_for(small, tmp_path, heldout_windows):
+    code, _, err = small("--out", tmp_path / "run", "--eval-windows", "1", "--rounds", "2")
+    assert code == 0 and heldout_windows == [1, 1], err
 
 
 def test_a_start_that_failed_leaves_the_folder_free(small, tmp_path):
-    assert small("--out", tmp_path / "run", "--learning-rate", "1e30", "--warmup", "0", "--clip", "1e30")[0] == 2
+    assert small("--out", tmp_path / "run", "--learning-rate", "1e30", "--warmup", "0")[0] == 2
     assert small("--out", tmp_path / "run", "--only", "0")[0] == 0
 
 
@@ -238,30 +247,31 @@ def test_only_trains_one_block_and_the_last_one_completes_the_run(small, tmp_pat
 
 BAD = {
     ("--blocks", "5"): "--blocks 5 is more than --layers 4",
-    ("--layer-split", "1,1,1"): "--layer-split",
     ("--blocks", "0"): "--blocks must be at least 1",
     ("--steps", "-3"): "--steps must be at least 1",
     ("--batch-size", "x"): "invalid int value",
     ("--learning-rate", "nan"): "finite",
+    ("--learning-rate", "0"): "greater than 0",
     ("--overlap", "1"): "less than 1",
     ("--preset", "huge"): "invalid choice",
     ("--no-such-flag",): "unrecognized",
     ("--data", "wikipedia"): "pydocs, shakespeare",
     ("--seq-len", "4000"): "too few for --seq-len 4000",
     ("--only", "7"): "no block 7",
+    ("--only", "a"): "not a list of block numbers",
     ("--prompt", "ÄÖ"): "'Ä' 'Ö'",
-    ("--heads", "3"): "multiple of twice --heads",
-    ("--sigma-min", "30"): "less than --sigma-max",
-    ("--head", "paper"): "--z outside needs",
-    ("--z", "inside"): "--walk averaged needs",
+    ("--prompt", "\udcff"): "'\\udcff'",
+    ("--width", "18"): "--width 18 must be a multiple",
+    ("--head", "posterior"): "--walk averaged needs --head denoising",
+    ("--head", "paper"): "--walk averaged needs --head denoising",
+    ("--recipe", "paper", "--walk", "averaged"): "--walk averaged needs --head denoising",
+    ("--noise", "white"): "invalid choice",
     ("--baseline", "--overlap", "0.2"): "does nothing for the baseline",
+    ("--baseline", "--recipe", "paper"): "does nothing for the baseline",
     ("--ensemble", "2"): "does nothing for the blocks",
-    ("--noise", "information", "--p-mean", "1"): "do nothing for --noise information",
     ("--eval-only",): "--preset does nothing with --eval-only",
     ("--temperature", "0"): "at least 0.01",
     ("--seed", str(2**31)): "less than",
-    ("--p-mean", "50"): "no mass",
-    ("--prompt", "\udcff"): "'\\udcff'",
 }
 
 
@@ -275,7 +285,7 @@ def test_bad_input_gets_one_clear_line_and_exit_code_2(small, tmp_path, flags, m
 def test_cuda_asked_for_and_absent(small, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, _, err = small("--out", tmp_path / "run", "--device", "cuda")
-    assert code == 2 and "no CUDA device" in err and err.count("\n") == 1
+    assert code == 2 and "--device cuda" in err and err.count("\n") == 1
 
 
 def test_other_settings_in_the_same_folder_are_named_and_nothing_is_lost(small, tmp_path):
@@ -293,24 +303,11 @@ def test_a_damaged_block_and_an_unwritable_folder_are_named(small, tmp_path):
     assert code == 2 and "block_1.pt is damaged" in err and err.count("\n") == 1
     (tmp_path / "file").write_text("")
     code, _, err = small("--out", tmp_path / "file" / "run")
-    assert code == 2 and "cannot make the output folder" in err and err.count("\n") == 1
+    assert code == 2 and "choose another --out" in err and err.count("\n") == 1
 
 
 def test_a_nan_loss_is_one_line_too(small, tmp_path):
-    code, _, err = small(
-        "--out",
-        tmp_path / "run",
-        "--learning-rate",
-        "1e30",
-        "--warmup",
-        "0",
-        "--clip",
-        "1e30",
-        "--z",
-        "inside",
-        "--walk",
-        "last",
-    )
+    code, _, err = small("--out", tmp_path / "run", "--learning-rate", "1e30", "--warmup", "0")
     assert code == 2 and "block 0: the loss is" in err and "step" in err and err.count("\n") == 1
 
 
@@ -318,11 +315,11 @@ def test_help_needs_no_plotting(cli):
     sys.modules.pop("matplotlib.pyplot", None)
     code, out, _ = cli("--help")
     assert code == 0 and "--blocks" in out and "matplotlib.pyplot" not in sys.modules
-    assert all(f"--{f.name.replace('_', '-')}" in out for f in dataclasses.fields(Settings))
+    assert all(f"--{f.name.replace('_', '-')}" in out for f in dataclasses.fields(Settings) if f.metadata["flag"])
 
 
 def test_checkpointed_activations_change_memory_and_no_weight(small, tmp_path):
-    flags = ("--blocks", "2", "--z", "inside", "--walk", "last")
+    flags = ("--blocks", "2")
     for name, more in (("plain", ()), ("checkpointed", ("--checkpoint-activations",))):
         code, _, err = small(*flags, *more, "--out", tmp_path / name)
         assert code == 0, err

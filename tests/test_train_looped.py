@@ -1,11 +1,13 @@
 import json
+from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
 
 import train_looped
 from nano_db.block import DiffusionBlock
-from nano_db.codebook import PosteriorHead, make_codebook
+from nano_db.heads import PosteriorHead, make_codebook
 from nano_db.layers import Cache
 from nano_db.partition import make_partition
 from nano_db.sampler import sample_classes
@@ -15,7 +17,7 @@ from train_looped import Huginn, Looped, Settings, layer_evaluations, recurrence
 
 CLASSES, T, WIDTH = 11, 8, 16
 NOISE = LogNormal(0.3, 0.8, 0.05, 20.0)
-TINY = ("--preset", "tiny", "--steps", "6", "--sample-length", "5", "--device", "cpu", "--eval-windows", "4")
+TINY = ("--preset", "tiny", "--steps", "6", "--device", "cpu", "--eval-windows", "4", "--calls", "2")
 
 
 def randomised(module):
@@ -25,8 +27,8 @@ def randomised(module):
     return module
 
 
-def make(baseline=False):
-    settings = Settings(width=WIDTH, heads=2, prelude=1, core=2, coda=1, baseline=baseline, calls=5)
+def make(baseline=False, turns=0):
+    settings = Settings(width=WIDTH, heads=2, prelude=1, core=2, coda=1, baseline=baseline, turns=turns, calls=5)
     head = PosteriorHead(make_codebook(CLASSES, WIDTH))
     network = Looped(CLASSES, settings, conditioned=not baseline)
     if baseline:
@@ -59,38 +61,83 @@ def test_the_number_of_turns_has_the_mean_it_should():
 def test_only_the_last_eight_turns_of_the_baseline_keep_a_graph(batch, turns, kept, monkeypatch):
     monkeypatch.setattr(train_looped, "recurrences", lambda mean: turns)
     baseline = make(baseline=True)
-    seen = turns_of(baseline, lambda: baseline.loss(batch).backward())
+    seen = turns_of(baseline, lambda: baseline.loss(*batch).backward())
     assert seen == [False] * (turns - kept) + [True] * kept
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in baseline.parameters())  # the prelude's, too
 
 
 def test_the_gradient_of_the_baseline_is_that_of_a_loop_cut_by_hand(batch, monkeypatch):
-    """Ten turns: two under no_grad and a detached state, then eight, written out."""
+    """Ten turns: all of them keep a graph, but behind the second one the state and e are detached by hand."""
     monkeypatch.setattr(train_looped, "recurrences", lambda mean: 10)
     baseline = make(baseline=True)
     torch.manual_seed(3)
-    baseline.loss(batch).backward()
+    baseline.loss(*batch).backward()
     gradients = [p.grad.clone() for p in baseline.parameters()]
     baseline.zero_grad()
 
+    turn, calls = baseline.network.turn, count()
+
+    def cut(s, e, *rest):
+        return turn(s, e, *rest) if next(calls) >= 2 else turn(s.detach(), e.detach(), *rest).detach()
+
+    baseline.network.turn, baseline.settings = cut, replace(baseline.settings, backprop_turns=10)
     torch.manual_seed(3)
-    e, apply = baseline.network.context(batch[0], None)
-    s = (2 / 5) ** 0.5 * torch.randn(e.shape)
-    for i in range(10):
-        s = baseline.network.turn(s, e.detach() if i < 2 else e, apply)
-        s = s.detach() if i < 2 else s
-    features = train_looped.rms_norm(apply(baseline.network.coda, s))
-    torch.nn.functional.cross_entropy(baseline.head.readout(features).flatten(0, 1), batch[1].flatten()).backward()
+    baseline.loss(*batch).backward()
     for p, gradient in zip(baseline.parameters(), gradients, strict=True):
         torch.testing.assert_close(p.grad, gradient)
 
 
 def test_a_step_of_the_blocks_method_takes_a_single_turn(batch):
     block = make()
-    assert turns_of(block, lambda: block.loss(batch)) == [True]
+    assert turns_of(block, lambda: block.loss(*batch)) == [True]
     baseline, ours = (layer_evaluations(Settings(baseline=baseline)) for baseline in (True, False))
     assert ours == {"forward": 8, "backward": 8} and baseline == {"forward": 136, "backward": 36}
     assert sum(baseline.values()) > 8 * sum(ours.values())
+
+
+def test_the_control_takes_as_many_turns_as_it_is_told(batch):
+    control = make(baseline=True, turns=1)
+    assert turns_of(control, lambda: control.loss(*batch).backward()) == [True]
+    assert layer_evaluations(Settings(baseline=True, turns=1)) == {"forward": 8, "backward": 8}
+
+
+class BuiltError(Exception):
+    """Stops a script at its first optimizer, with the network it has built."""
+
+
+def first_weights(cli, monkeypatch, *flags):
+    def stop(module, settings):
+        raise BuiltError({name: tensor.clone() for name, tensor in module.state_dict().items()})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_looped, "make_optimizer", stop)
+        with pytest.raises(BuiltError) as built:
+            cli(*TINY, *flags, main=train_looped.main)
+    return built.value.args[0]
+
+
+def test_the_control_of_one_turn_starts_from_the_very_weights_of_huginn(cli, text_file, tmp_path, monkeypatch):
+    """As the script builds them. So nothing but the number of turns differs between the two."""
+    flags = ("--data", text_file, "--baseline")
+    huginn = first_weights(cli, monkeypatch, *flags, "--out", tmp_path / "huginn")
+    control = first_weights(cli, monkeypatch, *flags, "--turns", "1", "--out", tmp_path / "control")
+    assert huginn.keys() == control.keys() and any("attention.out" in name for name in huginn)
+    assert all(torch.equal(control[name], tensor) for name, tensor in huginn.items())
+    other = first_weights(cli, monkeypatch, *flags, "--turns", "1", "--seed", "1", "--out", tmp_path / "other")
+    assert not all(torch.equal(other[name], tensor) for name, tensor in huginn.items())
+
+
+def test_both_methods_start_from_weights_of_the_same_scale():
+    def scales(baseline):
+        torch.manual_seed(0)
+        network = Looped(CLASSES, Settings(width=64, baseline=baseline), conditioned=not baseline)
+        return {name: float(p.detach().std()) for name, p in network.named_parameters() if p.dim() == 2}
+
+    huginn, ours = scales(True), scales(False)
+    assert huginn == {name: pytest.approx(ours[name], rel=0.1) for name in huginn}
+    usual, depth = (2 / (5 * 64)) ** 0.5, 2 + 2 + 4 * 32  # layers of the unrolled network, at the mean number of turns
+    assert max(huginn.values()) == pytest.approx(usual, rel=0.1)
+    assert min(huginn.values()) == pytest.approx(usual / (2 * depth) ** 0.5, rel=0.1), "of the output projections"
 
 
 def test_one_call_of_the_walk_is_one_call_of_the_network(batch):
@@ -109,8 +156,9 @@ def test_cached_and_uncached_answers_agree_and_nothing_leaks(batch, baseline):
     module = make(baseline).eval()
     z = torch.randn(2, T, WIDTH, generator=torch.Generator().manual_seed(1))
     if baseline:  # from a state of zeros, which has no position of its own
-        module.features = lambda x, turns, cache=None, generator=None: loop_from_zero(module, x, turns, cache)
-        answer = lambda x, z, cache=None: module.log_prior(x, cache, turns=3)  # noqa: E731
+        turn, calls = module.network.turn, count()
+        module.network.turn = lambda s, *rest: turn(0 * s if next(calls) % 3 == 0 else s, *rest)
+        answer = lambda x, z, cache=None: module.log_p(x, cache, turns=3)  # noqa: E731
     else:
         answer = lambda x, z, cache=None: module(x, z, 0.7, cache=cache)  # noqa: E731
     cache, whole = Cache(), answer(x, z)
@@ -122,16 +170,9 @@ def test_cached_and_uncached_answers_agree_and_nothing_leaks(batch, baseline):
     assert (answer(changed, z)[:, 5:] - whole[:, 5:]).abs().max() > 1e-2
 
 
-def loop_from_zero(module, x, turns, cache):
-    e, apply = module.network.context(x, cache)
-    s = torch.zeros_like(e)
-    for _ in range(turns):
-        s = module.network.turn(s, e, apply)
-    return train_looped.rms_norm(apply(module.network.coda, s))
-
-
-@pytest.mark.parametrize("flags", [(), ("--recipe", "paper"), ("--baseline",)])
-def test_a_run_reports_quality_by_calls_and_resumes(cli, text_file, tmp_path, flags):
+@pytest.mark.parametrize("flags", [(), ("--recipe", "paper"), ("--baseline",), ("--baseline", "--turns", "1")])
+def test_a_run_reports_quality_by_calls_and_resumes(cli, text_file, tmp_path, monkeypatch, flags):
+    monkeypatch.setattr(train_looped, "K_VALUES", (1, 3))
     command = (*TINY, "--data", text_file, "--out", tmp_path / "run", *flags)
     code, _, err = cli(*command, main=train_looped.main)
     assert code == 0, err
@@ -154,6 +195,9 @@ def test_a_run_reports_quality_by_calls_and_resumes(cli, text_file, tmp_path, fl
         (("--blocks", "2"), "unrecognized"),
         (("--baseline", "--head", "paper"), "does nothing for the baseline"),
         (("--backprop-turns", "4"), "does nothing for the blocks"),
+        (("--turns", "1"), "does nothing for the blocks"),
+        (("--baseline", "--turns", "-1"), "at least 0"),
+        (("--head", "denoising"), "invalid choice"),
         (("--baseline", "--compile"), "--compile does nothing"),
     ],
 )

@@ -6,6 +6,7 @@ import torch
 
 import train_mdm
 from data import text8
+from data.text import load_text
 from nano_db.errors import UsageError
 
 TINY = ("--preset", "tiny", "--layers", "3", "--steps", "6", "--device", "cpu", "--eval-windows", "4")
@@ -16,14 +17,17 @@ def mdm(cli, text_file, tmp_path):
     return lambda *flags: cli(*TINY, "--data", text_file, "--out", tmp_path / "run", *flags, main=train_mdm.main)
 
 
-@pytest.mark.parametrize("flags", [(), ("--schedule", "cosine", "--ema", "0.9"), ("--baseline", "--ensemble", "2")])
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--schedule", "cosine", "--ema", "0.9", "--layer-split", "1,1,1"), ("--baseline", "--ensemble", "2")],
+)
 def test_a_run_scores_samples_and_resumes(mdm, tmp_path, flags):
     code, out, err = mdm(*flags)
     assert code == 0, err
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     metrics = result["metrics"]
     assert sum(metrics["nats_per_block"]) == pytest.approx(metrics["nats_per_token"])
-    assert ("after block 2:" in out) == (not flags or "--baseline" not in flags)
+    assert ("after block 2:" in out) == ("--baseline" not in flags)
     code, out, _ = mdm(*flags)
     assert code == 0 and "loss" not in out
     assert json.loads((tmp_path / "run" / "result.json").read_text())["metrics"] == metrics
@@ -33,6 +37,11 @@ def test_only_trains_one_block_at_a_time(mdm, tmp_path):
     for b in (2, 0, 1):
         code, out, _ = mdm("--only", b)
         assert code == 0 and ("still to train" in out) == (b != 1)
+
+
+def test_one_window_is_evaluated_where_one_is_asked_for(mdm, heldout_windows):
+    code, _, err = mdm("--eval-windows", "1")
+    assert code == 0 and heldout_windows == [1], err
 
 
 def test_fill_keeps_the_text_and_fills_the_gaps(mdm, cli, tmp_path):
@@ -53,6 +62,9 @@ def test_fill_keeps_the_text_and_fills_the_gaps(mdm, cli, tmp_path):
         (("--unmask-steps", "0"), "at least 1"),
         (("--schedule", "square"), "invalid choice"),
         (("--baseline", "--overlap", "0.1"), "does nothing for the baseline"),
+        (("--layer-split", "1,1"), "must name 3 blocks"),
+        (("--layer-split", "1,1,x"), "not a list of whole numbers"),
+        (("--width", "18"), "--width 18 must be a multiple"),
     ],
 )
 def test_bad_input_gets_one_clear_line(mdm, flags, message):
@@ -88,10 +100,10 @@ def test_text8_is_read_from_a_local_archive(tmp_path, monkeypatch):
 
 
 def test_text8_is_split_ninety_to_five(tmp_path, monkeypatch):
-    from data.text import load_text
-
-    monkeypatch.setattr(text8, "text", lambda folder: "ab " * 200)
-    monkeypatch.setattr(text8, "TRAIN", 540)
-    monkeypatch.setattr(text8, "VALIDATION", 30)
+    content = b"ab " * 200
+    numbers = {"SIZE": 600, "MD5": text8.hashlib.md5(content).hexdigest(), "TRAIN": 540, "VALIDATION": 30}
+    for name, value in numbers.items():
+        monkeypatch.setattr(text8, name, value)
+    (tmp_path / "text8").write_bytes(content)
     text = load_text("text8", folder=tmp_path, seq_len=4)
     assert (len(text.train), len(text.heldout)) == (540, 30) and text.train.dtype == torch.uint8

@@ -23,7 +23,7 @@ def result_of(folder):
         (),
         ("--recipe", "paper"),
         ("--baseline", "--ensemble", "2"),
-        ("--readout", "mean", "--z", "inside", "--walk", "last", "--layer-split", "1,1,1", "--calls-per-block", "2"),
+        ("--readout", "mean", "--head", "posterior", "--walk", "last"),
     ],
 )
 def test_a_run_scores_draws_and_resumes(vit, tmp_path, flags):
@@ -39,17 +39,27 @@ def test_a_run_scores_draws_and_resumes(vit, tmp_path, flags):
     assert code == 0 and "loss" not in out and result_of(tmp_path)["metrics"] == metrics
 
 
-def test_a_network_that_is_shown_z_depends_on_it_and_on_the_noise_level():
-    settings = train_vit.Settings(width=16, heads=2, patch=8)
+def make_vit(shows_z):
+    """With values in all weights, zero-initialised ones, too."""
     torch.manual_seed(0)
-    vit = train_vit.ViT((1, 32, 32), settings, 2, shows_z=True)
+    vit = train_vit.ViT((1, 32, 32), train_vit.Settings(width=16, heads=2, patch=8), 2, shows_z)
     for parameter in vit.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    x, z, c = torch.randn(3, 1, 32, 32), torch.randn(3, 16), torch.zeros(3)
+    return vit
+
+
+def test_a_network_that_is_shown_z_depends_on_it_and_on_the_noise_level():
+    vit, x, z, c = make_vit(shows_z=True), torch.randn(3, 1, 32, 32), torch.randn(3, 16), torch.zeros(3)
     features = vit(x, z, c)
     assert features.shape == (3, 16)
     assert not torch.allclose(features, vit(x, z + 1, c)) and not torch.allclose(features, vit(x, z, c + 1))
     assert not torch.allclose(features, vit(x.flip(-1), z, c)), "patches know their place"
+
+
+def test_a_trunk_reads_the_image_alone_and_has_no_weights_for_noise():
+    vit, x = make_vit(shows_z=False), torch.randn(3, 1, 32, 32)
+    assert vit(x).shape == (3, 16) and not torch.allclose(vit(x), vit(x.flip(-1)))
+    assert not [name for name, _ in vit.named_parameters() if "noise" in name or "z" in name or "modulation" in name]
 
 
 @pytest.mark.parametrize(
@@ -60,10 +70,9 @@ def test_a_network_that_is_shown_z_depends_on_it_and_on_the_noise_level():
         (("--blocks", "4"), "more than --layers 3"),
         (("--glyphs", "10"), "at least 100"),
         (("--data", "mnist"), "invalid choice"),
-        (("--data", "cifar10", "--data-dir", "/nowhere"), "cifar-10-binary.tar.gz"),
-        (("--head", "paper"), "--z outside needs"),
-        (("--z", "inside"), "--walk averaged needs"),
-        (("--baseline", "--walks", "3"), "does nothing for the baseline"),
+        (("--head", "paper"), "--walk averaged needs --head denoising"),
+        (("--head", "posterior"), "--walk averaged needs --head denoising"),
+        (("--baseline", "--walk", "last"), "does nothing for the baseline"),
     ],
 )
 def test_bad_input_gets_one_clear_line(vit, flags, message):

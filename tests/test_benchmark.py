@@ -1,10 +1,12 @@
 import json
 import shutil
+from types import SimpleNamespace
 
 import torch
 
+import train_gpt
 import train_mdm
-from nano_db.inference import PeakBytes, cost_of_use, count_layers
+from nano_db.laboratory.benchmark import Bench, PeakBytes, count_layers
 from nano_db.layers import Layer
 
 
@@ -31,23 +33,24 @@ def test_tensors_made_before_are_not_counted():
 def test_layer_evaluations_are_counted_a_sample():
     networks = [torch.nn.ModuleList([Layer(8, 2), Layer(8, 2)]), torch.nn.ModuleList([Layer(8, 2)])]
 
-    def use(networks, count):
+    def sample(networks, count):
         for network in networks:
             for layer in network:
                 layer(torch.zeros(count, 3, 8))
 
-    assert count_layers(networks, lambda: use(networks, 5)) == 15
-    cost = cost_of_use(networks, use, "cpu")
+    assert count_layers(networks, lambda: sample(networks, 5)) == 15
+    cost = Bench(SimpleNamespace(device="cpu"), None, None, None, sample)._cost_of_use(networks)
     assert cost["layer_evaluations"] == 3
     assert cost["weights"] == 2 * 12 * 8 * 8 * 4, "of the larger network: two layers of 12 d^2 weights"
     assert cost["seconds"] > 0 and cost["tensors"] >= 3 * 8 * 4
 
 
-def test_what_writing_sixteen_tokens_costs_in_layers(small, cli, text_file, tmp_path):
-    """By hand: a cached token passes each layer once a call; blocks of the nano recipe are asked once, however many
-    calls the walk makes; those that see z are asked at each call, one block at a time.
+def test_what_writing_sixteen_tokens_costs_in_layers(small, cli, text_file, tmp_path, monkeypatch):
+    """By hand: a cached token passes each layer once a call. The trunks of the nano recipe are asked once, however many
+    calls the walk makes; networks that are shown z are asked at each call, one block at a time.
     """
-    layers, calls_per_block = 4, 4
+    layers, calls_per_block = 4, 2
+    monkeypatch.setitem(train_gpt.PRESETS["tiny"], "calls_per_block", calls_per_block)
 
     def evaluations(*flags):
         assert small("--out", tmp_path / "run", *flags)[0] == 0
@@ -66,3 +69,11 @@ def test_what_writing_sixteen_tokens_costs_in_layers(small, cli, text_file, tmp_
         result = json.loads((tmp_path / "mdm" / "result.json").read_text())
         assert result["one_sample"]["layer_evaluations"] == expected
         shutil.rmtree(tmp_path / "mdm")
+
+
+def test_a_race_prints_ratios_and_costs(small, tmp_path):
+    code, out, _ = small("--out", tmp_path / "run", "--benchmark", 2)
+    assert code == 0 and out.count("ratio in pairs") == 2 and not (tmp_path / "run" / "result.json").exists()
+    lines = [line.split() for line in out.splitlines()]
+    total = next(line for line in lines if line and line[0] == "total")
+    assert total[-1] == "(1.000)" and 0 < float(total[1]) < float(total[4])

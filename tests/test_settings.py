@@ -1,0 +1,163 @@
+import re
+import sys
+from dataclasses import dataclass, fields
+from operator import attrgetter
+
+import pytest
+import torch
+from conftest import ROOT
+from test_run import Settings as RunSettings
+from test_run import make_run, train
+
+import train_dit
+import train_gpt
+import train_looped
+import train_mdm
+import train_vit
+from nano_db.errors import UsageError
+from nano_db.machinery.settings import Discrete, Training, method, network, output, read_settings, training
+
+in_all_scripts = pytest.mark.parametrize(
+    "script", [train_dit, train_gpt, train_looped, train_mdm, train_vit], ids=attrgetter("__name__")
+)
+
+
+@dataclass
+class Settings(Discrete, Training):
+    width: int = network(8, "features", least=2, below=100)
+    hidden: int = network(1, "no user needs it", flag=False)
+    sharpness: float = method(0.5, "of the head", above=0, of="blocks")
+    ways: str = training("one", "to go", choices=("one", "two"))
+    words: str = output("", "to print")
+
+
+PRESETS = {
+    "tiny": dict(width=2, steps=3, hidden=7, warmup=1),
+    "tiny-baseline": dict(steps=4),
+    "laptop": dict(width=16, learning_rate=0.25),
+    "gpu": {},
+    "paper": {},
+}
+RECIPES = {"nano": dict(noise="nano", warmup=10), "paper": dict(noise="paper", loss_weight="edm", warmup=20)}
+
+
+@pytest.fixture
+def read(monkeypatch):
+    def read(*flags):
+        monkeypatch.setattr(sys, "argv", ["train_toy.py", *map(str, flags)])
+        return read_settings("toy", Settings, PRESETS, RECIPES, "A toy.")
+
+    return read
+
+
+def test_a_flag_beats_the_recipe_which_beats_the_preset_which_beats_the_default(read):
+    usual = read()
+    assert (usual.width, usual.learning_rate, usual.noise, usual.warmup) == (16, 0.25, "nano", 10)
+    assert (usual.steps, usual.hidden, usual.preset, usual.recipe) == (1000, 1, "laptop", "nano")
+    assert usual.device == ("cuda" if torch.cuda.is_available() else "cpu")
+    tiny = read("--preset", "tiny", "--recipe", "paper", "--loss-weight", "none", "--width", 5)
+    assert (tiny.width, tiny.steps, tiny.noise, tiny.loss_weight, tiny.warmup) == (5, 3, "paper", "none", 20)
+    assert (tiny.preset, tiny.recipe, tiny.learning_rate) == ("tiny", "paper", 1e-3)
+
+
+def test_a_baseline_has_a_presets_twin_and_no_recipe(read):
+    baseline = read("--preset", "tiny", "--baseline")
+    assert (baseline.steps, baseline.width, baseline.warmup, baseline.method) == (4, 2, 1, "baseline")
+    assert read("--preset", "tiny").steps == 3 and read("--baseline").steps == 1000
+
+
+def test_the_folder_is_named_after_script_and_method(read):
+    assert (read().out, read("--baseline").out, read("--out", "x").out) == ("out/toy-blocks", "out/toy-baseline", "x")
+
+
+def test_a_field_without_a_flag_is_for_presets_alone(read, capsys):
+    assert read("--preset", "tiny").hidden == 7
+    for wrong in (["--hidden", "3"], ["--no-such-flag"], ["--wid", "3"], ["--width", "x"], ["--ways", "three"]):
+        with pytest.raises(SystemExit) as stop:
+            read(*wrong)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and wrong[0] in err and err.count("\n") == 1
+
+
+def test_help_has_each_flag_under_its_heading_with_what_it_is_when_none_is_given(read, capsys):
+    with pytest.raises(SystemExit):
+        read("--help")
+    help = " ".join(capsys.readouterr().out.split())
+    expected = {
+        "method": ["--baseline", "--recipe {nano,paper}", "--sharpness", "of the head [blocks only] (default 0.5)"],
+        "network": ["--width", "features (default 16)"],
+        "training": ["--ways {one,two}", "to go (default one)", "--steps", "--learning-rate", "(default 0.25)"],
+        "output": ["--words", "--out", "--eval-only"],
+    }
+    starts = [help.index(f" {heading}: ") for heading in expected]
+    assert starts == sorted(starts) and "A toy." in help and "--hidden" not in help
+    for start, end, words in zip(starts, [*starts[1:], None], expected.values(), strict=True):
+        assert all(word in help[start:end] for word in words), help[start:end]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--width", 1], "--width must be at least 2, not 1"),
+        (["--width", 100], "--width must be less than 100, not 100"),
+        (["--sharpness", 0], "--sharpness must be greater than 0, not 0.0"),
+        (["--sharpness", "nan"], "--sharpness must be a finite number, not nan"),
+        (["--learning-rate", "inf"], "--learning-rate must be a finite number, not inf"),
+        (["--baseline", "--sharpness", 1], "--sharpness does nothing for the baseline method: drop it"),
+        (["--baseline", "--recipe", "paper"], "--recipe does nothing for the baseline method: drop it"),
+        (["--device", "mps"], "--device mps: there is none at hand"),
+        (["--eval-only", "--preset", "tiny"], "--preset does nothing with --eval-only"),
+        (["--eval-only", "--out", "nowhere"], "nowhere holds no run"),
+    ],
+)
+def test_what_is_out_of_its_limits_or_does_nothing_is_refused(read, monkeypatch, flags, message):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UsageError) as error:
+        read(*flags)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+@in_all_scripts
+def test_presets_and_recipes_set_fields_that_there_are_to_values_that_they_may_have(script, monkeypatch):
+    names = {f.name for f in fields(script.Settings)}
+    recipes = getattr(script, "RECIPES", None)
+    for bundle in (*script.PRESETS.values(), *(recipes or {}).values()):
+        assert bundle.keys() <= names
+    for preset in ("tiny", "laptop", "gpu", "paper"):
+        for flags in (["--baseline"], *(["--recipe", recipe] for recipe in recipes or {})):
+            monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--preset", preset, *flags])
+            read_settings("x", script.Settings, script.PRESETS, recipes)
+
+
+@in_all_scripts
+def test_there_is_no_setting_that_nothing_reads(script):
+    paths = [ROOT / f"{script.__name__}.py", ROOT / "nano_db/language.py"]
+    paths += [*ROOT.glob("nano_db/machinery/*.py"), *ROOT.glob("nano_db/laboratory/*.py")]
+    code = "\n".join(path.read_text() for path in paths)
+    elsewhere = {"preset", "recipe", "ensemble", "blocks", "only"}  # on the command line, or by getattr
+    for f in fields(script.Settings):
+        assert re.search(rf"settings\.{f.name}\b", code) or f.name in elsewhere, f"nothing reads {f.name}"
+
+
+def another(field, value):
+    """Another value that the field may have."""
+    if isinstance(value, str):
+        return {"dtype": "bfloat16", "only": "0"}.get(field, "tiny")
+    return not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else value / 2 + 0.1
+
+
+@pytest.mark.parametrize(
+    "field", [f for f in fields(RunSettings) if f.name not in ("out", "device")], ids=attrgetter("name")
+)
+def test_a_run_goes_on_with_other_resumable_settings_and_with_no_others(tmp_path, monkeypatch, field):
+    monkeypatch.setattr("torch.nn.Module.compile", lambda self: None)
+    options = {"steps": 4, "rounds": 2, "blocks": 1}
+    train(make_run(tmp_path, **options), rounds=1)
+    before = getattr(make_run(tmp_path, **options).settings, field.name)
+    other = another(field.name, before)
+    run = make_run(tmp_path, **{**options, field.name: other})
+    if field.metadata["resumable"]:
+        assert train(run) == ([] if run.settings.eval_only else [0])
+    else:
+        with pytest.raises(UsageError, match=f"{field.name} {before!r} there, {other!r} here"):
+            train(run)
