@@ -1,6 +1,6 @@
 """A GPT trained in blocks that never see each other.
 
-    python train_gpt.py --blocks 4                         # 6 minutes on two CPU cores, no network needed
+    python train_gpt.py --blocks 4                         # 13 minutes on one CPU core, no network needed
     python train_gpt.py --baseline                         # the same network, end to end
     python train_gpt.py --eval-only --prompt "The "        # write with what was trained
     python train_gpt.py --recipe paper --out out/paper     # the paper's own choices
