@@ -81,7 +81,7 @@ RECIPES = {
 }
 NOISE = {
     # A label is one of few: z alone names it below sigma = 0.3 or so, and there is nothing to learn of the image. Ours
-    # leaves those levels out. The paper's is EDM's, made for images.
+    # spends 7% of its draws there. The paper's is EDM's, made for images.
     "nano": LogNormal(p_mean=0.0, p_std=0.8, sigma_min=0.2, sigma_max=20.0),
     "paper": LogNormal(p_mean=-1.2, p_std=1.2, sigma_min=0.002, sigma_max=80.0),
 }
