@@ -156,8 +156,6 @@ def main():
     if settings.frechet_images and not FEATURES < settings.frechet_images <= len(images.train) // 2:
         limits = f"more than {FEATURES}, and at most half of the {len(images.train)} training images"
         raise UsageError(f"--frechet-images {settings.frechet_images}: the distance needs {limits}")
-    if settings.guidance != 1 and not settings.label_dropout:
-        raise UsageError("--guidance needs a network that also knows images without a class: label_dropout above 0")
     shape, classes = tuple(images.train.shape[1:]), len(images.classes)
 
     # What every block knows without being told: the noise levels, and who owns which.

@@ -51,7 +51,7 @@ class Information:
     guesser who knows the class frequencies and z, but no context. Equal mass then means equal nats. The mean squared
     error is a seeded Monte Carlo estimate, tabulated over ln sigma and interpolated.
 
-    frequencies (V,): probability of each class. codebook (V, d): unit-norm rows (see codebook.py).
+    frequencies (V,): probability of each class. codebook (V, d): unit-norm rows (see heads.py).
     """
 
     def __init__(self, frequencies, codebook, sigma_min=0.05, sigma_max=20.0, levels=96, draws=1024, seed=0):

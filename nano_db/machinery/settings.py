@@ -105,20 +105,20 @@ def read_settings(script, settings_class, presets, recipes=None, description=Non
     differs there. With --eval-only the settings saved in the run's folder take the place of preset and recipe.
     """
     usual = {**presets["laptop"], **(recipes["nano"] if recipes else {})}
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(usage="python %(prog)s [flags]", description=description, formatter_class=form, allow_abbrev=False)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(usage="python %(prog)s [flags]", description=description, formatter_class=raw, allow_abbrev=False)
     groups = {name: parser.add_argument_group(name) for name in ("method", "network", "training", "output")}
     for f in dataclasses.fields(settings_class):
         flag, kind, about = "--" + f.name.replace("_", "-"), type(f.default), f.metadata
         if about["flag"]:
             text = about["help"].replace("%", "%%") + (f" [{about['of']} only]" if about["of"] else "")
             value = usual.get(f.name, f.default)
-            form = (
-                {"action": "store_true", "default": None} if kind is bool else {"type": kind, "metavar": kind.__name__}
-            )
+            form = {"type": kind, "metavar": kind.__name__}
             if about["choices"]:
                 form = {"type": kind, "choices": about["choices"]}
-            if kind is not bool and value != "":
+            if kind is bool:
+                form = {"action": "store_true", "default": None}
+            elif value != "":
                 text += f" (default {value})"
             groups[about["group"]].add_argument(flag, help=text, **form)
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
