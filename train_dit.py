@@ -91,7 +91,7 @@ class DiT(nn.Module):
     def __init__(self, shape, classes, settings, layers):
         super().__init__()
         self.null_label, self.label_dropout = classes, settings.label_dropout
-        self.shape, self.patch, width = shape, settings.patch, settings.width
+        self.patch, width = settings.patch, settings.width
         pixels = shape[0] * settings.patch**2
         self.embedding = nn.Linear(pixels, width)
         self.register_buffer("positions", patch_positions(shape, settings.patch, width), persistent=False)
@@ -109,12 +109,12 @@ class DiT(nn.Module):
         """x (B,) labels, z (B, C, H, W) scaled noisy images, c_noise (B,)."""
         if self.training:  # some labels are not told: so one network learns both terms of classifier-free guidance
             x = torch.where(torch.rand(len(x)).to(x.device) < self.label_dropout, self.null_label, x)
-        h = self.embedding(patchify(z, self.patch, self.shape)) + self.positions  # (B, T, width)
+        h = self.embedding(patchify(z, self.patch)) + self.positions  # (B, T, width)
         cond = self.noise_embedding(c_noise) + self.label_embedding(x)  # (B, width)
         for layer in self.layers:
             h = layer(h, cond=cond)
         shift, scale = self.modulation(F.silu(cond))[:, None].chunk(2, dim=-1)
-        return unpatchify(self.output(rms_norm(h) * (1 + scale) + shift), self.patch, self.shape)
+        return unpatchify(self.output(rms_norm(h) * (1 + scale) + shift), self.patch, z.shape[2])
 
 
 def paint(stack, count, noise, settings, seed=None):

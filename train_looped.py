@@ -3,7 +3,7 @@
     python train_looped.py                                # one noisy forward pass a step
     python train_looped.py --baseline                     # Huginn's way: about 33 turns of the loop a step
     python train_looped.py --eval-only --calls 16         # write with another number of calls
-    python -m nano_db.laboratory.compare out/looped-baseline out/looped-blocks     # also draws quality against K
+    python -m nano_db.laboratory.compare out/looped-baseline out/looped-blocks
 
 The network (Geiping et al. 2025, "Huginn"): a prelude turns tokens into e; a core, looped, turns a state s and e into
 the next s; a coda reads the last s. Huginn starts from a random s, takes a random number of turns, and backpropagates
@@ -233,14 +233,8 @@ def main():
         return Huginn(Looped(classes, settings, conditioned=False), PosteriorHead(codebook), settings)
 
     def write(networks, count):  # the cost of a sample is measured by 16 tokens
-        first = torch.zeros(count, 1, dtype=torch.long, device=device)
-        return generate(
-            put_together(networks, make_partition(noise, 1)),
-            first,
-            16,
-            settings.seq_len,
-            equal_mass_grid(noise, settings.calls),
-        )
+        first, grid = torch.zeros(count, 1, dtype=torch.long, device=device), equal_mass_grid(noise, settings.calls)
+        return generate(put_together(networks, make_partition(noise, 1)), first, 16, settings.seq_len, grid)
 
     make = make_baseline if settings.baseline else make_block
     run = Run("looped", settings, data_sha256=text.sha256, span=list(span))

@@ -36,9 +36,7 @@ def fetch(url, path, checksum, size, algorithm="sha256"):
         aside.write_bytes(content)
         os.replace(aside, path)
     except OSError as error:
-        raise UsageError(
-            f"cannot write {path} ({error.strerror}): make room, or put the file there yourself"
-        ) from error
+        raise UsageError(f"cannot write {path} ({error.strerror}): make room, or put it there yourself") from error
     return path
 
 

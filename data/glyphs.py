@@ -27,8 +27,7 @@ TEST_FONTS = ("DejaVuSansMono", "DejaVuSerif-Bold", "STIXGeneral", "STIXGeneralB
 def make(fonts, count, seed):
     """Draw `count` glyphs: images (count, 1, 32, 32) uint8, white on black, and labels (count,), as numpy arrays.
 
-    Classes and fonts take turns, so that each is drawn equally often. By the seed, each glyph is scaled, sheared,
-    turned and shifted a little, and its strokes are made thicker or thinner.
+    Classes and fonts take turns. Each glyph is scaled, sheared, turned and shifted a little, made bolder or thinner.
     """
     random = np.random.default_rng(seed)
     files = [Path(matplotlib.get_data_path(), "fonts", "ttf", f"{font}.ttf") for font in fonts]
@@ -47,14 +46,8 @@ def make(fonts, count, seed):
 
 
 def _draw(outline, random):
-    width, height = LETTER * random.uniform(0.85, 1.15, 2)
-    place = (
-        Affine2D()
-        .scale(width, height)
-        .skew(random.uniform(-0.15, 0.15), 0)
-        .rotate_deg(random.uniform(-10, 10))
-        .translate(*(SIZE / 2 + random.uniform(-2, 2, 2)))
-    )
+    place = Affine2D().scale(*(LETTER * random.uniform(0.85, 1.15, 2))).skew(random.uniform(-0.15, 0.15), 0)
+    place.rotate_deg(random.uniform(-10, 10)).translate(*(SIZE / 2 + random.uniform(-2, 2, 2)))
     renderer = RendererAgg(SIZE, SIZE, 72)
     pen, change = renderer.new_gc(), random.uniform(-0.7, 1.0)
     pen.set_linewidth(abs(change))

@@ -20,24 +20,12 @@ def to_floats(images):
     return images.float() / 127.5 - 1
 
 
-def padded_crop(images):
-    """Shift each image by up to PADDING pixels each way; zeros (black) come in. A letter that is shifted is the same
-    letter, so glyphs are shifted, too.
-    """
-    B, C, H, W = images.shape
-    padded = F.pad(images, (PADDING,) * 4)
-    down, right = torch.randint(2 * PADDING + 1, (2, B))
-    rows = (down[:, None] + torch.arange(H))[:, None, :, None]  # (B, 1, H, 1)
-    columns = (right[:, None] + torch.arange(W))[:, None, None, :]  # (B, 1, 1, W)
-    return padded[torch.arange(B)[:, None, None, None], torch.arange(C)[:, None, None], rows, columns]
-
-
 @dataclass
 class Images:
     """train, test: (N, channels, height, width) uint8, with labels (N,) int64, whose names are `classes`.
 
-    mirrors: may an image be mirrored without becoming something else? sha256: of all pixels and
-    labels.
+    mirrors: may an image be mirrored without becoming something else? (Shifted it may be: a letter stays that letter.)
+    sha256: of all pixels and labels.
     """
 
     train: torch.Tensor
@@ -59,17 +47,19 @@ class Images:
 
     def batch(self, batch_size, augmentation="none", device="cpu"):
         """Random training images as floats (B, C, H, W) and labels (B,), by torch's global generator.
-        augmentation: "none"; "flip" mirrors every other image, where `mirrors`; "standard" also shifts.
+        augmentation: "none"; "flip" mirrors every other image, where `mirrors`; "standard" also shifts it
+        by up to PADDING pixels each way.
         """
         chosen = torch.randint(len(self.train), (batch_size,))
-        images = self.train[chosen]
+        images, (H, W) = self.train[chosen], self.train.shape[2:]
         if augmentation != "none" and self.mirrors:
             mirrored = torch.rand(batch_size) < 0.5
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-        if augmentation == "standard":
-            images = padded_crop(images)
-        images = images.float() / 127.5 - 1
-        return images.to(device), self.train_labels[chosen].to(device)
+        if augmentation == "standard":  # zeros (black) come in
+            shifts = F.pad(images, (PADDING,) * 4).unfold(2, H, 1).unfold(3, W, 1)
+            down, right = torch.randint(2 * PADDING + 1, (2, batch_size))
+            images = shifts[torch.arange(batch_size), :, down, right]  # of (B, C, 9, 9, H, W)
+        return to_floats(images).to(device), self.train_labels[chosen].to(device)
 
     def test_batches(self, batch_size, count=0, device="cpu"):
         """The first `count` test images (0: all) in order, as floats, with their labels."""
@@ -86,6 +76,5 @@ def load_images(name="glyphs", folder="data/cache", count=18_000):
         classes = list(glyphs.CLASSES)
     else:
         train, test, classes = cifar.load(name, folder)
-    arrays = (*train, *test)
-    sha256 = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
-    return Images(*map(torch.from_numpy, arrays), classes, mirrors=name != "glyphs", sha256=sha256)
+    sha256 = hashlib.sha256(b"".join(array.tobytes() for array in (*train, *test))).hexdigest()
+    return Images(*map(torch.from_numpy, (*train, *test)), classes, mirrors=name != "glyphs", sha256=sha256)

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,17 +117,11 @@ def load_text(name="pydocs", tokenizer="char", folder="data/cache", seq_len=1):
 
 
 def _read_file(name):
-    path = Path(name)
-    if not os.path.exists(path):  # says no, too, to what cannot be a path at all
-        raise UsageError(
-            f"--data {name}: no such data set or file; choose {', '.join(TEXTS)}, or the path of a UTF-8 text"
-        )
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--data {name} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--data {name} is not UTF-8 (byte {error.start}): convert it, say with iconv") from error
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no path at all
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"--data {name}: choose {', '.join(TEXTS)}, or the path of a UTF-8 text ({reason})") from error
     if not text:
         raise UsageError(f"--data {name} is empty")
     return text

@@ -6,32 +6,21 @@ that a call costs L/B layers, and no more than one block need be in memory.
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from nano_db.errors import UsageError
 from nano_db.sampler import euler_walk
 from nano_db.schedule import edm_weight
 
 
-def patchify(images, patch, shape):
-    """(B, C, H, W) -> (B, T, C * patch^2), row by row; T = H * W / patch^2. shape: the (C, H, W) that is expected.
-
-    Raises UsageError for images of another shape.
-    """
-    if images.shape[1:] != tuple(shape):
-        raise UsageError(
-            f"the network is made for images of shape {tuple(shape)} (channels, height, width), "
-            f"but these are of shape {tuple(images.shape[1:])}"
-        )
-    C, H, W = shape
-    grid = images.view(-1, C, H // patch, patch, W // patch, patch)
-    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+def patchify(images, patch):
+    """(B, C, H, W) -> (B, T, C * patch^2), row by row; T = H * W / patch^2."""
+    return F.pixel_unshuffle(images, patch).flatten(2).transpose(1, 2).contiguous()
 
 
-def unpatchify(patches, patch, shape):
-    """The inverse: (B, T, C * patch^2) -> (B, C, H, W). shape: (C, H, W)."""
-    C, H, W = shape
-    grid = patches.view(len(patches), H // patch, W // patch, C, patch, patch)
-    return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, C, H, W)
+def unpatchify(patches, patch, height):
+    """The inverse, for images of `height` pixels: (B, T, C * patch^2) -> (B, C, H, W)."""
+    return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (height // patch, -1)), patch)
 
 
 def patch_positions(shape, patch, width, base=10_000.0):

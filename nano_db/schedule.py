@@ -27,9 +27,7 @@ class LogNormal:
         self._below = self._normal_cdf(sigma_min)  # mass of the untruncated normal below the range
         self.mass = self._normal_cdf(sigma_max) - self._below  # inside the range
         if not float(self.mass) > 1e-6:
-            raise UsageError(
-                f"ln sigma ~ N({p_mean}, {p_std}^2) has next to no mass in [{sigma_min}, {sigma_max}]: change --p-mean"
-            )
+            raise UsageError(f"--p-mean {p_mean} leaves next to no mass in [{sigma_min}, {sigma_max}]: change it")
 
     def _normal_cdf(self, sigma):
         sigma = torch.as_tensor(sigma, dtype=torch.float64)

@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from data.images import load_images, to_floats
-from nano_db.errors import UsageError
-from nano_db.laboratory.frechet import FEATURES, FrechetSmall, check_count, frechet_distance
+from nano_db.laboratory.frechet import FrechetSmall, frechet_distance
 
 
 def whitened(n, d, generator):
@@ -46,9 +45,3 @@ def test_worse_images_are_further_away_and_the_measure_is_seeded():
     noisy = (real + 0.7 * torch.randn(real.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
     assert frechet(real) < frechet(noisy) < frechet(torch.zeros_like(real) - noisy)
     assert frechet.floor < frechet(noisy)
-
-
-@pytest.mark.parametrize("count", [1, FEATURES, 600])
-def test_too_few_or_too_many_images_are_refused(count):
-    with pytest.raises(UsageError, match="--frechet-images"):
-        check_count(count, 1000)

@@ -19,8 +19,7 @@ import train_mdm
 from data import download, text8
 from data.text import load_text
 from nano_db.errors import UsageError
-from nano_db.laboratory import check
-from nano_db.machinery.files import read_block, read_folder, read_metrics
+from nano_db.machinery.files import read_block, read_metrics
 from nano_db.machinery.settings import read_settings
 
 JSON = [b"null", b"true", b"-1", b"0", b"1e999", b"NaN", b'""', b"[]", b"{}", b"99999999", b'"\\ud800"', b"[" * 5000]
@@ -182,17 +181,12 @@ def test_mutated_config_json(small, cli, tmp_path):
     def only_settings():
         read_settings("gpt", train_gpt.Settings, train_gpt.PRESETS, train_gpt.RECIPES)
 
-    bare, refused = tmp_path / "bare", 0
-    bare.mkdir()
+    refused = 0
     for _ in range(400):
         config.write_bytes(mutate(content, rng, JSON))
-        (bare / "config.json").write_bytes(config.read_bytes())
         code, _, err = cli("--eval-only", "--out", run, main=only_settings)
         assert code == 0 or (code == 2 and err.count("\n") == 1), err
         refused += code == 2
-        for folder in (run, bare):
-            code, _, err = cli(folder, "--files-only", main=check.main)
-            assert code == 1 or (code == 2 and err.count("\n") == 1), err
     assert refused > 200
 
 
@@ -218,7 +212,6 @@ def test_mutated_metrics_cost_lines_at_the_most(small, tmp_path):
     for _ in range(200):
         path.write_bytes(mutate(content, rng, JSON))
         assert len(read_metrics(tmp_path / "run", "train")) <= 2 * sound
-        read_folder(tmp_path / "run")
 
 
 # --- texts ---

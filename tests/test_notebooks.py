@@ -12,15 +12,19 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
-
-from nano_db.laboratory.exercises import execute
 
 ROOT = Path(__file__).parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ABSOLUTE_PATH = re.compile(r"(?:^|[\s\"'(=])(?:/\w[\w.+-]*/[\w.+-]|[A-Za-z]:\\)", re.MULTILINE)
 
 each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+
+
+def execute(notebook, folder):
+    """Run all cells of a notebook in a fresh kernel that works in `folder`; the node is changed in place."""
+    return NotebookClient(notebook, resources={"metadata": {"path": str(folder)}}, timeout=600).execute()
 
 
 def code_cells(notebook):

@@ -1,7 +1,6 @@
 import dataclasses
 import importlib
 import json
-import re
 import statistics
 import sys
 import time
@@ -110,7 +109,7 @@ def test_runs_are_made_kept_and_skipped_and_a_failing_one_is_named(few, tmp_path
     monkeypatch.setattr(results, "start", lambda e, seed, out: started.append(e.file(seed)) or begin(e, seed, out))
     code, out, err = few(rows[1:])
     assert code == 0 and started == ["vit-blocks-s0", "vit-blocks-s1"], err
-    assert "2/2 vit-blocks-s1: done" in out and (folder / "vit.png").read_bytes().startswith(b"\x89PNG")
+    assert "2/2 vit-blocks-s1: done" in out
     page = (folder / "summary.md").read_text()
     assert few(rows[1:])[0] == 0 and len(started) == 2
     assert (folder / "summary.md").read_text() == page
@@ -246,24 +245,12 @@ def test_a_damaged_file_is_named(cpu):
         summary.read_records(cpu, "cpu")
 
 
-def test_the_memory_formula_is_the_papers(tmp_path):
-    """Counts made by the formula come out with ratio 1, others do not."""
-    four_p, A, layer_input, rest, more = 4000, 700, 4 * 2 * 4 * 8, 900, 50
+def test_the_memory_table_has_every_part(tmp_path):
     rows = {row: [] for row in experiments("cpu") if row.group == "memory"}
-    assert summary.memory_formula(rows) is None, "nothing to read it off"
-    for experiment in rows:
-        layers = int(experiment.given("--layers")) // int(experiment.given("--blocks", 1))
-        activations = more + A * layers
-        if "--checkpoint-activations" in experiment.flags:
-            activations = more + layer_input * (layers - 1) + A
-        weights = rest + four_p * layers
-        path = write(tmp_path, experiment, 0, weights=weights, gradients=0, optimizer=0, activations=activations)
-        rows[experiment] = [json.loads(path.read_text())]
-    lines = summary.memory_table(rows).splitlines()[2:]
-    assert len(lines) == 18 and all(line.endswith("| 1.000 |") for line in lines)
-    wrong = next(row for row in rows if row.given("--blocks") == "4")
-    rows[wrong][0]["result"]["memory_bytes"]["total"] *= 1.1
-    assert sum(line.endswith("| 1.100 |") for line in summary.memory_table(rows).splitlines()) == 1
+    first = next(iter(rows))
+    rows[first] = [json.loads(write(tmp_path, first, 0, weights=2**21, activations=3 * 2**20).read_text())]
+    _, _, line, other, *_ = summary.memory_table(rows).splitlines()
+    assert line == f"| {first.row} | 7.0 | 2.0 | 1.0 | 1.0 | 3.0 |" and "not run" in other
 
 
 # --- what is committed ---
@@ -320,8 +307,4 @@ def test_the_whole_tiny_scale_runs(cli, tmp_path):
     where = ("--out", tmp_path / "out", "--results", tmp_path / "results")
     code, _, err = cli("--scale", "tiny", "--jobs", 2, *where, main=results.main)
     assert code == 0, err
-    page = (tmp_path / "results" / "tiny" / "summary.md").read_text()
-    assert "not run" not in page
-    pictures = set(re.findall(r"\((\S+\.png)\)", page))
-    assert pictures == {f"{group}.png" for group in GROUPS}
-    assert all((tmp_path / "results" / "tiny" / picture).exists() for picture in pictures)
+    assert "not run" not in (tmp_path / "results" / "tiny" / "summary.md").read_text()

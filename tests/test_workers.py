@@ -28,7 +28,6 @@ import train_vit
 from nano_db.block import DiffusionBlock, EndToEnd
 from nano_db.errors import UsageError
 from nano_db.heads import DenoisingHead, PosteriorHead, make_codebook
-from nano_db.laboratory import check, speedup
 from nano_db.machinery.files import lock, read_metrics
 from nano_db.machinery.run import Run, seed_from
 from nano_db.machinery.workers import Team, Worker
@@ -488,75 +487,32 @@ def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch, capsy
         assert "warning: no locks here" in (err := capsys.readouterr().err) and "block 3" in err
 
 
-# --- the check command ---
+# --- blocks from several places, put together ---
 
 
-@pytest.fixture
-def checked(cli):
-    return lambda *args: cli(*args, main=check.main)
-
-
-def test_check_counts_the_blocks_and_evaluates_when_all_are_there(small, checked, tmp_path):
+def test_blocks_that_are_unfinished_or_missing_are_named_and_complete_ones_evaluated(small, tmp_path):
     small("--out", tmp_path / "run", "--only", "0,1,3")
-    code, out, _ = checked(tmp_path / "run")
-    assert code == 1 and "block 2  step 0 of 12  missing" in out and "--only 2" in out
+    code, _, err = small("--eval-only", "--out", tmp_path / "run")
+    assert code == 2 and "block_2.pt is missing: block 2 has not been trained yet" in err
     small("--out", tmp_path / "run", "--only", "2")
-    start = [sys.executable, "-m", "nano_db.laboratory.check", tmp_path / "run", "--prompt", "the fox"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(start, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for word in ("block 2  step 12 of 12  complete", "bits per character", "the fox|"):
-        assert word in done.stdout
-    code, out, _ = checked(tmp_path / "run", "--files-only")
-    assert code == 0 and "partition: the same" in out
-    code, _, err = checked(tmp_path / "nowhere")
-    assert code == 2 and "holds no run" in err
+    code, out, _ = small("--eval-only", "--out", tmp_path / "run", "--prompt", "the fox")
+    assert code == 0 and "bits per character" in out and "the fox|" in out and "still to train" not in out
 
 
-def test_check_refuses_files_that_do_not_belong_together(small, checked, tmp_path):
+def test_files_that_do_not_belong_together_are_refused(small, tmp_path):
+    evaluate = lambda: small("--eval-only", "--out", tmp_path / "a")  # noqa: E731
     small("--out", tmp_path / "a")
     small("--out", tmp_path / "b", "--seed", "7", "--overlap", "0.2", "--only", "1")
     good = (tmp_path / "a" / "block_1.pt").read_bytes()
     shutil.copy(tmp_path / "b" / "block_1.pt", tmp_path / "a")
-    code, _, err = checked(tmp_path / "a")
-    assert code == 2 and "seed 7 there, 0 here; overlap 0.2 there, 0.1 here" in err and err.count("\n") == 1
+    code, _, err = evaluate()
+    assert code == 2 and "overlap 0.2 there, 0.1 here; seed 7 there, 0 here" in err and err.count("\n") == 1
     (tmp_path / "a" / "block_1.pt").write_bytes(good)
     config = tmp_path / "a" / "config.json"
     text = config.read_text()
-    sha256 = json.loads(text)["depends_on"]["data_sha256"]
-    config.write_text(text.replace(sha256, "0" * 64))
-    code, _, err = checked(tmp_path / "a")
-    assert code == 2 and f"data_sha256 '{sha256}' there, '{'0' * 64}' here" in err
     config.write_text(text.replace('"script": "gpt"', '"script": "../../evil"'))
-    assert checked(tmp_path / "a")[0] == 2
+    assert evaluate()[0] == 2
     config.write_text(text)
     (tmp_path / "a" / "block_0.pt").write_bytes(good)
-    code, _, err = checked(tmp_path / "a")
+    code, _, err = evaluate()
     assert code == 2 and "block_0.pt holds block 1" in err
-
-
-def test_check_runs_no_script_but_our_own(tmp_path):
-    with pytest.raises(UsageError, match=r"there are .*gpt"):
-        check.script_path({"script": "../../evil"})
-    assert check.script_path({"script": "mdm"}) == ROOT / "train_mdm.py"
-
-
-# --- what more processes gain ---
-
-
-def test_the_speedup_is_the_median_of_ratios_within_pairs(cli, monkeypatch):
-    times = iter([(4.0, 1.0), (8.0, 2.0), (12.0, 6.0), (3.0, 2.0), (6.0, 3.0), (12.0, 6.0)])  # 2 first, then 1 first
-    monkeypatch.setattr(speedup, "measure", lambda workers, script, flags: next(times))
-    code, out, _ = cli("--pairs", "3", "train_gpt.py", "--steps", "5", main=speedup.main)
-    assert code == 0 and "whole command: 2 workers are 2.00 times as fast" in out
-    assert "training: 2 workers are 2.00 times as fast" in out
-    assert cli("--workers", "1", "train_gpt.py", main=speedup.main)[0] == 2
-
-
-@pytest.mark.slow
-def test_the_speedup_is_measured_from_real_runs(text_file):
-    for workers in (1, 2):
-        whole, training = speedup.measure(workers, "train_gpt.py", [*SMALL, "--blocks", "2", "--data", text_file])
-        assert 0 < training < whole
-    with pytest.raises(UsageError, match="no such data set"):
-        speedup.measure(1, "train_gpt.py", ["--data", "nowhere"])

@@ -1,17 +1,12 @@
 """What training and use cost, in bytes and seconds: at the end of a run, or as a race without a run."""
 
-import json
 import statistics
 import time
-import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from nano_db.errors import UsageError
 from nano_db.layers import Layer
@@ -73,7 +68,6 @@ class Bench:
         result = {"script": run.script, "method": settings.method, "blocks": run.count, "steps": settings.steps}
         result |= {"seed": settings.seed, "device": run.device, "versions": VERSIONS, "metrics": metrics}
         result["parameters"] = sum(p.numel() for network in networks for p in network.parameters())
-        result["peak_resident_bytes"] = run.peak_resident or self._earlier_peak()
         result |= {"seconds_per_step": max(seconds), "seconds_per_step_all_blocks": sum(seconds)}
         result |= costs[settings.method]
         if not settings.baseline:
@@ -117,15 +111,14 @@ class Bench:
         """Cost of one sample, as a dictionary; it does not depend on the weights.
 
         seconds: of a batch of `count`, the median of three, divided by it. weights: bytes of the largest network, for
-        more than one at a time need not be in memory. tensors: the most bytes that the computation of one sample held.
+        more than one at a time need not be in memory.
         """
         networks = [network.eval() for network in networks]
-        with PeakBytes() as tensors:
-            evaluations = count_layers(networks, lambda: self.sample(networks, 1))
+        evaluations = count_layers(networks, lambda: self.sample(networks, 1))
         self.sample(networks, count)  # to warm up
         seconds = statistics.median(self._seconds(lambda: self.sample(networks, count)) for _ in range(3)) / count
         weights = max(sum(t.nbytes for t in (*network.parameters(), *network.buffers())) for network in networks)
-        return {"layer_evaluations": evaluations, "seconds": seconds, "weights": weights, "tensors": tensors.peak}
+        return {"layer_evaluations": evaluations, "seconds": seconds, "weights": weights}
 
     def _seconds(self, work):
         clock = time.perf_counter()
@@ -144,11 +137,6 @@ class Bench:
         ratio = f"ratio in pairs {middle:.3f} (quartiles {low:.3f}, {high:.3f})"
         print(f"{label} {ours}, end to end {theirs}; {ratio}")
 
-    def _earlier_peak(self):
-        """peak_resident_bytes of the result that a finished run has already, or None."""
-        with suppress(OSError, ValueError):
-            return json.loads((self.run.folder / "result.json").read_text()).get("peak_resident_bytes")
-
 
 def print_costs(costs):
     """Two tables of text, with ratios to the last column in brackets. costs: {column: what Bench._costs returns}."""
@@ -161,28 +149,6 @@ def print_costs(costs):
             numbers = [cost[part][figure] for cost in costs.values()]
             cells = [f"{number * factor:.2f} {unit} ({number / (last[figure] or 1):.3f})" for number in numbers]
             print(f"  {figure.replace('_', ' '):30}" + "".join(f"{cell:>22}" for cell in cells))
-
-
-class PeakBytes(TorchDispatchMode):
-    """Within this context, `peak` is the most bytes that tensors made here have held at one time."""
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.seen = 0, 0, weakref.WeakKeyDictionary()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        known = {leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)}
-        for storage in (leaf.untyped_storage() for leaf in tree_leaves(result) if torch.is_tensor(leaf)):
-            if storage not in known and storage not in self.seen:  # neither a view, nor in place
-                self.seen[storage] = True
-                self._add(storage.nbytes())
-                weakref.finalize(storage, self._add, -storage.nbytes())
-        return result
-
-    def _add(self, count):
-        self.now += count
-        self.peak = max(self.peak, self.now)
 
 
 def count_layers(networks, work):

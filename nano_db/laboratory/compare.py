@@ -1,7 +1,4 @@
-"""Runs side by side, as a table and a picture: `python -m nano_db.laboratory.compare out/a out/b ...`
-
-Ratios to the first run are in brackets. Of looped transformers, quality against the number of calls is drawn, too.
-"""
+"""Runs side by side: `python -m nano_db.laboratory.compare out/a out/b ...` In brackets, ratios to the first run."""
 
 from pathlib import Path
 
@@ -20,7 +17,6 @@ def read_result(folder):
 def main():
     parser = Parser(prog="python -m nano_db.laboratory.compare", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="output folders of finished runs")
-    parser.add_argument("--picture", type=Path, default="compare.png", help="where to draw (default compare.png)")
     args = parser.parse_args()
     results, names = [read_result(folder) for folder in args.folders], [folder.name for folder in args.folders]
     if len(scripts := {result["script"] for result in results}) > 1:
@@ -37,16 +33,6 @@ def main():
             shown = f"{number:,}" if isinstance(number, int) else f"{number:,.4g}"
             row.append(f"{shown} ({number / numbers[0]:.3f})" if numbers[0] else shown)
     print(markdown(["run", "networks", "steps", *columns], rows))
-
-    from nano_db.laboratory.plots import draw_by_calls, draw_rows  # matplotlib is slow to import: errors come first
-
-    draw_rows(args.picture, names, {label: [[number] for number in numbers] for label, numbers in columns.items()})
-    print(f"{args.picture} drawn")
-    curves = {name: m.get("bits_per_char_by_calls") for name, m in zip(names, metrics, strict=True)}
-    if all(curves.values()):
-        path = args.picture.with_stem(args.picture.stem + "_by_calls")
-        draw_by_calls(path, curves, "bits per character")
-        print(f"{path} drawn")
 
 
 if __name__ == "__main__":

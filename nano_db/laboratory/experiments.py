@@ -54,7 +54,7 @@ GROUPS = {  # the tables: their titles, and what to know of them; first what the
                    "first table, or from its end-to-end network, in what it names."),
     "gpt-ablations": ("Head, loss weight and noise", "Ours. In all rows the block at work answers alone, not "
                       "with the blocks before it (`--walk last`). A row differs from the first in what it names."),
-    "memory": ("Memory against depth and number of blocks", "One training step. The formulas are those of appendix G."),
+    "memory": ("Memory against depth and number of blocks", "One training step."),
 }  # fmt: skip
 MEMORY_LAYERS, MEMORY_BLOCKS = (4, 8, 12), (2, 4)
 

@@ -10,7 +10,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nano_db.errors import UsageError
 from nano_db.machinery.run import seed_from
 
 FEATURES = 64
@@ -33,12 +32,11 @@ class FrechetSmall:
     the image each, then the mean over what is left of it. They are trained at once, for `steps` steps, from a seed of
     their own, so that runs with different seeds are measured alike.
 
-    count: how many images will be judged. Half of the training images are the reference; `floor` is the distance of
-    `count` images of the other half.
+    count: how many images will be judged, more than 64. Half of the training images are the reference; `floor` is the
+    distance of `count` images of the other half, so it has to have as many.
     """
 
     def __init__(self, images, count, steps, device="cpu"):
-        check_count(count, len(images.train))
         self.device, self.count, layers = device, count, []
         seed_from(0)
         for a, b in pairwise((images.shape[0], 32, 64, FEATURES)):
@@ -65,9 +63,3 @@ class FrechetSmall:
         """generated: (count, C, H, W) in [-1, 1]."""
         assert len(generated) == self.count
         return frechet_distance(self._features(generated), self.reference)
-
-
-def check_count(count, available):
-    if not FEATURES < count <= available // 2:
-        wanted = f"more than {FEATURES} images, and at most half of the {available} training images"
-        raise UsageError(f"--frechet-images {count}: the distance needs {wanted}")

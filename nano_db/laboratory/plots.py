@@ -1,4 +1,4 @@
-"""Pictures of runs, of tables of results, and of the idea of the method: `python -m nano_db.laboratory.plots FILE`"""
+"""Pictures of runs, and the README's of the method: draw_idea("notebooks/blocks.png")."""
 
 import math
 import os
@@ -13,12 +13,8 @@ import numpy as np
 import torch
 
 from nano_db.errors import UsageError
-from nano_db.laboratory.experiments import GROUPS
 from nano_db.laboratory.mixture import GaussianMixture
-from nano_db.laboratory.summary import median, of_group, shown_metrics, values
 from nano_db.machinery.files import read_metrics, write_atomically
-from nano_db.machinery.run import command
-from nano_db.machinery.settings import Parser
 from nano_db.partition import make_partition
 from nano_db.sampler import euler_walk
 from nano_db.schedule import LogNormal
@@ -52,47 +48,6 @@ def draw_curves(folder, metric, unit, shares=()):
         axes[2].set(xlabel="block (0 is the noisiest)", ylabel="nats a symbol", title="what each block answers for")
         axes[2].set_xticks(range(len(shares)))
     save_figure(figure, Path(folder) / "curves.png")
-
-
-def draw_rows(path, names, panels, title=""):
-    """Runs from top to bottom, with a bar for the mean and a dot a seed. panels: {label: [numbers of each run]}."""
-    size = (3 + 2.7 * len(panels), 1.2 + 0.36 * len(names))
-    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, layout="constrained", squeeze=False)
-    for ax, (label, runs) in zip(axes[0], panels.items(), strict=True):
-        for place, (numbers, colour) in enumerate(zip(runs, block_colours(len(runs)), strict=True)):
-            if numbers:
-                ax.barh(place, np.mean(numbers), color=colour, alpha=0.7)
-                ax.plot(numbers, [place] * len(numbers), "k.", ms=4)
-                ax.text(max(numbers), place, f"  {np.mean(numbers):.4g}", va="center", fontsize=8)
-        ax.margins(x=0.25)
-        ax.set_xlabel(label)
-    axes[0, 0].set_yticks(range(len(names)), names, fontsize=8)
-    axes[0, 0].invert_yaxis()
-    figure.suptitle(title)
-    save_figure(figure, path)
-
-
-def draw_by_calls(path, curves, unit):
-    """Quality against the number of calls K, a line a run. curves: {name: {K: value}}."""
-    figure, ax = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
-    for (name, points), colour in zip(curves.items(), block_colours(len(curves)), strict=True):
-        ax.plot([int(k) for k in points], list(points.values()), "o-", color=colour, label=name)
-    ax.set_xscale("log", base=2)
-    ax.set(xlabel="K: calls of the network, or turns of the loop", ylabel=unit)
-    ax.legend()
-    save_figure(figure, path)
-
-
-def draw_all(folder, found):
-    """A picture for each table of which anything has been run. found: as of summary.read_records."""
-    for group, (title, _) in GROUPS.items():
-        rows = {experiment: records for experiment, records in of_group(group, found).items() if records}
-        if rows:
-            metrics = [] if group == "memory" else shown_metrics(rows)  # one step teaches nothing
-            panels = {column: [values(r, name) for r in rows.values()] for name, column, _ in metrics}
-            panels["training memory, MiB"] = [[median(r, "memory_bytes", "total") / 2**20] for r in rows.values()]
-            panels["ms a step, all blocks"] = [[1000 * median(r, "seconds_per_step_all_blocks")] for r in rows.values()]
-            draw_rows(Path(folder) / f"{group}.png", [experiment.row for experiment in rows], panels, title)
 
 
 def draw_classification(path, images, log_p, labels, metrics, hardest):
@@ -218,9 +173,3 @@ def draw_idea(path, blocks=4):
     right.set_title("Run one after the other, they walk from noise to data\n(colour: the block that takes the step)")
     right.legend(loc="upper right")
     save_figure(figure, path)
-
-
-if __name__ == "__main__":
-    parser = Parser(prog="python -m nano_db.laboratory.plots", description="Draw the README's picture of the method.")
-    parser.add_argument("file", help="a PNG to write")
-    command(lambda: draw_idea(parser.parse_args().file))

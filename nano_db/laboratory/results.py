@@ -1,7 +1,7 @@
 """The tables of results, by one command: `python -m nano_db.laboratory.results --scale cpu --jobs 2`
 
 It runs the scripts for every experiment of the scale (experiments.py) that has no file yet. What comes out goes into
-results/<scale>: a JSON file a run with its exact command, versions and machine, summary.md, and the pictures. Stop it
+results/<scale>: a JSON file a run with its exact command, versions and machine, and summary.md. Stop it
 whenever you like; the same command goes on, even in the middle of a run. A run that fails does not stop the others.
 """
 
@@ -117,14 +117,11 @@ def main():
         todo.sort(key=lambda job: job[1])  # the first seed of every row comes first: whole tables can be read early
         failed = run_all(todo, args.jobs, out, folder)
 
-    from nano_db.laboratory.plots import draw_all  # matplotlib is slow to import
-
     found, stale = read_records(folder, args.scale)
     for path in stale:
         print(f"{path} is left out: its flags are no longer those of experiments.py")
     write_text(folder / "summary.md", summary(found, args.scale))
-    draw_all(folder, found)
-    print(f"written: {folder / 'summary.md'}, and its pictures")
+    print(f"written: {folder / 'summary.md'}")
     if args.readme is not None:
         for page in args.readme or [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
             write_text(page, fill(page.read_text(), args.results))

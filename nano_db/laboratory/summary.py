@@ -13,7 +13,7 @@ from operator import getitem
 from pathlib import Path
 
 from nano_db.errors import UsageError
-from nano_db.laboratory.experiments import GROUPS, MEMORY_LAYERS, SCALES, experiments
+from nano_db.laboratory.experiments import GROUPS, SCALES, experiments
 from nano_db.machinery.memory import PARTS
 
 MARKED = re.compile(r"(<!-- results: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -149,45 +149,11 @@ def main_table(found):
 
 
 def memory_table(rows):
-    formula, lines = memory_formula(rows), []
+    lines = []
     for experiment, records in rows.items():
-        measured = median(records, "memory_bytes", "total") if records else 0
-        cells = [f"{measured / 2**20:.1f}" if records else "not run", NONE, NONE]
-        if records and formula:
-            cells[1:] = f"{formula(experiment) / 2**20:.1f}", f"{measured / formula(experiment):.3f}"
-        lines.append([experiment.row, *cells])
-    return markdown(["run", "training MiB, measured", "by the formula", "ratio"], lines)
-
-
-def memory_formula(rows):
-    """A function experiment -> bytes; None where the runs that it is read off are missing. rows: {experiment: records}.
-
-    With P weights and A activations a layer, L layers take (4P + A) L, and with checkpointed activations 4P L + A (the
-    paper's appendix G; gradients and AdamW's averages make the four). To the latter we add I (L - 1), the inputs of the
-    other layers. P, A and what does not depend on depth are read off the end-to-end networks of least and most layers.
-    """
-    by_name = {experiment.name: records for experiment, records in rows.items()}
-    few, many = MEMORY_LAYERS[0], MEMORY_LAYERS[-1]
-    low, high = (by_name.get(f"memory-{layers}-layers") for layers in (few, many))
-    if not low or not high:
-        return None
-
-    def line(*parts):  # bytes without any layer, and with each
-        start, end = (sum(median(records, "memory_bytes", part) for part in parts) for records in (low, high))
-        slope = (end - start) / (many - few)
-        return start - few * slope, slope
-
-    (rest, four_p), (more, A) = line("weights", "gradients", "optimizer"), line("activations")
-    settings = low[0]["settings"]
-    layer_input = 4 * settings["batch_size"] * settings["seq_len"] * settings["width"]
-
-    def formula(experiment):
-        layers = int(experiment.given("--layers")) / int(experiment.given("--blocks", 1))
-        checkpointed = "--checkpoint-activations" in experiment.flags
-        activations = layer_input * (layers - 1) + A if checkpointed else A * layers  # A has one layer's own input
-        return rest + more + four_p * layers + activations
-
-    return formula
+        counts = [f"{median(records, 'memory_bytes', part) / 2**20:.1f}" for part in ("total", *PARTS) if records]
+        lines.append([experiment.row, *(counts or ["not run", *[NONE] * len(PARTS)])])
+    return markdown(["run", "training MiB", *PARTS], lines)
 
 
 def fill(text, results):
@@ -220,6 +186,5 @@ machines drift. Memory is that of the largest network in training. `docs/running
         data = {f"{r['settings']['data']} {r['data_sha256'][:12]}" for r in records}
         measured = re.sub('[{}"]', "", "; ".join((*sorted(machines), *sorted(data))))
         text += f"\n## {title}\n\n{notes} Measured on: {measured or NONE}.\n\n{table(group, found)}"
-        text += f"\n![{title}]({group}.png)\n"
     commands = "\n".join(experiment.command_line(0) for experiment in found)
     return f"{text}\n## Commands\n\nRows of several seeds also have `--seed 1`, and 2.\n\n```\n{commands}\n```\n"

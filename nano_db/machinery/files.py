@@ -105,25 +105,6 @@ def identity(config):
     return {**config["settings"], "script": config["script"], **config["depends_on"]}
 
 
-def read_folder(folder, whole=False):
-    """(config, {b: {"step", "seconds"}}) of a run's folder. whole: verify the tensors' checksums, too (read_block).
-
-    Raises UsageError where a block's file does not belong to the config.json beside it, and names the difference.
-    """
-    config, states = read_config(folder), {}
-    here = identity(config)
-    for path in sorted(Path(folder).glob("block_*.pt")):
-        state = read_block(path, whole)
-        if path.name != f"block_{state['block']}.pt":
-            raise UsageError(f"{path} holds block {state['block']}: it has been renamed or copied")
-        if different := differences(state["settings"], {name: here.get(name) for name in state["settings"]}):
-            raise UsageError(
-                f"{path} does not belong to {folder}/config.json: {'; '.join(different)} (there: the block's file)"
-            )
-        states[state["block"]] = {"step": state["step"], "seconds": state["seconds"]}
-    return config, states
-
-
 def read_config(folder):
     path = Path(folder) / "config.json"
     try:
@@ -168,12 +149,11 @@ def lock(path, purpose, wait=False):
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
-            owner = file.read(200).strip() or "another process"
-            held = f"{purpose} is in the hands of {owner} (it holds {path})"
+            held = f"{purpose} is in the hands of {file.read(200).strip() or 'another process'} (it holds {path})"
             raise UsageError(f"{held}: wait for its end, or stop it, then run again") from None
         except OSError as error:  # Windows, and some cluster file systems
-            warning = f"no locks here ({error.strerror}): see to it that no other process trains {purpose}"
-            print(f"warning: {warning}", file=sys.stderr)
+            warning = f"warning: no locks here ({error.strerror}): see to it that no other process trains {purpose}"
+            print(warning, file=sys.stderr)
         with suppress(OSError):  # on a full disk the owner remains unnamed
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode())

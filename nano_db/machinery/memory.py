@@ -2,12 +2,11 @@
 bytes.
 """
 
-import sys
 from contextlib import nullcontext
 
 import torch
 
-from nano_db.layers import Layer, checkpoint_layers
+from nano_db.layers import Layer
 
 PARTS = ("weights", "gradients", "optimizer", "activations")
 
@@ -44,53 +43,36 @@ def training_bytes(module, batch, optimizer, context=None):
 
 
 def _activation_bytes(module, batch, fixed, context):
-    """See training_bytes. Counted in a forward pass without checkpoints, in which we note who saves what."""
-    fixed_storages = {tensor.untyped_storage().data_ptr() for tensor in fixed}
-    kept, inside, current = {}, [], None  # bytes by storage: kept all the time; saved in each checkpointed evaluation
+    """See training_bytes. Of a checkpointed layer the forward pass keeps nothing that autograd would show: a hook notes
+    its input, and evaluates the layer by itself to see what it saves when its turn in the backward pass comes.
+    """
+    fixed = {tensor.untyped_storage().data_ptr() for tensor in fixed}
+    kept, inside = {}, [0]  # bytes by storage: kept all the time; of each checkpointed layer, when evaluated again
 
-    def note(tensor, where):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in fixed_storages:
-            where[storage.data_ptr()] = storage.nbytes()
+    def saving_into(found):
+        def note(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in fixed | kept.keys():
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
 
-    def pack(tensor):
-        note(tensor, kept if current is None else current)
-        return tensor
+        return torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
 
-    def enter(layer, args):
-        nonlocal current
-        if torch.is_grad_enabled():
-            note(args[0], kept)
-            inside.append({})
-            current = inside[-1]
-
-    def leave(layer, args, result):
-        nonlocal current
-        current = None
+    def look_inside(layer, args, kwargs):
+        state = args[0].untyped_storage()
+        kept[state.data_ptr()] = state.nbytes()
+        with saving_into(found := {}):
+            _ = Layer.forward(layer, *args, **kwargs)  # held until all is noted, so that no storage is used twice
+        inside.append(sum(found.values()))
 
     layers = [m for m in module.modules() if isinstance(m, Layer) and m.checkpointed]
-    handles = [layer.register_forward_pre_hook(enter) for layer in layers]
-    handles += [layer.register_forward_hook(leave) for layer in layers]
-    checkpoint_layers(module, False)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), context or nullcontext():
+    handles = [layer.register_forward_pre_hook(look_inside, with_kwargs=True) for layer in layers]
+    with saving_into(kept), context or nullcontext():
         module.loss(*batch)
     for handle in handles:
         handle.remove()
-    for layer in layers:
-        layer.checkpointed = True
-    again = [sum(size for storage, size in saved.items() if storage not in kept) for saved in inside]
-    return sum(kept.values()) + max(again, default=0)
+    return sum(kept.values()) + max(inside)
 
 
 def _bytes(tensors):
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def peak_resident_bytes():
-    """The most physical memory this process has held so far (the operating system's own count); None on Windows."""
-    if sys.platform == "win32":
-        return None
-    import resource  # a Unix module
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in kilobytes

@@ -39,17 +39,13 @@ from nano_db.machinery.files import (
     write_json,
     write_text,
 )
-from nano_db.machinery.memory import peak_resident_bytes
 from nano_db.machinery.workers import Team, Worker, join
 
 VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 
 
 def seed_from(*numbers):
-    """Seed torch's generators from a tuple of whole numbers below 2^32: different tuples give unrelated streams.
-
-    Zeros at the end do not count, so a block's first weights and its step 0 share a stream, which does no harm.
-    """
+    """Seed torch's generators from whole numbers below 2^32. Zeros at the end do not count, else all tuples differ."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
@@ -95,7 +91,7 @@ class Run:
             self.mine, self.team = self.worker.share(self.mine, settings.batch_size)
         self.batch_size = settings.batch_size // self.team.size
         self.step_to_reach = self.trained = 0  # in this round; steps taken by this process so far
-        self.losses, self.peak_resident = [], None  # (loss, gradient norm) since the last look; bytes held at most
+        self.losses = []  # (loss, gradient norm) since the last look
 
     # --- the training loop, from outside to inside ---
 
@@ -171,8 +167,6 @@ class Run:
             if not self.worker.rank:
                 print(f"still to train: blocks {', '.join(map(str, self.unfinished()))} of {self.folder}")
             return False
-        if self.trained and self.peak_resident is None:
-            self.peak_resident = peak_resident_bytes()
         if self.trained or self.step_to_reach == self.settings.steps:
             step = min(self.step_of(b) for b in range(self.count))
             print(f"after {step} steps" + (" of each network:" if self.count > 1 else ":"))
@@ -256,35 +250,17 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(
-                f"cannot make the folder {self.folder} ({error.strerror}): choose another --out"
-            ) from error
-        if config.exists() and not self._is_left_over():
-            return
-        with lock(self.folder / ".config.lock", "config.json", wait=True):
-            if config.exists() and not self._is_left_over():  # another process of this job has been quicker
-                return
-            if any(self.folder.glob("block_*.pt")) and not config.exists():
-                raise UsageError(f"{self.folder} holds block files but no config.json: choose another --out")
-            about = {"script": self.script, "depends_on": self.depends_on, "settings": asdict(self.settings)}
-            write_json(config, {**about, "versions": VERSIONS})
-
-    def _is_left_over(self):
-        """Whether config.json is that of a run of other settings that has not trained anything: it may be replaced.
-        Raises UsageError where that run has, or is about to write its first block.
-        """
-        different = differences(identity(read_config(self.folder)), self.fixed)
-        if not different:
-            return False
-        if any(self.folder.glob("block_*.pt")):
-            there = f"{self.folder} holds a run of other settings: {'; '.join(different)}"
-            raise UsageError(f"{there}. Choose another --out")
-        for path in self.folder.glob(".block_*.lock"):
-            with lock(path, path.stem[1:].replace("_", " ")):
-                pass
-        for path in self.folder.glob("metrics*.jsonl"):
-            path.unlink()
-        return True
+            raise UsageError(f"cannot make {self.folder} ({error.strerror}): choose another --out") from error
+        if not config.exists():
+            with lock(self.folder / ".config.lock", "config.json", wait=True):  # several processes may come at once
+                if any(self.folder.glob("block_*.pt")) and not config.exists():
+                    raise UsageError(f"{self.folder} holds block files but no config.json: choose another --out")
+                if not config.exists():
+                    about = {"script": self.script, "depends_on": self.depends_on, "settings": asdict(self.settings)}
+                    return write_json(config, {**about, "versions": VERSIONS})
+        if different := differences(identity(read_config(self.folder)), self.fixed):
+            there = f"{self.folder} holds a run of other settings ({'; '.join(different)})"
+            raise UsageError(f"{there}: choose another --out, or delete that folder")
 
     def _restore(self, b, module, optimizer):
         """Load block b's file, if there is one, into module and optimizer. Returns where its training stands."""
@@ -292,8 +268,7 @@ class Run:
         at = SimpleNamespace(step=0, seconds=0.0, ema=None, stopped=False, start=0, began=clock, clock=clock)
         if self.paths[b].exists():
             state = self.load_block(b)
-            at.step = at.start = state["step"]
-            at.seconds = state["seconds"]
+            at.step, at.start, at.seconds = state["step"], state["step"], state["seconds"]
             if self.settings.ema:
                 at.ema = state["ema"] or {}
                 self._fill(module.load_state_dict, at.ema, b)  # to see that it fits; the weights come next
@@ -351,10 +326,7 @@ class Run:
 
 
 class OneAtATime(Sequence):
-    """The trained blocks of a run as a list that holds one of them in memory at a time: the last that was asked for.
-
-    For walks that go through the blocks once.
-    """
+    """The trained blocks of a run as a list that holds one of them in memory at a time: the last that was asked for."""
 
     def __init__(self, run, make):
         self.run, self.make, self.held, self.block = run, make, None, None

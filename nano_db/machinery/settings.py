@@ -105,23 +105,20 @@ def read_settings(script, settings_class, presets, recipes=None, description=Non
     differs there. With --eval-only the settings saved in the run's folder take the place of preset and recipe.
     """
     usual = {**presets["laptop"], **(recipes["nano"] if recipes else {})}
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(usage="python %(prog)s [flags]", description=description, formatter_class=raw, allow_abbrev=False)
+    how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "argument_default": argparse.SUPPRESS}
+    parser = Parser(usage="python %(prog)s [flags]", description=description, allow_abbrev=False, **how)
     groups = {name: parser.add_argument_group(name) for name in ("method", "network", "training", "output")}
     for f in dataclasses.fields(settings_class):
-        flag, kind, about = "--" + f.name.replace("_", "-"), type(f.default), f.metadata
+        about, kind, value = f.metadata, type(f.default), usual.get(f.name, f.default)
         if about["flag"]:
             text = about["help"].replace("%", "%%") + (f" [{about['of']} only]" if about["of"] else "")
-            value = usual.get(f.name, f.default)
-            form = {"type": kind, "metavar": kind.__name__}
-            if about["choices"]:
+            form = {"action": "store_true"}
+            if kind is not bool:
+                text += f" (default {value})" if value != "" else ""
                 form = {"type": kind, "choices": about["choices"]}
-            if kind is bool:
-                form = {"action": "store_true", "default": None}
-            elif value != "":
-                text += f" (default {value})"
-            groups[about["group"]].add_argument(flag, help=text, **form)
-    given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+                form["metavar"] = None if about["choices"] else kind.__name__
+            groups[about["group"]].add_argument("--" + f.name.replace("_", "-"), help=text, **form)
+    given = vars(parser.parse_args())
     given.setdefault("out", f"out/{script}-{'baseline' if given.get('baseline') else 'blocks'}")
     if given.get("eval_only"):
         if useless := [name for name in ("preset", "recipe", "benchmark") if name in given]:
