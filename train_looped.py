@@ -22,12 +22,11 @@ from itertools import count
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from data.text import load_text
 from nano_db.block import DiffusionBlock
 from nano_db.errors import UsageError
-from nano_db.heads import HEADS, PosteriorHead, make_codebook
+from nano_db.heads import HEADS, PosteriorHead, cross_entropy, make_codebook
 from nano_db.laboratory.benchmark import Bench
 from nano_db.language import EVALUATION_BATCH, continue_prompt, generate, score_text
 from nano_db.layers import Layer, NoiseEmbedding, causal_mask, rms_norm, rotary_angles
@@ -173,8 +172,7 @@ class Huginn(nn.Module):
 
     def loss(self, x, y):
         turns = self.settings.turns or recurrences(self.settings.mean_recurrence)
-        logits = self.head.readout(self.features(x, turns)).float()
-        return F.cross_entropy(logits.flatten(0, -2), y.flatten())
+        return cross_entropy(self.head.readout, y, self.features(x, turns), classes=len(self.head.codebook)).mean()
 
 
 def recurrences(mean):

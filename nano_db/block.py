@@ -11,9 +11,8 @@ The network is the script's own, and returns features (B, ..., width) for a head
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
-from nano_db.heads import broadcast
+from nano_db.heads import broadcast, cross_entropy
 from nano_db.schedule import edm_coefficients, edm_weight, sample_sigma
 
 
@@ -29,22 +28,24 @@ class DiffusionBlock(nn.Module):
         self.noise, self.span = noise, span
         self.sigma_data, self.loss_weight = sigma_data, loss_weight
 
-    def forward(self, x, z, sigma, temperature=1.0, **extra):
-        """The head's answer for noisy targets z (B, ..., d) at sigma, (B,) or a float. `extra` goes to the network."""
-        sigma = torch.as_tensor(sigma, dtype=z.dtype, device=z.device).expand(len(z))
+    def features(self, x, z, sigma, **extra):
+        """What the network finds, for the head to read: (B, ..., width). sigma (B,); `extra` goes to the network."""
         if self.head.sees_z:
-            features = self.network(x, **extra)
-        else:
-            _, _, c_in, c_noise = edm_coefficients(sigma, self.sigma_data)
-            features = self.network(x, broadcast(c_in, z) * z, c_noise, **extra)
-        return self.head(features, z, sigma, temperature)
+            return self.network(x, **extra)
+        _, _, c_in, c_noise = edm_coefficients(sigma, self.sigma_data)
+        return self.network(x, broadcast(c_in, z) * z, c_noise, **extra)
+
+    def forward(self, x, z, sigma, temperature=1.0, **extra):
+        """The head's answer for noisy targets z (B, ..., d) at sigma, (B,) or a float."""
+        sigma = torch.as_tensor(sigma, dtype=z.dtype, device=z.device).expand(len(z))
+        return self.head(self.features(x, z, sigma, **extra), z, sigma, temperature)
 
     def loss(self, x, y):
         """Denoising at random levels of the block's own span: the mean over samples of w(sigma_i) * loss_i."""
         sigma = sample_sigma(self.noise, len(y), *self.span).float().to(y.device)  # (B,)
         clean = self.head.clean(y)  # (B, ..., d)
         z = clean + broadcast(sigma, clean) * torch.randn_like(clean)
-        per_sample = self.head.loss(self(x, z, sigma), y)  # (B,)
+        per_sample = self.head.loss(self.features(x, z, sigma), z, sigma, y)  # (B,)
         weight = edm_weight(sigma, self.sigma_data) if self.loss_weight == "edm" else torch.ones_like(sigma)
         assert weight.shape == per_sample.shape == (len(y),)  # (B,) times (B, 1) would make every pair's product
         return (weight * per_sample).mean()
@@ -62,5 +63,4 @@ class EndToEnd(nn.Module):
         return self.head.readout(self.network(x, **extra)).float().log_softmax(-1)
 
     def loss(self, x, y):
-        logits = self.head.readout(self.network(x)).float()
-        return F.cross_entropy(logits.flatten(0, -2), y.flatten())
+        return cross_entropy(self.head.readout, y, self.network(x), classes=len(self.head.codebook)).mean()

@@ -8,7 +8,7 @@ A head is a module with
 
     clean(y)                    the clean target, which gets noised: (B, ..., d)
     head(features, z, sigma)    the answer: logits of p(y | z, x), or the denoised target D
-    loss(answer, y)             one number a sample: (B,)
+    loss(features, z, sigma, y)    how wrong the answer is, one number a sample: (B,)
     sees_z                      True: the head alone sees z and sigma, its network reads x alone (DenoisingHead);
                                 False: the network is shown z and sigma (block.py)
 """
@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nano_db.layers import NoiseEmbedding
+from nano_db.layers import NoiseEmbedding, in_chunks
 from nano_db.schedule import edm_coefficients
 
 
@@ -45,6 +45,19 @@ def log_likelihood(z, sigma, codebook):
         return z.float() @ codebook.T / broadcast(sigma, z.float()).square()
 
 
+def cross_entropy(logits, y, *inputs, classes):
+    """-ln p(y) in nats, (B, ...), by the function `logits` of inputs (B, ..., *): (B, ..., V); V is `classes`.
+
+    With a large vocabulary the logits, and not the layers, would fill the memory. So they are made for a part of the
+    batch at a time, and none is kept for the backward pass.
+    """
+
+    def nats(y, *inputs):
+        return F.cross_entropy(logits(*inputs).float().flatten(0, -2), y.flatten(), reduction="none").view_as(y)
+
+    return in_chunks(nats, y, *inputs, numbers=classes * y[0].numel())
+
+
 class DiscreteHead(nn.Module):
     """What the heads for labels and tokens share: the codebook, a linear readout (width -> V), the cross-entropy."""
 
@@ -59,8 +72,8 @@ class DiscreteHead(nn.Module):
     def clean(self, y):
         return self.codebook[y]  # (B, ...) -> (B, ..., d)
 
-    def loss(self, logits, y):
-        nats = F.cross_entropy(logits.float().flatten(0, -2), y.flatten(), reduction="none")
+    def loss(self, features, z, sigma, y):
+        nats = cross_entropy(self, y, features, z, sigma, classes=len(self.codebook))
         return nats.view(len(y), -1).mean(-1)  # (B,)
 
 
@@ -147,7 +160,6 @@ class EDMHead(nn.Module):
         c_skip, c_out, _, _ = edm_coefficients(broadcast(sigma, z), self.sigma_data)
         return c_skip * z + c_out * features
 
-    def loss(self, denoised, y):
-        """Squared error, the mean over everything but the batch. (B,)"""
-        assert denoised.shape == y.shape
-        return (denoised - y).square().flatten(1).mean(1)
+    def loss(self, features, z, sigma, y):
+        """Squared error of D, the mean over everything but the batch. (B,)"""
+        return (self(features, z, sigma) - y).square().flatten(1).mean(1)

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from nano_db.errors import UsageError
 
+MOST_NUMBERS = 2**24  # of a vocabulary's logits at a time: 64 MiB
+
 
 def rms_norm(h):
     """RMSNorm (Zhang & Sennrich 2019) over the features, without weights."""
@@ -87,8 +89,6 @@ class Layer(nn.Module):
     sandwich: normalise each sum, too (Geiping et al. 2025), which keeps a layer stable that is applied again and again.
     """
 
-    checkpointed = False  # see checkpoint_layers
-
     def __init__(self, width, heads, cond_width=0, dropout=0.0, sandwich=False):
         super().__init__()
         self.norm_sum = rms_norm if sandwich else nn.Identity()
@@ -117,14 +117,29 @@ class Layer(nn.Module):
         return self.norm_sum(h + gate_m * self.dropout(self.mlp(rms_norm(h) * (1 + scale_m) + shift_m)))
 
 
-def checkpoint_layers(module, on=True):
-    """Let all Layers of `module` keep their inputs alone for the backward pass, and be evaluated again there (Chen et
-    al. 2016); or, with on=False, keep all that they compute.
-    """
+def checkpoint_layers(module):
+    """Let all Layers of `module` keep their inputs alone for the backward pass (evaluate_again)."""
     for layer in module.modules():
         if isinstance(layer, Layer):
-            layer.checkpointed, plain = on, partial(Layer.forward, layer)
-            layer.forward = partial(checkpoint, plain, use_reentrant=False) if on else plain
+            layer.forward = partial(evaluate_again, partial(Layer.forward, layer))
+
+
+def evaluate_again(function, *inputs, **named):
+    """function(*inputs, **named). Its inputs alone are kept for the backward pass, where it is evaluated again (Chen et
+    al. 2016, "checkpointing").
+    """
+    return checkpoint(function, *inputs, use_reentrant=False, **named)
+
+
+def in_chunks(function, *inputs, numbers):
+    """function(*inputs), tensors (B, ...) -> (B, ...), for as many rows of the batch at a time as have not more than
+    MOST_NUMBERS results on the way, of `numbers` a row; each chunk is evaluated again in the backward pass.
+    """
+    rows = max(1, MOST_NUMBERS // numbers)
+    if rows >= len(inputs[0]):
+        return function(*inputs)
+    chunks = zip(*(tensor.split(rows) for tensor in inputs), strict=True)
+    return torch.cat([evaluate_again(function, *chunk) for chunk in chunks])
 
 
 class NoiseEmbedding(nn.Module):

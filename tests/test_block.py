@@ -141,8 +141,8 @@ def test_as_a_script_builds_it_a_block_trains_on_its_own_stretched_interval_alon
     cli, text_file, tmp_path, monkeypatch, script, noise, flags
 ):
     """Recorded where the noise reaches the block."""
-    seen, forward = [], DiffusionBlock.forward
-    monkeypatch.setattr(DiffusionBlock, "forward", lambda self, *given: seen.append(given[2]) or forward(self, *given))
+    seen, find = [], DiffusionBlock.features
+    monkeypatch.setattr(DiffusionBlock, "features", lambda self, *given: seen.append(given[2]) or find(self, *given))
     data = ["--data", text_file] if script is train_gpt else []
     partition, sigmas = make_partition(noise, 3, overlap=0.05), []
     for b in range(3):

@@ -72,14 +72,14 @@ def test_a_denoising_head_learns_to_see_z_and_the_noise_level(shape):
     before = [head.from_z.weight, head.up.weight, head.modulation.weight, head.modulation.bias]
     for step in range(2):
         head.zero_grad()
-        head.loss(head(features, z, sigma), y).mean().backward()
+        head.loss(features, z, sigma, y).mean().backward()
         assert head.out.weight.grad.abs().max() > 0 and head.readout.weight.grad.abs().max() > 0
         assert all((p.grad.abs().max() > 0) == (step > 0) for p in before)
         with torch.no_grad():
             for p in head.parameters():
                 p -= 0.5 * p.grad
     head.zero_grad()  # one step more, and the embedding of the noise level learns, too
-    head.loss(head(features, z, sigma), y).mean().backward()
+    head.loss(features, z, sigma, y).mean().backward()
     assert all(p.grad.abs().max() > 0 for p in head.parameters())
 
     said = head.residual(features, z, sigma)
@@ -127,10 +127,9 @@ def test_the_paper_head_is_edm():
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_loss_of_a_class_is_one_number_a_sample(shape):
-    head, generator = PosteriorHead(make_codebook(CLASSES, WIDTH)), torch.Generator().manual_seed(0)
-    logits = torch.randn(*shape[:-1], CLASSES, generator=generator)
-    y = torch.randint(CLASSES, shape[:-1], generator=generator)
-    loss = head.loss(logits, y)
+    head, (features, z, sigma) = PosteriorHead(make_codebook(CLASSES, WIDTH)), inputs(shape)
+    y = torch.randint(CLASSES, shape[:-1], generator=torch.Generator().manual_seed(0))
+    logits, loss = head(features, z, sigma), head.loss(features, z, sigma, y)
     assert loss.shape == (2,)
     for i in range(2):
         torch.testing.assert_close(loss[i], -logits[i].log_softmax(-1).gather(-1, y[i][..., None]).mean())
@@ -146,7 +145,7 @@ def test_the_edm_head_blends_z_and_features():
 
 
 def test_the_loss_of_numbers_is_one_number_a_sample():
-    denoised, y = torch.randn(5, 2, 3), torch.randn(5, 2, 3)
-    loss = EDMHead().loss(denoised, y)
+    features, z, y = torch.randn(3, 5, 2, 3)
+    denoised, loss = EDMHead()(features, z, torch.ones(5)), EDMHead().loss(features, z, torch.ones(5), y)
     assert loss.shape == (5,)
     torch.testing.assert_close(loss[3], ((denoised[3] - y[3]) ** 2).mean())

@@ -11,10 +11,14 @@ import train_dit
 import train_gpt
 import train_mdm
 import train_vit
+from nano_db import layers
+from nano_db.block import DiffusionBlock, EndToEnd
+from nano_db.heads import DenoisingHead, PosteriorHead, make_codebook
 from nano_db.laboratory.benchmark import print_costs
 from nano_db.layers import Layer, checkpoint_layers
 from nano_db.machinery.memory import training_bytes
 from nano_db.machinery.run import Run
+from nano_db.schedule import LogNormal
 
 
 class PeakBytes(TorchDispatchMode):
@@ -82,9 +86,9 @@ def test_checkpointed_layers_keep_their_inputs_and_one_layer_at_work():
     x, counts = torch.randn(8, 32, 16, requires_grad=True), {}  # so that the first layer is as the others
     for on in (False, True):
         model = Deep()
-        checkpoint_layers(model, on)
+        if on:
+            checkpoint_layers(model)
         counts[on] = training_bytes(model, [x], torch.optim.SGD(model.parameters()))["activations"]
-        assert all(layer.checkpointed == on for layer in model.layers)
     end = 4 * x.numel()  # what the mean of squares keeps
     one_layer = (counts[False] - end) // 4  # with its input
     assert counts[True] == end + 4 * 4 * x.numel() + one_layer - 4 * x.numel()
@@ -96,13 +100,41 @@ def test_checkpoints_lower_the_true_peak_and_change_no_gradient():
     for on in (False, True):
         torch.manual_seed(0)
         model = Deep()
-        checkpoint_layers(model, on)
+        if on:
+            checkpoint_layers(model)
         with PeakBytes() as tensors:
             model.loss(x).backward()
         peaks.append(tensors.peak)
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert peaks[1] < 0.75 * peaks[0]
     assert all(map(torch.equal, *gradients))
+
+
+def test_cross_entropy_in_chunks_is_the_same_and_keeps_no_logits(monkeypatch):
+    """A block and the end-to-end network, whole and two samples at a time: loss, gradients, and the true peak."""
+    V, d = 3000, 16
+    noise, codebook = LogNormal(sigma_min=0.1, sigma_max=10.0), make_codebook(V, d)
+    x, y = torch.randint(V, (2, 8, 12), generator=torch.Generator().manual_seed(0))
+    for make in (
+        lambda: DiffusionBlock(nn.Embedding(V, d), DenoisingHead(codebook), noise, (0.1, 10.0)),
+        lambda: EndToEnd(nn.Embedding(V, d), PosteriorHead(codebook)),
+    ):
+        losses, gradients, peaks, counts = [], [], [], []
+        for numbers in (2**24, 2 * 12 * V):
+            monkeypatch.setattr(layers, "MOST_NUMBERS", numbers)
+            torch.manual_seed(0)
+            model = make()
+            with PeakBytes() as tensors:
+                loss = model.loss(x, y)
+                loss.backward()
+            losses.append(loss.detach())
+            peaks.append(tensors.peak)
+            gradients.append([parameter.grad for parameter in model.parameters()])
+            counts.append(training_bytes(model, [x, y], torch.optim.SGD(model.parameters()))["activations"])
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+        for whole, parts in zip(*gradients, strict=True):
+            torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-7)
+        assert peaks[1] < 0.4 * peaks[0] and counts[1] < 0.3 * counts[0]
 
 
 def test_the_table_has_every_part_and_ratios_to_the_last_column(capsys):

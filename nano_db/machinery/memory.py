@@ -3,10 +3,11 @@ bytes.
 """
 
 from contextlib import nullcontext
+from unittest.mock import patch
 
 import torch
 
-from nano_db.layers import Layer
+from nano_db import layers
 
 PARTS = ("weights", "gradients", "optimizer", "activations")
 
@@ -43,13 +44,11 @@ def training_bytes(module, batch, optimizer, context=None):
 
 
 def _activation_bytes(module, batch, fixed, context):
-    """See training_bytes. Of a checkpointed layer the forward pass keeps nothing that autograd would show: a hook notes
-    its input, and evaluates the layer by itself to see what it saves when its turn in the backward pass comes.
-    """
+    """See training_bytes. We take the place of `checkpoint`, to see what a function saves when evaluated alone."""
     fixed = {tensor.untyped_storage().data_ptr() for tensor in fixed}
-    kept, inside = {}, [0]  # bytes by storage: kept all the time; of each checkpointed layer, when evaluated again
+    kept, inside, held = {}, [0], []  # bytes by storage that are kept all the time; of each function; what must live
 
-    def saving_into(found):
+    def noting(found):
         def note(tensor):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in fixed | kept.keys():
@@ -58,19 +57,17 @@ def _activation_bytes(module, batch, fixed, context):
 
         return torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
 
-    def look_inside(layer, args, kwargs):
-        state = args[0].untyped_storage()
-        kept[state.data_ptr()] = state.nbytes()
-        with saving_into(found := {}):
-            _ = Layer.forward(layer, *args, **kwargs)  # held until all is noted, so that no storage is used twice
+    def look_inside(function, *inputs, use_reentrant, **named):
+        for tensor in filter(torch.is_tensor, inputs):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        held.append(inputs)
+        with noting(found := {}):
+            result = function(*inputs, **named)
         inside.append(sum(found.values()))
+        return result.detach().requires_grad_()  # what was saved inside is free again
 
-    layers = [m for m in module.modules() if isinstance(m, Layer) and m.checkpointed]
-    handles = [layer.register_forward_pre_hook(look_inside, with_kwargs=True) for layer in layers]
-    with saving_into(kept), context or nullcontext():
+    with patch.object(layers, "checkpoint", look_inside), noting(kept), context or nullcontext():
         module.loss(*batch)
-    for handle in handles:
-        handle.remove()
     return sum(kept.values()) + max(inside)
 
 
