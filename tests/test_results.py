@@ -125,6 +125,7 @@ def test_runs_are_made_kept_and_skipped_and_a_failing_one_is_named(few, tmp_path
     assert all("| vit-blocks | 4 | 2 |" in path.read_text() for path in pages)
 
 
+@pytest.mark.slow
 def test_an_interruption_lets_the_run_save_and_the_same_command_goes_on(few, tmp_path, monkeypatch):
     """A request to stop that comes as soon as the run has written its first block."""
     rows = [row("vit-blocks", "--steps", "200")]
