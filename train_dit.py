@@ -29,7 +29,7 @@ from nano_db.machinery.settings import Blocks, Training, method, network, output
 from nano_db.partition import make_partition, split_layers
 from nano_db.schedule import LogNormal, equal_mass_grid
 
-EXPORT_BATCH = 250  # images painted at a time
+PAINT_BATCH = 250  # images painted at a time
 
 
 @dataclass
@@ -108,7 +108,7 @@ class DiT(nn.Module):
     def forward(self, x, z, c_noise):
         """x (B,) labels, z (B, C, H, W) scaled noisy images, c_noise (B,)."""
         if self.training:  # some labels are not told: so one network learns both terms of classifier-free guidance
-            x = torch.where(torch.rand(len(x)).to(x.device) < self.label_dropout, self.null_label, x)
+            x = torch.where(torch.rand(len(x), device=x.device) < self.label_dropout, self.null_label, x)
         h = self.embedding(patchify(z, self.patch)) + self.positions  # (B, T, width)
         cond = self.noise_embedding(c_noise) + self.label_embedding(x)  # (B, width)
         for layer in self.layers:
@@ -117,11 +117,19 @@ class DiT(nn.Module):
         return unpatchify(self.output(rms_norm(h) * (1 + scale) + shift), self.patch, z.shape[2])
 
 
-def paint(stack, count, noise, settings, seed=None):
-    """Walk to `count` images, of each class in turn. Yields the States (sampler.py)."""
-    generator = torch.Generator().manual_seed(settings.seed if seed is None else seed)
+def paint(stack, count, noise, settings, first=0):
+    """Walk to `count` images, of each class in turn, numbered from `first`. Yields the States (sampler.py)."""
+    generator = torch.Generator().manual_seed(settings.seed + first)
     labels = torch.arange(count, device=settings.device) % stack.null_label
     return stack.walk(labels, equal_mass_grid(noise, settings.calls), settings.guidance, generator)
+
+
+def paint_many(stack, count, noise, settings):
+    """Yield (first, images (B, C, H, W)), PAINT_BATCH at a time: a walk's states are forgotten as it goes on."""
+    for first in range(0, count, PAINT_BATCH):
+        for state in paint(stack, min(PAINT_BATCH, count - first), noise, settings, first):
+            z = state.z
+        yield first, z.clamp(-1, 1).cpu()
 
 
 def score_and_paint(stack, images, noise, settings, run):
@@ -131,8 +139,8 @@ def score_and_paint(stack, images, noise, settings, run):
     print(f"EDM loss {metrics['edm_loss']:.4f}, by block", *(f"{p:.4f}" for p in metrics["edm_loss_by_block"]))
     if settings.frechet_images:
         frechet = FrechetSmall(images, settings.frechet_images, settings.frechet_steps, settings.device)
-        *_, last = paint(stack, settings.frechet_images, noise, settings)
-        metrics |= {"frechet_small": frechet(last.z.clamp(-1, 1)), "frechet_small_real": frechet.floor}
+        painted = torch.cat([images for _, images in paint_many(stack, settings.frechet_images, noise, settings)])
+        metrics |= {"frechet_small": frechet(painted), "frechet_small_real": frechet.floor}
         print(f"frechet_small {metrics['frechet_small']:.4f} (real images: {frechet.floor:.4f})")
     if settings.samples:
         from nano_db.laboratory.plots import draw_images  # matplotlib is slow to import
@@ -141,12 +149,10 @@ def score_and_paint(stack, images, noise, settings, run):
         names = [images.classes[i % len(images.classes)] for i in range(settings.samples)]
         states = list(paint(stack, settings.samples, noise, settings))
         draw_images(run.picture(), states, owners, names, settings.sigma_data)
-    for first in range(0, settings.export, EXPORT_BATCH):
+    for first, painted in paint_many(stack, settings.export, noise, settings):
         from nano_db.laboratory.plots import save_images
 
-        count = min(EXPORT_BATCH, settings.export - first)
-        *_, last = paint(stack, count, noise, settings, settings.seed + first)
-        save_images(run.folder / "images", last.z, first)
+        save_images(run.folder / "images", painted, first)
     return metrics
 
 
@@ -212,6 +218,7 @@ def main():
             trained = run.trained_blocks(make) if settings.ensemble > 1 else OneAtATime(run, make)
             metrics = score_and_paint(put_together(trained), images, noise, settings, run)
             run.log_evaluation(metrics)
+            del trained
     if run.complete():
         bench.report(metrics, "edm_loss", "held-out EDM loss")
 

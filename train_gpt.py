@@ -182,6 +182,7 @@ def main():
             print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
             run.log_evaluation(metrics)
             run.keep_samples(continue_prompt(model, text, settings, equal_mass_grid(noise, calls)))
+            del model  # all blocks at once: the next round has no room for them
     if run.complete():
         bench.report(metrics, "bits_per_char", "bits per character")
 

@@ -267,6 +267,7 @@ def main():
             print(f"layers evaluated a step: {layers['forward']:g} forward, {layers['backward']:g} backward")
             run.log_evaluation(metrics)
             run.keep_samples(continue_prompt(model, text, settings, equal_mass_grid(noise, settings.calls)))
+            del model
     if run.complete():
         bench.report(metrics, "bits_per_char", "bits per character")
 

@@ -187,6 +187,7 @@ def main():
         if run.ready():  # all blocks are there
             model = put_together(run.trained_blocks(make), partition, average)
             run.log_evaluation(metrics := score_and_draw(model, images, equal_mass_grid(noise, calls), settings, run))
+            del model  # all blocks at once: the next round has no room for them
     if run.complete():
         bench.report(metrics, "accuracy", "share of test images named right")
 

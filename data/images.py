@@ -43,23 +43,24 @@ class Images:
 
     def training(self, rows):
         """Training images of these row numbers, as floats."""
-        return to_floats(self.train[rows])
+        return to_floats(self.train[rows.to(self.train.device)])
 
     def batch(self, batch_size, augmentation="none", device="cpu"):
         """Random training images as floats (B, C, H, W) and labels (B,), by torch's global generator.
         augmentation: "none"; "flip" mirrors every other image, where `mirrors`; "standard" also shifts it
         by up to PADDING pixels each way.
         """
-        chosen = torch.randint(len(self.train), (batch_size,))
+        self.train, self.train_labels = self.train.to(device), self.train_labels.to(device)  # once
+        chosen = torch.randint(len(self.train), (batch_size,), device=device)
         images, (H, W) = self.train[chosen], self.train.shape[2:]
         if augmentation != "none" and self.mirrors:
-            mirrored = torch.rand(batch_size) < 0.5
+            mirrored = torch.rand(batch_size, device=device) < 0.5
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         if augmentation == "standard":  # zeros (black) come in
             shifts = F.pad(images, (PADDING,) * 4).unfold(2, H, 1).unfold(3, W, 1)
-            down, right = torch.randint(2 * PADDING + 1, (2, batch_size))
-            images = shifts[torch.arange(batch_size), :, down, right]  # of (B, C, 9, 9, H, W)
-        return to_floats(images).to(device), self.train_labels[chosen].to(device)
+            down, right = torch.randint(2 * PADDING + 1, (2, batch_size), device=device)
+            images = shifts[torch.arange(batch_size, device=device), :, down, right]  # of (B, C, 9, 9, H, W)
+        return to_floats(images), self.train_labels[chosen]
 
     def test_batches(self, batch_size, count=0, device="cpu"):
         """The first `count` test images (0: all) in order, as floats, with their labels."""

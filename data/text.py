@@ -71,13 +71,14 @@ class Text:
 
     def frequencies(self):
         """Share of each class in the training text, (V,); a class that is not in it counts as one occurrence."""
-        counts = torch.bincount(self.train, minlength=self.tokenizer.classes).double().clamp(min=1)
+        counts = torch.bincount(self.train.cpu(), minlength=self.tokenizer.classes).double().clamp(min=1)
         return counts / counts.sum()
 
     def batch(self, batch_size, seq_len, device="cpu"):
         """Random windows of the training text, by torch's global generator: x (B, T), and y (B, T) that follow."""
-        starts = torch.randint(len(self.train) - seq_len, (batch_size, 1))
-        windows = self.train[starts + torch.arange(seq_len + 1)].long().to(device)
+        self.train = self.train.to(device)  # once: from then on a step copies nothing
+        starts = torch.randint(len(self.train) - seq_len, (batch_size, 1), device=device)
+        windows = self.train[starts + torch.arange(seq_len + 1, device=device)].long()
         return windows[:, :-1], windows[:, 1:]
 
     def heldout_batches(self, batch_size, seq_len, device="cpu", windows=0):

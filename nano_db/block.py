@@ -37,12 +37,14 @@ class DiffusionBlock(nn.Module):
 
     def forward(self, x, z, sigma, temperature=1.0, **extra):
         """The head's answer for noisy targets z (B, ..., d) at sigma, (B,) or a float."""
-        sigma = torch.as_tensor(sigma, dtype=z.dtype, device=z.device).expand(len(z))
+        if not torch.is_tensor(sigma):
+            sigma = torch.full((len(z),), sigma, dtype=z.dtype, device=z.device)
         return self.head(self.features(x, z, sigma, **extra), z, sigma, temperature)
 
     def loss(self, x, y):
         """Denoising at random levels of the block's own span: the mean over samples of w(sigma_i) * loss_i."""
-        sigma = sample_sigma(self.noise, len(y), *self.span).float().to(y.device)  # (B,)
+        where = "cpu" if y.device.type == "mps" else y.device  # MPS has no float64
+        sigma = sample_sigma(self.noise, len(y), *self.span, device=where).float().to(y.device)  # (B,)
         clean = self.head.clean(y)  # (B, ..., d)
         z = clean + broadcast(sigma, clean) * torch.randn_like(clean)
         per_sample = self.head.loss(self.features(x, z, sigma), z, sigma, y)  # (B,)

@@ -1,4 +1,6 @@
-"""The one exception a user is meant to see."""
+"""The one exception a user is meant to see, and the one failure that is no fault of his."""
+
+import torch
 
 
 class UsageError(Exception):
@@ -6,3 +8,8 @@ class UsageError(Exception):
 
     The scripts print it without a traceback and exit with code 2 (machinery/run.py: `command`).
     """
+
+
+def is_out_of_memory(error):
+    """Whether an allocator gave up: a GPU's, Python's, or the CPU's and mmap's, which raise a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)

@@ -17,8 +17,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nano_db.layers import NoiseEmbedding, in_chunks
+from nano_db.layers import NoiseEmbedding, evaluate_again
 from nano_db.schedule import edm_coefficients
+
+MOST_LOGITS = 2**24  # at a time: 64 MiB
 
 
 def make_codebook(classes, width, seed=0):
@@ -31,8 +33,9 @@ def make_codebook(classes, width, seed=0):
 
 def broadcast(sigma, like):
     """sigma (B,) or a float, shaped (B, 1, ..., 1) to multiply `like` (B, ...)."""
-    sigma = torch.as_tensor(sigma, dtype=like.dtype, device=like.device)
-    return sigma.reshape(-1, *[1] * (like.dim() - 1)) if sigma.dim() else sigma
+    if not torch.is_tensor(sigma):
+        return torch.full((), sigma, dtype=like.dtype, device=like.device)  # made there: a copy would make a GPU wait
+    return sigma.to(like).reshape(-1, *[1] * (like.dim() - 1))
 
 
 def log_likelihood(z, sigma, codebook):
@@ -48,14 +51,17 @@ def log_likelihood(z, sigma, codebook):
 def cross_entropy(logits, y, *inputs, classes):
     """-ln p(y) in nats, (B, ...), by the function `logits` of inputs (B, ..., *): (B, ..., V); V is `classes`.
 
-    With a large vocabulary the logits, and not the layers, would fill the memory. So they are made for a part of the
-    batch at a time, and none is kept for the backward pass.
+    Where all logits at once would fill the memory, they are made for a part of the batch at a time, and none is kept.
     """
 
     def nats(y, *inputs):
         return F.cross_entropy(logits(*inputs).float().flatten(0, -2), y.flatten(), reduction="none").view_as(y)
 
-    return in_chunks(nats, y, *inputs, numbers=classes * y[0].numel())
+    rows = max(1, MOST_LOGITS // (classes * y[0].numel()))
+    if rows >= len(y):
+        return nats(y, *inputs)
+    chunks = zip(*(tensor.split(rows) for tensor in (y, *inputs)), strict=True)
+    return torch.cat([evaluate_again(nats, *chunk) for chunk in chunks])
 
 
 class DiscreteHead(nn.Module):

@@ -2,7 +2,7 @@
 
 import torch
 
-from nano_db.layers import MOST_NUMBERS
+from nano_db.heads import MOST_LOGITS
 from nano_db.likelihood import measure, quadrature, split_by_block
 from nano_db.sampler import draw, sample_classes
 from nano_db.stack import Ensemble
@@ -19,7 +19,7 @@ def score_text(model, text, seq_len, windows=0, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     levels = [] if isinstance(model, Ensemble) else quadrature(model.partition)
     summed, tokens = 0.0, 0
-    together = max(1, min(EVALUATION_BATCH, MOST_NUMBERS // (seq_len * len(model.codebook))))
+    together = max(1, min(EVALUATION_BATCH, MOST_LOGITS // (seq_len * len(model.codebook))))
     for x, y in text.heldout_batches(together, seq_len, device, windows):
         if isinstance(model, Ensemble):
             found = -model.log_p(x).gather(-1, y[..., None]).cpu().double().mean().view(1)

@@ -16,8 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from nano_db.errors import UsageError
 
-MOST_NUMBERS = 2**24  # of a vocabulary's logits at a time: 64 MiB
-
 
 def rms_norm(h):
     """RMSNorm (Zhang & Sennrich 2019) over the features, without weights."""
@@ -129,17 +127,6 @@ def evaluate_again(function, *inputs, **named):
     al. 2016, "checkpointing").
     """
     return checkpoint(function, *inputs, use_reentrant=False, **named)
-
-
-def in_chunks(function, *inputs, numbers):
-    """function(*inputs), tensors (B, ...) -> (B, ...), for as many rows of the batch at a time as have not more than
-    MOST_NUMBERS results on the way, of `numbers` a row; each chunk is evaluated again in the backward pass.
-    """
-    rows = max(1, MOST_NUMBERS // numbers)
-    if rows >= len(inputs[0]):
-        return function(*inputs)
-    chunks = zip(*(tensor.split(rows) for tensor in inputs), strict=True)
-    return torch.cat([evaluate_again(function, *chunk) for chunk in chunks])
 
 
 class NoiseEmbedding(nn.Module):

@@ -54,17 +54,18 @@ def block_at(alpha, blocks):
     return min(int(alpha * blocks + 1e-9), blocks - 1)
 
 
-def spread_times(count, t_low, t_high, generator=None):
+def spread_times(count, t_low, t_high, device="cpu"):
     """Low-discrepancy times: one shared offset u, t_i = (u + i / n) mod 1 of the interval. (count,) float64"""
-    offset = torch.rand((), dtype=torch.float64, generator=generator)
-    return t_low + (t_high - t_low) * ((offset + torch.arange(count, dtype=torch.float64) / count) % 1)
+    offset = torch.rand((), dtype=torch.float64, device=device)
+    return t_low + (t_high - t_low) * ((offset + torch.arange(count, dtype=torch.float64, device=device) / count) % 1)
 
 
 def hide(x, alpha, mask_token, generator=None):
     """Hide each token of x (B, T) with probability 1 - alpha, (B,). Returns the sequence with mask tokens, and where
     (bool).
     """
-    hidden = torch.rand(x.shape, generator=generator).to(x.device) >= alpha.float().to(x.device)[:, None]
+    chance = torch.rand(x.shape, generator=generator, device="cpu" if generator else x.device).to(x.device)
+    hidden = chance >= alpha.float().to(x.device)[:, None]
     return torch.where(hidden, mask_token, x), hidden
 
 
@@ -94,7 +95,8 @@ class MaskedBlock(nn.Module):
         """The block's part of the bound, as a mean over its span: times spread evenly, weighted by -alpha'."""
         least, most = self.span
         t_low, t_high = float(self.schedule.time(most)), float(self.schedule.time(least))
-        t = spread_times(len(x), t_low, t_high)
+        where = "cpu" if x.device.type == "mps" else x.device  # MPS has no float64
+        t = spread_times(len(x), t_low, t_high, where)
         weight = -self.schedule.slope(t) * (t_high - t_low) / (most - least)  # (B,), 1 on average
         return (weight.float().to(x.device) * self.nats(x, t)).mean()
 

@@ -24,17 +24,15 @@ class LogNormal:
     def __init__(self, p_mean=-1.2, p_std=1.2, sigma_min=0.002, sigma_max=80.0):
         self.p_mean, self.p_std = p_mean, p_std
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
-        self._below = self._normal_cdf(sigma_min)  # mass of the untruncated normal below the range
-        self.mass = self._normal_cdf(sigma_max) - self._below  # inside the range
+        ends = torch.tensor([sigma_min, sigma_max], dtype=torch.float64).log()
+        self._below, above = torch.special.ndtr((ends - p_mean) / p_std)  # mass of the untruncated normal below an end
+        self.mass = above - self._below  # inside the range
         if not float(self.mass) > 1e-6:
             raise UsageError(f"--p-mean {p_mean} leaves next to no mass in [{sigma_min}, {sigma_max}]: change it")
 
-    def _normal_cdf(self, sigma):
-        sigma = torch.as_tensor(sigma, dtype=torch.float64)
-        return torch.special.ndtr((sigma.log() - self.p_mean) / self.p_std)
-
     def cdf(self, sigma):
-        return (self._normal_cdf(sigma) - self._below) / self.mass
+        log_sigma = torch.as_tensor(sigma, dtype=torch.float64).log()
+        return (torch.special.ndtr((log_sigma - self.p_mean) / self.p_std) - self._below) / self.mass
 
     def inverse_cdf(self, q):
         q = torch.as_tensor(q, dtype=torch.float64)
@@ -76,14 +74,15 @@ class Information:
         return torch.as_tensor(np.interp(log_sigma, self._log_sigma, self._cdf))
 
     def inverse_cdf(self, q):
-        log_sigma = np.interp(np.asarray(q, dtype=np.float64), self._cdf, self._log_sigma)
-        return torch.as_tensor(np.exp(log_sigma)).clamp(self.sigma_min, self.sigma_max)
+        q = torch.as_tensor(q, dtype=torch.float64)
+        log_sigma = np.interp(q.cpu().numpy(), self._cdf, self._log_sigma)  # on a GPU a step waits for this
+        return torch.as_tensor(np.exp(log_sigma)).clamp(self.sigma_min, self.sigma_max).to(q.device)
 
 
-def sample_sigma(noise, count, low, high, generator=None):
+def sample_sigma(noise, count, low, high, generator=None, device="cpu"):
     """`count` noise levels from p_noise between low and high: uniform in cdf space, then the inverse cdf. (count,)"""
     q_low, q_high = noise.cdf(low), noise.cdf(high)
-    q = q_low + (q_high - q_low) * torch.rand(count, dtype=torch.float64, generator=generator)
+    q = q_low + (q_high - q_low) * torch.rand(count, dtype=torch.float64, generator=generator, device=device)
     return noise.inverse_cdf(q).clamp(low, high)
 
 

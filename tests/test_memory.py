@@ -1,9 +1,13 @@
+import json
+import os
+import subprocess
+import sys
 import weakref
 
 import pytest
 import torch
 import torch.nn as nn
-from conftest import SMALL
+from conftest import ROOT, SMALL
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -11,7 +15,7 @@ import train_dit
 import train_gpt
 import train_mdm
 import train_vit
-from nano_db import layers
+from nano_db import heads
 from nano_db.block import DiffusionBlock, EndToEnd
 from nano_db.heads import DenoisingHead, PosteriorHead, make_codebook
 from nano_db.laboratory.benchmark import print_costs
@@ -121,7 +125,7 @@ def test_cross_entropy_in_chunks_is_the_same_and_keeps_no_logits(monkeypatch):
     ):
         losses, gradients, peaks, counts = [], [], [], []
         for numbers in (2**24, 2 * 12 * V):
-            monkeypatch.setattr(layers, "MOST_NUMBERS", numbers)
+            monkeypatch.setattr(heads, "MOST_LOGITS", numbers)
             torch.manual_seed(0)
             model = make()
             with PeakBytes() as tensors:
@@ -167,12 +171,19 @@ def test_while_a_block_trains_nothing_of_another_is_in_memory(
     and without the help of Python's garbage collector.
     """
     trained, alive, build, steps, make = [], [], Run.build, Run.steps, script.make_optimizer
+    load, loaded = Run.trained_block, []
 
     def checked_build(run, *args):
         assert not [reference() for reference in alive if reference() is not None]
         return build(run, *args)
 
+    def noted_load(run, *args):  # for an evaluation between two rounds
+        block = load(run, *args)
+        loaded.extend(map(weakref.ref, block.parameters()))
+        return block
+
     def noted_make(module, settings):
+        assert not [reference() for reference in loaded if reference() is not None]
         optimizer = make(module, settings)
         alive.extend(map(weakref.ref, [module, optimizer, *module.parameters()]))
         return optimizer
@@ -188,8 +199,42 @@ def test_while_a_block_trains_nothing_of_another_is_in_memory(
 
     monkeypatch.setattr(Run, "build", checked_build)
     monkeypatch.setattr(Run, "steps", noted_steps)
+    monkeypatch.setattr(Run, "trained_block", noted_load)
     monkeypatch.setattr(script, "make_optimizer", noted_make)
     data = [] if flags[: len(IMAGES)] == IMAGES else ["--data", text_file]
     code, _, err = cli(*flags, *data, "--out", tmp_path / "run", main=script.main)  # `small` keeps the samples short
     assert code == 0, err
     assert len(trained) == turns and len(alive) > 20 * turns
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux caps the memory of a process")
+def test_what_does_not_fit_end_to_end_is_trained_in_blocks(tmp_path):
+    """113 million weights take 1.8 GB with gradients and AdamW's averages. The processes here are given 1.5 GB."""
+    import resource
+
+    size = "--preset tiny --layers 16 --width 768 --seq-len 64 --batch-size 4 --eval-windows 1 --device cpu"
+    flags = [*size.split(), "--steps", "2", "--warmup", "1"]
+
+    def run(*more):
+        return subprocess.run(
+            [sys.executable, "train_gpt.py", *flags, *more],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "100000"},  # what is freed is free
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (1_500_000_000, 1_500_000_000)),
+            capture_output=True,
+            text=True,
+        )
+
+    whole = run("--baseline", "--out", tmp_path / "whole")
+    assert whole.returncode == 2 and whole.stderr.count("\n") == 1
+    assert "out of memory: try more --blocks" in whole.stderr and not (tmp_path / "whole" / "block_0.pt").exists()
+    blocks = ("--blocks", "8", "--out", tmp_path / "blocks")
+    assert run(*blocks, "--only", "5").returncode == 0
+    kept = (tmp_path / "blocks" / "block_5.pt").read_bytes()
+    done = run(*blocks)  # the other seven, evaluation, a sample, and the costs
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "blocks" / "block_5.pt").read_bytes() == kept and "bits per character" in done.stdout
+    assert "end to end: a training step does not fit" in done.stdout
+    result = json.loads((tmp_path / "blocks" / "result.json").read_text())
+    assert result["memory_bytes"]["total"] < 0.5e9 and "baseline_memory_bytes" not in result

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from nano_db.errors import UsageError
+from nano_db.errors import UsageError, is_out_of_memory
 from nano_db.layers import Layer
 from nano_db.machinery.files import write_json
 from nano_db.machinery.memory import training_bytes
@@ -51,7 +51,8 @@ class Bench:
             self.sample([module.eval() for module in modules], 16)
 
         self._time_in_pairs(f"a step of all {run.count} blocks", partial(train, blocks), partial(train, baseline))
-        print_costs({"blocks": self._costs(blocks), "end to end": self._costs(baseline)})
+        costs = {"blocks": self._costs(self.make_block, run.count), "end to end": self._costs(self.make_baseline, 1)}
+        print_costs(costs)
         self._time_in_pairs("16 samples with blocks", partial(sample, blocks), partial(sample, baseline))
 
     def report(self, metrics, metric, unit):
@@ -61,20 +62,27 @@ class Bench:
         the largest block's (or the baseline's); the sum over the blocks stands beside.
         """
         run, settings = self.run, self.run.settings
-        networks = self._build(self.make_baseline if settings.baseline else self.make_block, run.count)
-        costs = {settings.method: self._costs(networks)}
-        states = [run.load_block(b, whole=False) for b in range(run.count)]
-        seconds = [state["seconds"] / state["step"] for state in states]
+        make = self.make_baseline if settings.baseline else self.make_block
+        costs = {settings.method: self._costs(make, run.count)}
+        seconds = [(state := run.load_block(b, whole=False))["seconds"] / state["step"] for b in range(run.count)]
         result = {"script": run.script, "method": settings.method, "blocks": run.count, "steps": settings.steps}
         result |= {"seed": settings.seed, "device": run.device, "versions": VERSIONS, "metrics": metrics}
-        result["parameters"] = sum(p.numel() for network in networks for p in network.parameters())
+        result["parameters"] = sum(p.numel() for b in range(run.count) for p in run.build(make, b).parameters())
         result |= {"seconds_per_step": max(seconds), "seconds_per_step_all_blocks": sum(seconds)}
         result |= costs[settings.method]
-        if not settings.baseline:
-            costs["end to end"] = self._costs(self._build(self.make_baseline, 1))
-            result["baseline_memory_bytes"] = costs["end to end"]["memory_bytes"]
-        print_costs(costs)
         write_json(run.folder / "result.json", result)
+        if not settings.baseline:  # the network that blocks are there to avoid: it may be too large for this machine
+            try:
+                costs["end to end"] = self._costs(self.make_baseline, 1)
+                write_json(
+                    run.folder / "result.json",
+                    {**result, "baseline_memory_bytes": costs["end to end"]["memory_bytes"]},
+                )
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                print("end to end: a training step does not fit into this machine's memory")
+        print_costs(costs)
 
         from nano_db.laboratory.plots import draw_curves  # not at the top: importing matplotlib takes a second
 
@@ -97,15 +105,16 @@ class Bench:
         optimizer.step()
         optimizer.zero_grad()
 
-    def _costs(self, networks):
+    def _costs(self, make, count):
         """memory_bytes: of a training step, by part, of the network that takes most. one_sample: see _cost_of_use."""
         counts = []
-        for network in networks:
-            optimizer = make_optimizer(network.train(), self.run.settings)
+        for b in range(count):  # one at a time: all of them may be more than the machine can train
+            network = self.run.build(make, b).train()
+            optimizer = make_optimizer(network, self.run.settings)
             counts.append(training_bytes(network, self.batch(), optimizer, self.run.autocast))
-            network.zero_grad()
+            del network, optimizer
         largest = max(counts, key=lambda count: count["total"])
-        return {"memory_bytes": largest, "one_sample": self._cost_of_use(networks)}
+        return {"memory_bytes": largest, "one_sample": self._cost_of_use(self._build(make, count))}
 
     def _cost_of_use(self, networks, count=16):
         """Cost of one sample, as a dictionary; it does not depend on the weights.

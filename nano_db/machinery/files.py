@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from nano_db.errors import UsageError
+from nano_db.errors import UsageError, is_out_of_memory
 
 try:
     import fcntl
@@ -52,6 +52,8 @@ def write_atomically(path, write):
     except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
         with suppress(OSError):
             aside.unlink()
+        if is_out_of_memory(error):
+            raise
         reason = getattr(error, "strerror", None) or "the disk may be full"
         raise UsageError(
             f"cannot write {path} ({reason}); what it held before is untouched: "
@@ -84,6 +86,8 @@ def read_block(path, whole=True):
                     archive.read(member)  # verifies its checksum
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
     except Exception as error:  # unpickling damaged bytes raises nearly anything
+        if is_out_of_memory(error):
+            raise
         raise UsageError(f"{path} is damaged or no block of nano_db ({type(error).__name__}): {mend}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UsageError(f"{path} is no block of nano_db: {mend}")

@@ -53,7 +53,7 @@ def _activation_bytes(module, batch, fixed, context):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in fixed | kept.keys():
                 found[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            return tensor.detach()  # itself would be a circle: an output, its graph, and what the graph saved
 
         return torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
 

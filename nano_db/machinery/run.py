@@ -26,7 +26,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from nano_db.errors import UsageError
+from nano_db.errors import UsageError, is_out_of_memory
 from nano_db.layers import checkpoint_layers
 from nano_db.machinery.files import (
     FORMAT,
@@ -76,7 +76,9 @@ class Run:
     def __init__(self, script, settings, **depends_on):
         self.script, self.settings, self.device, self.depends_on = script, settings, settings.device, depends_on
         self.folder = Path(settings.out)
-        bfloat16 = settings.dtype == "bfloat16" or (settings.dtype == "auto" and settings.device == "cuda")
+        bfloat16 = settings.dtype == "bfloat16"
+        if settings.dtype == "auto" and settings.device == "cuda":
+            bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         self.autocast = torch.autocast(settings.device, torch.bfloat16, enabled=bfloat16)
         self.count = getattr(settings, "ensemble" if settings.baseline else "blocks", 1)
         fixed = {f.name: getattr(settings, f.name) for f in fields(settings) if not f.metadata["resumable"]}
@@ -102,6 +104,9 @@ class Run:
         if another process is training one of these blocks.
         """
         self._take_folder()
+        if not (self.worker.rank or self.settings.eval_only):
+            about = f"{self.count} x {self.settings.steps} steps of {self.settings.batch_size} samples"
+            print(f"preset {self.settings.preset} on {self.device}: {about}")
         alone = self.only or self.worker.ranks > 1 or self.settings.eval_only
         rounds = 1 if alone else self.settings.rounds
         with ExitStack() as locks:
@@ -282,8 +287,7 @@ class Run:
         """Averages; now and then a line of metrics, and one on the screen; the file. at: see _restore."""
         at.step, self.trained = at.step + 1, self.trained + 1
         if at.ema:
-            for name, tensor in module.state_dict().items():
-                at.ema[name].lerp_(tensor, 1 - self.settings.ema)
+            torch._foreach_lerp_(list(at.ema.values()), list(module.state_dict().values()), 1 - self.settings.ema)
         log_every = max(1, min(50, self.settings.steps // 10))
         save = at.step == self.step_to_reach or at.step % (5 * log_every) == 0
         # A team looks at requests to stop at fixed steps only: all its members must stop at the same one.
@@ -307,6 +311,8 @@ class Run:
         try:
             load(state)
         except Exception as error:  # which one depends on what does not fit
+            if is_out_of_memory(error):
+                raise
             path = self.paths[b]
             raise UsageError(f"{path} does not fit the network of these settings: it is no part of this run") from error
 
@@ -389,6 +395,12 @@ def command(main):
         main()
     except UsageError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = "try more --blocks, a smaller --batch-size, or --checkpoint-activations; what was saved is untouched"
+        print(f"{Path(sys.argv[0]).name}: error: out of memory: {advice}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; what was reached is saved, and the same command goes on from there", file=sys.stderr)

@@ -24,6 +24,9 @@ LIMITS = (
 )
 
 
+PRESETS = ("auto", "tiny", "laptop", "gpu", "paper")
+
+
 def option(group, default, help, choices=None, least=None, below=None, above=None, of=None, flag=True, resumable=False):
     """A dataclass field, and the flag made from it, under the heading `group` of --help.
 
@@ -43,7 +46,12 @@ method, network, training, output = (partial(option, group) for group in ("metho
 class Training:
     """What every script has."""
 
-    preset: str = training("laptop", "scale of everything", choices=("tiny", "laptop", "gpu", "paper"), resumable=True)
+    preset: str = training(
+        "auto",
+        "scale; auto: gpu on CUDA, else laptop",
+        choices=("auto", "tiny", "laptop", "gpu", "paper"),
+        resumable=True,
+    )
     baseline: bool = method(False, "train the same network end to end with backpropagation instead")
     steps: int = training(1000, "steps of each block (or of the baseline)", least=1)
     rounds: int = training(1, "turns of the blocks; the run is evaluated after each", least=1, resumable=True)
@@ -119,25 +127,27 @@ def read_settings(script, settings_class, presets, recipes=None, description=Non
                 form["metavar"] = None if about["choices"] else kind.__name__
             groups[about["group"]].add_argument("--" + f.name.replace("_", "-"), help=text, **form)
     given = vars(parser.parse_args())
+    device = given.get("device", "auto")
+    for name, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
+        if device == name and not backend.is_available():
+            raise UsageError(f"--device {name}: there is none at hand; use --device cpu (or auto)")
+    given["device"] = device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     given.setdefault("out", f"out/{script}-{'baseline' if given.get('baseline') else 'blocks'}")
     if given.get("eval_only"):
         if useless := [name for name in ("preset", "recipe", "benchmark") if name in given]:
             raise UsageError(f"--{useless[0]} does nothing with --eval-only, which keeps the run's settings: drop it")
-        bundle = {**stored_settings(script, settings_class, given["out"]), "device": "auto"}  # another machine, perhaps
+        bundle = {**stored_settings(script, settings_class, given["out"])}
     else:
-        preset = given.get("preset", settings_class.preset)
-        bundle = dict(presets[preset])
+        preset = given.pop("preset", "auto")
+        if preset == "auto":
+            preset = "gpu" if device == "cuda" else "laptop"
+        bundle = {**presets[preset], "preset": preset}
         if given.get("baseline"):
             bundle |= presets.get(f"{preset}-baseline", {})
         elif recipes:
             bundle |= recipes[given.get("recipe", settings_class.recipe)]
     settings = settings_class(**{**bundle, **given})
     validate(settings, given)
-    if settings.device == "auto":
-        settings.device = "cuda" if torch.cuda.is_available() else "cpu"
-    for device, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
-        if settings.device == device and not backend.is_available():
-            raise UsageError(f"--device {device}: there is none at hand; use --device cpu (or auto)")
     return settings
 
 

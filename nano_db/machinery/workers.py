@@ -40,16 +40,19 @@ class Team:
         if device == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
             raise UsageError(f"{self.size} processes share block {b}, and need a GPU each: start fewer processes")
         backend, store = "nccl" if device == "cuda" else "gloo", dist.PrefixStore(f"block {b}", self.store)
-        dist.init_process_group(backend, store=store, rank=self.place, world_size=self.size)
-        ends = torch.tensor([step, -step], device=device)
-        self._all_reduce(ends, dist.ReduceOp.MAX)
-        if ends[0] != -ends[1]:
-            raise UsageError(
-                f"block {b}'s file is not the same to all processes that share the block: "
-                "give them an --out on a disk that all of them see"
-            )
-        yield
-        dist.destroy_process_group()
+        own = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None
+        dist.init_process_group(backend, store=store, rank=self.place, world_size=self.size, device_id=own)
+        try:
+            ends = torch.tensor([step, -step], device=device)
+            self._all_reduce(ends, dist.ReduceOp.MAX)
+            if ends[0] != -ends[1]:
+                raise UsageError(
+                    f"block {b}'s file is not the same to all processes that share the block: "
+                    "give them an --out on a disk that all of them see"
+                )
+            yield
+        finally:
+            dist.destroy_process_group()
 
     def average(self, tensors):
         """Put the mean over the members in the place of each tensor, in one message."""
@@ -67,7 +70,7 @@ class Team:
 
     def any(self, flag, device):
         """Whether the flag is set for any member."""
-        return bool(self.mean(torch.tensor(float(bool(flag)), device=device)))
+        return bool(flag) if self.size == 1 else bool(self.mean(torch.tensor(float(bool(flag)), device=device)))
 
     @staticmethod
     def _all_reduce(tensor, operation=dist.ReduceOp.SUM):
@@ -117,6 +120,7 @@ def join():
         store, rank, ranks = next(dist.rendezvous("env://"))
     except ValueError as error:
         raise UsageError(f"WORLD_SIZE is set, but {error}: start with torchrun, or unset WORLD_SIZE") from error
-    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    if torch.cuda.is_available():
+        local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", rank))
+        torch.cuda.set_device(int(local) % torch.cuda.device_count())
     return Worker(rank, ranks, store)
