@@ -216,7 +216,8 @@ def main():
         if run.ready():  # all blocks are there
             # One block at a time is enough in memory; but networks that are averaged are asked together.
             trained = run.trained_blocks(make) if settings.ensemble > 1 else OneAtATime(run, make)
-            metrics = score_and_paint(put_together(trained), images, noise, settings, run)
+            with run.autocast:
+                metrics = score_and_paint(put_together(trained), images, noise, settings, run)
             run.log_evaluation(metrics)
             del trained
     if run.complete():

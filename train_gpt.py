@@ -177,7 +177,8 @@ def main():
             del block, optimizer, loss  # of this block nothing is in memory while the next one trains
         if run.ready():  # all blocks are there
             model = put_together(run.trained_blocks(make), partition, average)
-            metrics = score_text(model, text, settings.seq_len, settings.eval_windows, settings.seed, device)
+            with run.autocast:
+                metrics = score_text(model, text, settings.seq_len, settings.eval_windows, settings.seed, device)
             print(f"{metrics['bits_per_char']:.4f} bits per character", "" if settings.baseline else "(bound)")
             print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
             run.log_evaluation(metrics)

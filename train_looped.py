@@ -258,8 +258,9 @@ def main():
             del block, optimizer, loss  # of this block nothing is in memory while the next one trains
         if run.ready():  # all blocks are there
             model = put_together(run.trained_blocks(make), make_partition(noise, 1))
-            metrics = score_text(model, text, settings.seq_len, settings.eval_windows, settings.seed, device)
-            metrics["bits_per_char_by_calls"] = by_calls = quality_by_calls(model, text, settings, noise)
+            with run.autocast:
+                metrics = score_text(model, text, settings.seq_len, settings.eval_windows, settings.seed, device)
+                metrics["bits_per_char_by_calls"] = by_calls = quality_by_calls(model, text, settings, noise)
             metrics["layer_evaluations"] = layers = layer_evaluations(settings)
             kind = f"after {settings.calls} turns" if settings.baseline else "(bound)"
             print(f"{metrics['bits_per_char']:.4f} bits per character {kind}")

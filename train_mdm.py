@@ -175,7 +175,8 @@ def main():
             model = [average(trained)] if settings.baseline else trained
             windows = text.heldout_batches(32, settings.seq_len, device, settings.eval_windows)
             generator = torch.Generator().manual_seed(settings.seed)
-            nats = score_masked(model, (x for x, _ in windows), math.ceil(48 / blocks), generator)
+            with run.autocast:
+                nats = score_masked(model, (x for x, _ in windows), math.ceil(48 / blocks), generator)
             total = float(nats.sum())
             metrics = {"bits_per_char": text.bits_per_character(total), "nats_per_token": total}
             metrics["nats_per_block"] = nats.tolist()

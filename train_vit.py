@@ -186,7 +186,9 @@ def main():
             del block, optimizer, loss  # of this block nothing is in memory while the next one trains
         if run.ready():  # all blocks are there
             model = put_together(run.trained_blocks(make), partition, average)
-            run.log_evaluation(metrics := score_and_draw(model, images, equal_mass_grid(noise, calls), settings, run))
+            with run.autocast:
+                metrics = score_and_draw(model, images, equal_mass_grid(noise, calls), settings, run)
+            run.log_evaluation(metrics)
             del model  # all blocks at once: the next round has no room for them
     if run.complete():
         bench.report(metrics, "accuracy", "share of test images named right")
