@@ -72,7 +72,7 @@ def read_arguments(name, description, methods, add_flags, **defaults):
 
 
 def progress(label, step, args, losses):
-    """Now and then a line with the last losses, which must be sound."""
+    """Now and then a line with the last losses, which must be sound. losses: tensors without a gradient."""
     if (step + 1) % max(1, args.steps // 10) == 0:
         numbers = [float(loss) for loss in losses]
         if not all(map(math.isfinite, numbers)):
