@@ -26,13 +26,18 @@ from nano_db.layers import Layer, rms_norm
 from nano_db.machinery.memory import training_bytes
 from nano_db.machinery.run import learning_rate, make_optimizer, seed_from
 
+# Goodness is a logit. The paper's is the sum of 1000 squares less 1000: 1000 times what stands here without SHARPNESS.
+# In a short run nearly every sample is then out of the sigmoid's reach.
+SHARPNESS = 10.0
+LOUDNESS = 5.0  # of a label's code. An MLP sees some hundred lit pixels, and this one number: at 1 it hardly hears it
+
 
 class Pixels(nn.Module):
     """The MLP's input: the label's one-hot code and then the pixels, in [0, 1]. (B, V + C H W)"""
 
     def __init__(self, shape, classes):
         super().__init__()
-        self.register_buffer("codes", torch.eye(classes), persistent=False)
+        self.register_buffer("codes", LOUDNESS * torch.eye(classes), persistent=False)
         self.width = classes + shape[0] * shape[1] * shape[2]
 
     def forward(self, x, y):
@@ -48,7 +53,7 @@ class Patches(nn.Module):
         super().__init__()
         self.patch, self.linear, self.label = patch, nn.Linear(shape[0] * patch**2, width), nn.Linear(width, width)
         self.register_buffer("positions", patch_positions(shape, patch, width), persistent=False)
-        self.register_buffer("codes", width**0.5 * make_codebook(classes, width), persistent=False)
+        self.register_buffer("codes", LOUDNESS * width**0.5 * make_codebook(classes, width), persistent=False)
 
     def forward(self, x, y):
         patches = self.linear(patchify(x, self.patch)) + self.positions
@@ -56,7 +61,7 @@ class Patches(nn.Module):
 
 
 class DenseLayer(nn.Module):
-    """Goodness: the sum of the squares of what a ReLU layer answers, less its number of units."""
+    """Goodness: the mean square of what a ReLU layer answers, less 1, times SHARPNESS."""
 
     def __init__(self, inputs, width):
         super().__init__()
@@ -66,11 +71,11 @@ class DenseLayer(nn.Module):
         return F.relu(self.linear(rms_norm(h)))
 
     def goodness(self, h):
-        return h.square().sum(-1) - h.shape[-1]  # (B,)
+        return SHARPNESS * (h.square().mean(-1) - 1)  # (B,)
 
 
 class AttentionLayer(nn.Module):
-    """Goodness: the mean square of the mean over all tokens, less 2."""
+    """Goodness: the mean square of the mean over all tokens, less 1, times SHARPNESS."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -80,7 +85,7 @@ class AttentionLayer(nn.Module):
         return self.layer(F.rms_norm(h, h.shape[1:]))  # one length for the whole sequence, not for each token
 
     def goodness(self, h):
-        return h.mean(1).square().mean(-1) - 2  # (B,)
+        return SHARPNESS * (h.mean(1).square().mean(-1) - 1)  # (B,)
 
 
 class Stage(nn.Module):
@@ -179,8 +184,7 @@ def main():
     for stage in stages:
         memory.append(training_bytes(stage, (h, right), make_optimizer(stage, args)))
         h = stage.judge(h, right)[1]
-    parameters = sum(p.numel() for stage in stages for p in stage.parameters())
-    report(args, metrics, len(stages), parameters, max(memory, key=lambda count: count["total"]), seconds)
+    report(args, metrics, stages, max(memory, key=lambda count: count["total"]), seconds)
 
 
 if __name__ == "__main__":

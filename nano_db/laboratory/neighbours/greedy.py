@@ -85,7 +85,7 @@ def add_flags(parser):
 def main():
     args = read_arguments("greedy", __doc__, (), add_flags, steps=900, weight_decay=0.05)
     images, layers = load_images(args.data, count=args.glyphs), split_layers(args.layers, args.blocks)
-    frozen, after_each_block, memory, seconds, parameters = [], [], [], [], 0
+    frozen, after_each_block, memory, seconds = [], [], [], []
     for b in range(args.blocks):
         seed_from(args.seed, b)
         first = [Embedding(images.shape, args.patch, args.width)] if b == 0 else []
@@ -111,11 +111,9 @@ def main():
         for part in ("weights", "total"):  # the frozen blocks work in every step: their weights count
             memory[b][part] += sum(w.nbytes for own in frozen for w in own.parameters())
         frozen.append(block.own.eval().requires_grad_(False))  # the rest of the block ends here
-        parameters += sum(w.numel() for w in block.own.parameters())
     metrics = {"accuracy": after_each_block[-1], "accuracy_after_each_block": after_each_block}
-    parameters += sum(w.numel() for w in block.readout.parameters())
-    largest = max(memory, key=lambda count: count["total"])
-    report(args, metrics, args.blocks, parameters, largest, sum(seconds))
+    frozen[-1].append(block.readout)  # the last block's classifier is the network's
+    report(args, metrics, frozen, max(memory, key=lambda count: count["total"]), sum(seconds))
 
 
 if __name__ == "__main__":

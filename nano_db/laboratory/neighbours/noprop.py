@@ -12,7 +12,9 @@ readout theta_out, and train them together: no block can be trained by itself. T
 --channels 32, T = 10, 100 to 150 epochs, no augmentation, and 1,000 inference steps.
 """
 
+import math
 import time
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -22,61 +24,13 @@ from data.images import load_images
 from nano_db.block import DiffusionBlock
 from nano_db.classify import classify
 from nano_db.heads import PosteriorHead, make_codebook
-from nano_db.laboratory.neighbours.shared import accuracy, progress, read_arguments, report, start, whole
-from nano_db.layers import NoiseEmbedding
+from nano_db.laboratory.neighbours.noprop_network import CNN, Shared, noisy
+from nano_db.laboratory.neighbours.shared import accuracy, positive, progress, read_arguments, report, start, whole
 from nano_db.machinery.memory import training_bytes
 from nano_db.machinery.run import learning_rate, make_optimizer, seed_from
 from nano_db.partition import make_partition
 from nano_db.schedule import LogNormal, equal_mass_grid
 from nano_db.stack import Stack
-
-
-class CNN(nn.Module):
-    """NoProp's block: image x (B, C, H, W), noisy label z (B, d), and time (B,) if `timed` -> (B, out)."""
-
-    def __init__(self, shape, d, out, c, timed=False):
-        super().__init__()
-        norm = nn.Identity if timed else nn.BatchNorm1d  # for continuous time the paper drops it
-        pool, drop, relu = nn.MaxPool2d(2), nn.Dropout(0.2), nn.ReLU()
-        convolutions = [nn.Conv2d(m, n, 3, padding=1) for m, n in ((shape[0], c), (c, 2 * c), (2 * c, 4 * c))]
-        flat = nn.Linear(4 * c * (shape[1] // 4) * (shape[2] // 4), 8 * c)
-        self.image = nn.Sequential(
-            *(convolutions[0], relu, pool, drop, convolutions[1], relu, drop, convolutions[2], relu, pool, drop),
-            *(nn.Flatten(), flat, norm(8 * c)),
-        )
-        self.label = nn.Sequential(nn.Linear(d, 8 * c), norm(8 * c), relu)
-        deeper = nn.Linear(8 * c, 8 * c), norm(8 * c), relu, nn.Linear(8 * c, 8 * c), norm(8 * c)
-        self.deeper = nn.Sequential(*deeper)  # added to what `label` says
-        self.time = nn.Sequential(NoiseEmbedding(8 * c, features=64), relu) if timed else None
-        first = nn.Linear((24 if timed else 16) * c, 8 * c), norm(8 * c), relu
-        self.both = nn.Sequential(*first, nn.Linear(8 * c, 4 * c), norm(4 * c), relu, nn.Linear(4 * c, out))
-
-    def forward(self, x, z, time=None):
-        return self.answer(self.image(x), z, time)
-
-    def answer(self, seen, z, time=None):
-        """The part after the image's: `seen` does not change during inference, and is computed once."""
-        h = self.label(z)
-        times = [] if time is None else [self.time(time)]
-        return self.both(torch.cat([seen, h + self.deeper(h), *times], dim=-1))
-
-
-class Shared(nn.Module):
-    """What NoProp's blocks train together: the embeddings u_y, (V, d), and the readout theta_out (d -> V)."""
-
-    def __init__(self, classes, d):
-        super().__init__()
-        self.u, self.out = nn.Parameter(make_codebook(classes, d)), nn.Linear(d, classes)
-
-
-def noisy(u, abar):
-    return abar**0.5 * u + (1 - abar) ** 0.5 * torch.randn_like(u)
-
-
-def kl_to_noise(u, abar):
-    """KL(q(z_0 | y) || N(0, I)), the mean over (B, d) embeddings u."""
-    d = u.shape[-1]
-    return 0.5 * (abar * u.square().sum(-1) - d * (abar + torch.log1p(-torch.as_tensor(abar)))).mean()
 
 
 def cosine_schedule(steps):
@@ -96,39 +50,37 @@ class DT(nn.Module):
 
     def __init__(self, cnn, shared, abar, t, eta=0.1):
         super().__init__()
-        self.cnn, self.shared, self.abar, self.t = cnn, shared, abar, t
+        self.cnn, self.shared, self.abar, self.before = cnn, shared, abar, abar[t - 1]
         self.a, self.b, self.c = posterior(abar[t - 1], abar[t])
-        before, after = (level / (1 - level) for level in (abar[t - 1], abar[t]))
-        self.weight = (len(abar) - 1) * eta / 2 * (after - before)
+        self.weight = (len(abar) - 1) * eta / 2 * (abar[t] / (1 - abar[t]) - self.before / (1 - self.before))
 
     def guess(self, x, z):
         return self.cnn(x, z).softmax(-1) @ self.shared.u  # u_hat, (B, d)
 
-    def loss(self, x, y):
-        u = self.shared.u[y]
-        error = (self.guess(x, noisy(u, self.abar[self.t - 1])) - u).square().sum(-1).mean()
-        named = F.cross_entropy(self.shared.out(noisy(u, self.abar[-1])), y)
-        return named + kl_to_noise(u, self.abar[0]) + self.weight * error
-
     def forward(self, x, z, noise=1.0):
         return self.a * self.guess(x, z) + self.b * z + noise * self.c**0.5 * torch.randn_like(z)
 
+    def loss(self, x, y):
+        u = self.shared.u[y]
+        error = (self.guess(x, noisy(u, self.before)) - u).square().sum(-1).mean()
+        return self.shared.loss(y, self.abar[0], self.abar[-1]) + self.weight * error
+
 
 class Chain(nn.Module):
-    """DT's blocks in a row: with a loss at the end alone, this is the end-to-end network."""
+    """DT's blocks in a row. With a loss at the end alone, and no noise on the way, this is the end-to-end network."""
 
     def __init__(self, blocks):
         super().__init__()
         self.blocks, self.shared = nn.ModuleList(blocks), blocks[0].shared
 
-    def scores(self, x, noise=1.0):
+    def scores(self, x, noise=0.0):
         z = torch.randn(len(x), self.shared.u.shape[1], device=x.device)
         for block in self.blocks:
             z = block(x, z, noise)
         return self.shared.out(z)
 
     def loss(self, x, y):
-        return F.cross_entropy(self.scores(x, noise=0.0), y)  # noise within would only hinder
+        return F.cross_entropy(self.scores(x), y)
 
 
 class Flow(nn.Module):
@@ -143,28 +95,27 @@ class Flow(nn.Module):
         z, seen = torch.randn(len(x), self.shared.u.shape[1], device=x.device), self.cnn.image(x)
         for step in range(self.inference_steps):
             t = torch.full((len(x), 1), step / self.inference_steps, device=x.device)
-            z = z + self.velocity(z, self.cnn.answer(seen, z, t[:, 0]), t) / self.inference_steps
+            z = z + self.velocity(z, self.cnn(x, z, t[:, 0], seen), t) / self.inference_steps
         return self.shared.out(z)
 
 
 class CT(Flow):
-    """abar(t) = sigmoid(14 t - 7), hence SNR(t) = exp(14 t - 7). The paper learns what lies between these ends. The
-    expected loss does not depend on that (Kingma et al. 2021): only its variance does.
+    """abar(t) = sigmoid(10 t - 7), hence SNR(t) = exp(10 t - 7). The paper ends at 7, where the steep weight belongs to
+    levels at which z gives the label away; and it learns what lies between the ends. The expected loss does not depend
+    on that (Kingma et al. 2021): only its variance does.
     """
 
     def loss(self, x, y, eta=1.0):
         u, t = self.shared.u[y], torch.rand(len(y), 1, device=x.device)
-        guess = self.cnn(x, noisy(u, torch.sigmoid(14 * t - 7)), t[:, 0]).softmax(-1) @ self.shared.u
-        slope = 14 * torch.exp(14 * t - 7)  # of the SNR
+        guess = self.cnn(x, noisy(u, torch.sigmoid(10 * t - 7)), t[:, 0]).softmax(-1) @ self.shared.u
+        slope = 10 * torch.exp(10 * t - 7)  # of the SNR
         error = (slope * (guess - u).square()).sum(-1).mean()
-        first, last = (float(torch.sigmoid(torch.tensor(level))) for level in (-7.0, 7.0))
-        named = F.cross_entropy(self.shared.out(noisy(u, last)), y)
-        return named + kl_to_noise(u, first) + eta / 2 * error
+        return self.shared.loss(y, first=1 / (1 + math.exp(7)), last=1 / (1 + math.exp(-3))) + eta / 2 * error
 
     def velocity(self, z, answer, t):
-        """dz/dt = abar' / (2 (1 - abar)) (u_hat / sqrt(abar) - z), where abar' = 14 abar (1 - abar)."""
-        abar = torch.sigmoid(14 * t - 7)
-        return 7 * abar * (answer.softmax(-1) @ self.shared.u / abar.sqrt() - z)
+        """dz/dt = abar' / (2 (1 - abar)) (u_hat / sqrt(abar) - z), where abar' = 10 abar (1 - abar)."""
+        abar = torch.sigmoid(10 * t - 7)
+        return 5 * abar * (answer.softmax(-1) @ self.shared.u / abar.sqrt() - z)
 
 
 class FM(Flow):
@@ -189,29 +140,32 @@ def build(args, shape, classes):
         noise, codebook = LogNormal(1.0, 0.8, 0.2, 20.0), make_codebook(classes, d, args.seed)  # as train_vit.py's
         partition = make_partition(noise, T, overlap=0.05)
         networks = [CNN(shape, d, d, args.channels, timed=True) for _ in range(T)]
-        spans = map(partition.training_range, range(T))
-        parts = [DiffusionBlock(n, PosteriorHead(codebook), noise, s) for n, s in zip(networks, spans, strict=True)]
+        head, spans = PosteriorHead, map(partition.training_range, range(T))
+        parts = [DiffusionBlock(n, head(codebook), noise, s) for n, s in zip(networks, spans, strict=True)]
         return parts, lambda x: classify(Stack(parts, partition), x, equal_mass_grid(noise, T))
-    shared, abar = Shared(classes, d), cosine_schedule(T)
+    shared, abar = Shared(classes, d, args.length), cosine_schedule(T)
     if args.method in ("ct", "fm"):
-        cnn = CNN(shape, d, classes if args.method == "ct" else d, args.channels, timed=True)
-        flow = {"ct": CT, "fm": FM}[args.method](cnn, shared, args.inference_steps)
+        out, kind = (classes, CT) if args.method == "ct" else (d, FM)
+        # The paper has no BatchNorm where time is continuous. In a short run CT learns next to nothing without it.
+        cnn = CNN(shape, d, out, args.channels, timed=True, normed=args.method == "ct")
+        flow = kind(cnn, shared, args.inference_steps)
         return [flow], flow.scores
     parts = [DT(CNN(shape, d, classes, args.channels), shared, abar, t) for t in range(1, T + 1)]
     chain = Chain(parts)
-    return ([chain], lambda x: chain.scores(x, noise=0.0)) if args.method == "backprop" else (parts, chain.scores)
+    return ([chain], chain.scores) if args.method == "backprop" else (parts, partial(chain.scores, noise=1.0))
 
 
 def add_flags(parser):
     parser.add_argument("--blocks", type=whole(1), default=4, help="T: blocks, or diffusion steps; ct and fm: one")
     parser.add_argument("--channels", type=whole(1), default=8, help="of the first convolution")
     parser.add_argument("--embedding", type=whole(2), default=32, help="numbers of a label's embedding")
+    parser.add_argument("--length", type=positive, default=1.0, help="of the embeddings, at first")
     parser.add_argument("--inference-steps", type=whole(1), default=200, help="Euler steps of ct and fm")
 
 
 def main():
     methods = ("dt", "ct", "fm", "backprop", "blocks")
-    args = read_arguments("noprop", __doc__, methods, add_flags, steps=600)
+    args = read_arguments("noprop", __doc__, methods, add_flags, steps=600, learning_rate=3e-3)
     images = load_images(args.data, count=args.glyphs)
     seed_from(args.seed)
     parts, scores = build(args, images.shape, len(images.classes))
@@ -230,13 +184,11 @@ def main():
             losses.append(loss.detach())
         progress(args.method, step, args, losses)
     seconds = (time.perf_counter() - began) / args.steps
-    for part in parts:
-        part.eval()
+    nn.ModuleList(parts).eval()
     metrics = {"accuracy": accuracy(scores, images, args)}
-    parameters = sum(p.numel() for p in nn.ModuleList(parts).parameters())  # shared ones count once
     batch = images.batch(args.batch_size, args.augment, args.device)
     memory = training_bytes(parts[0].train(), batch, make_optimizer(parts[0], args))
-    report(args, metrics, len(parts), parameters, memory, seconds)
+    report(args, metrics, parts, memory, seconds)
 
 
 if __name__ == "__main__":

@@ -89,11 +89,12 @@ def accuracy(scores, images, args):
     return float(right.float().mean())
 
 
-def report(args, metrics, networks, parameters, memory, seconds):
-    """Write result.json, which compare.py reads, and print it. networks: how many are trained, each with a loss of its
-    own. memory: of the largest of them (machinery/memory.py). seconds: of a step of all of them.
+def report(args, metrics, networks, memory, seconds):
+    """Write result.json, which compare.py reads, and print it. networks: those that are kept of what was trained, each
+    by a loss of its own. memory: of the largest of them (machinery/memory.py). seconds: of a step of all of them.
     """
-    result = {"script": "vit", "method": args.method, "blocks": networks, "steps": args.steps}  # train_vit.py's task
+    result = {"script": "vit", "method": args.method, "blocks": len(networks), "steps": args.steps}  # train_vit's task
+    parameters = sum(p.numel() for p in torch.nn.ModuleList(networks).parameters())  # shared ones count once
     flags = shlex.join(["python", "-m", f"nano_db.laboratory.neighbours.{args.name}", *sys.argv[1:]])
     result |= {"command": flags, "seed": args.seed, "device": args.device, "versions": VERSIONS, "metrics": metrics}
     result |= {"parameters": parameters, "memory_bytes": memory, "seconds_per_step_all_blocks": seconds}
