@@ -45,8 +45,10 @@ class Pixels(nn.Module):
 
 
 class Patches(nn.Module):
-    """The ViT's input: the label's code (a fixed unit vector) through a linear layer, and the patches.
-    (B, 1 + T, width)
+    """The ViT's input: a label token and the patches, (B, 1 + T, width). The label's code goes through a linear layer.
+
+    It is added to every patch, too. With the label token alone a short run learns next to nothing: the label meets the
+    image through attention alone, and the mean over tokens shows little of it.
     """
 
     def __init__(self, shape, classes, patch, width):
@@ -57,7 +59,8 @@ class Patches(nn.Module):
 
     def forward(self, x, y):
         patches = self.linear(patchify(x, self.patch)) + self.positions
-        return torch.cat([self.label(self.codes[y])[:, None], patches], dim=1)
+        label = self.label(self.codes[y])[:, None]
+        return torch.cat([label, patches + label], dim=1)
 
 
 class DenseLayer(nn.Module):
