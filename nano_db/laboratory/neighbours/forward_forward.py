@@ -29,7 +29,7 @@ from nano_db.machinery.run import learning_rate, make_optimizer, seed_from
 # Goodness is a logit. The paper's is the sum of 1000 squares less 1000: 1000 times what stands here without SHARPNESS.
 # In a short run nearly every sample is then out of the sigmoid's reach.
 SHARPNESS = 10.0
-LOUDNESS = 5.0  # of a label's code. An MLP sees some hundred lit pixels, and this one number: at 1 it hardly hears it
+LOUDNESS = 5.0  # of the MLP's label. Beside it stand some hundred lit pixels: at 1 it is hardly heard
 
 
 class Pixels(nn.Module):
@@ -55,7 +55,7 @@ class Patches(nn.Module):
         super().__init__()
         self.patch, self.linear, self.label = patch, nn.Linear(shape[0] * patch**2, width), nn.Linear(width, width)
         self.register_buffer("positions", patch_positions(shape, patch, width), persistent=False)
-        self.register_buffer("codes", LOUDNESS * width**0.5 * make_codebook(classes, width), persistent=False)
+        self.register_buffer("codes", width**0.5 * make_codebook(classes, width), persistent=False)
 
     def forward(self, x, y):
         patches = self.linear(patchify(x, self.patch)) + self.positions
