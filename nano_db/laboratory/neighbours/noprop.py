@@ -9,7 +9,8 @@
 Class y has an embedding u_y. Noise on it, z_t ~ N(sqrt(abar_t) u_y, 1 - abar_t), falls while abar rises from near 0 to
 near 1. A block sees the image x and z, and guesses u_y. Unlike DiffusionBlocks, all blocks share the embeddings and the
 readout theta_out, and train them together: no block can be trained by itself. There is no official code. The paper has
---channels 32, T = 10, 100 to 150 epochs, no augmentation, and 1,000 inference steps.
+--channels 32, T = 10, 100 to 150 epochs, no augmentation, and 1,000 inference steps. CT and FM are one network, so give
+them T times the steps; embeddings as large as the noise (--embedding 20 --length 4.5) help them.
 """
 
 import math
