@@ -1,0 +1,194 @@
+"""Forward-Forward (Hinton 2022, arXiv 2212.13345): no backward pass between layers at all.
+
+    python -m nano_db.laboratory.neighbours.forward_forward                  # an MLP, as in the paper
+    python -m nano_db.laboratory.neighbours.forward_forward --network vit    # a vision transformer
+
+A layer sees an image together with a label. Its *goodness* is how strongly it answers, and it learns to answer strongly
+where the label is right, and weakly where it is wrong. Its input is scaled to one length first, so that it cannot just
+read off how strong the layer before was. To classify, every label is tried, and the highest goodness wins.
+
+Each class has a code of its own. In a known ViT of this kind a class lights one of the 48 values of a patch, so that
+the 100 classes of CIFAR-100 share 42 codes, and no accuracy above 42% is possible: not the method's limit.
+"""
+
+import time
+from itertools import pairwise
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data.images import load_images
+from nano_db.heads import make_codebook
+from nano_db.images import patch_positions, patchify
+from nano_db.laboratory.neighbours.shared import accuracy, progress, read_arguments, report, start, whole
+from nano_db.layers import Layer, rms_norm
+from nano_db.machinery.memory import training_bytes
+from nano_db.machinery.run import learning_rate, make_optimizer, seed_from
+
+# Goodness is a logit. The paper's is the sum of 1000 squares less 1000: 1000 times what stands here without SHARPNESS.
+# In a short run nearly every sample is then out of the sigmoid's reach.
+SHARPNESS = 10.0
+LOUDNESS = 5.0  # of the MLP's label. Beside it stand some hundred lit pixels: at 1 it is hardly heard
+
+
+class Pixels(nn.Module):
+    """The MLP's input: the label's one-hot code and then the pixels, in [0, 1]. (B, V + C H W)"""
+
+    def __init__(self, shape, classes):
+        super().__init__()
+        self.register_buffer("codes", LOUDNESS * torch.eye(classes), persistent=False)
+        self.width = classes + shape[0] * shape[1] * shape[2]
+
+    def forward(self, x, y):
+        return torch.cat([self.codes[y], (x.flatten(1) + 1) / 2], dim=1)
+
+
+class Patches(nn.Module):
+    """The ViT's input: a label token and the patches, (B, 1 + T, width). The label's code goes through a linear layer.
+
+    It is added to every patch, too. With the label token alone a short run learns next to nothing: the label meets the
+    image through attention alone, and the mean over tokens shows little of it.
+    """
+
+    def __init__(self, shape, classes, patch, width):
+        super().__init__()
+        self.patch, self.linear, self.label = patch, nn.Linear(shape[0] * patch**2, width), nn.Linear(width, width)
+        self.register_buffer("positions", patch_positions(shape, patch, width), persistent=False)
+        self.register_buffer("codes", width**0.5 * make_codebook(classes, width), persistent=False)
+
+    def forward(self, x, y):
+        patches = self.linear(patchify(x, self.patch)) + self.positions
+        label = self.label(self.codes[y])[:, None]
+        return torch.cat([label, patches + label], dim=1)
+
+
+class DenseLayer(nn.Module):
+    """Goodness: the mean square of what a ReLU layer answers, less 1, times SHARPNESS."""
+
+    def __init__(self, inputs, width):
+        super().__init__()
+        self.linear = nn.Linear(inputs, width)
+
+    def forward(self, h):
+        return F.relu(self.linear(rms_norm(h)))
+
+    def goodness(self, h):
+        return SHARPNESS * (h.square().mean(-1) - 1)  # (B,)
+
+
+class AttentionLayer(nn.Module):
+    """Goodness: the mean square of the mean over all tokens, less 1, times SHARPNESS."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.layer = Layer(width, heads)
+
+    def forward(self, h):
+        return self.layer(F.rms_norm(h, h.shape[1:]))  # one length for the whole sequence, not for each token
+
+    def goodness(self, h):
+        return SHARPNESS * (h.mean(1).square().mean(-1) - 1)  # (B,)
+
+
+class Stage(nn.Module):
+    """One layer in training. The first has the embedding of the input, too: `embed(x, y)`."""
+
+    def __init__(self, layer, embed=None):
+        super().__init__()
+        self.layer, self.embed = layer, embed
+
+    def forward(self, h):
+        """h: (x, y) for the first stage, else what the stage before answers."""
+        return self.layer(self.embed(*h) if self.embed else h)
+
+    def judge(self, h, right):
+        """(loss, answer without a gradient). right (B,): 1 where the label is the image's, 0 where it is another."""
+        answer = self(h)
+        goodness = self.layer.goodness(answer)
+        return F.binary_cross_entropy_with_logits(goodness, right), answer.detach()
+
+    def loss(self, h, right):
+        return self.judge(h, right)[0]
+
+
+def wrong_labels(y, classes):
+    """For each label another one, all others being equally probable. (B,)"""
+    return (y + torch.randint(1, classes, y.shape, device=y.device)) % classes
+
+
+def make_stages(args, shape, classes):
+    if args.network == "mlp":
+        pixels = Pixels(shape, classes)
+        widths = [pixels.width, *[args.width] * args.layers]
+        layers = [DenseLayer(n, m) for n, m in pairwise(widths)]
+        return [Stage(layer, None if i else pixels) for i, layer in enumerate(layers)]
+    patches = Patches(shape, classes, args.patch, args.width)
+    return [Stage(AttentionLayer(args.width, args.heads), None if i else patches) for i in range(args.layers)]
+
+
+def scores(stages, x, classes):
+    """The goodness of every label, summed over the stages, (B, V). The first stage does not count (as in the paper),
+    unless it is the only one.
+    """
+    total = []
+    for label in range(classes):
+        h, goodness = (x, torch.full((len(x),), label, device=x.device)), []
+        for stage in stages:
+            h = stage(h)
+            goodness.append(stage.layer.goodness(h))
+        total.append(torch.stack(goodness[1:] or goodness).sum(0))
+    return torch.stack(total, dim=1)
+
+
+def add_flags(parser):
+    parser.add_argument("--network", choices=("mlp", "vit"), default="mlp")
+    parser.add_argument("--layers", type=whole(1), help="default: 3; vit: 5")
+    parser.add_argument("--width", type=whole(4), help="default: 1000; vit: 96")
+    parser.add_argument("--patch", type=whole(1), default=8, help="side of a patch in pixels (vit)")
+    parser.add_argument("--heads", type=whole(1), default=4, help="vit")
+
+
+def main():
+    args = read_arguments("forward_forward", __doc__, (), add_flags, steps=2000, weight_decay=3e-4)
+    args.layers = args.layers or {"mlp": 3, "vit": 5}[args.network]
+    args.width = args.width or {"mlp": 1000, "vit": 96}[args.network]
+    images = load_images(args.data, count=args.glyphs)
+    classes = len(images.classes)
+    seed_from(args.seed)
+    stages = [stage.to(args.device) for stage in make_stages(args, images.shape, classes)]
+    optimizers = [make_optimizer(stage, args) for stage in stages]
+
+    def batch():
+        """Every image with its own label, and with another. (x, y) of twice the batch size, and which are right."""
+        x, y = images.batch(args.batch_size, args.augment, args.device)
+        right = torch.ones(2 * len(x), device=x.device)
+        right[len(x) :] = 0
+        return (torch.cat([x, x]), torch.cat([y, wrong_labels(y, classes)])), right
+
+    began = time.perf_counter()
+    for step in range(args.steps):
+        h, right = batch()
+        losses = []
+        for stage, optimizer in zip(stages, optimizers, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            loss, h = stage.judge(h, right)  # h has no gradient: the next stage cannot change this one
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        progress("layers", step, args, losses)
+    seconds = (time.perf_counter() - began) / args.steps
+    metrics = {"accuracy": accuracy(lambda x: scores(stages, x, classes), images, args)}
+
+    h, right = batch()
+    memory = []
+    for stage in stages:
+        memory.append(training_bytes(stage, (h, right), make_optimizer(stage, args)))
+        h = stage.judge(h, right)[1]
+    report(args, metrics, stages, max(memory, key=lambda count: count["total"]), seconds)
+
+
+if __name__ == "__main__":
+    start(main)

@@ -1,0 +1,120 @@
+"""Greedy blocks of a vision transformer: each reads what the frozen blocks before it make of the image.
+
+    python -m nano_db.laboratory.neighbours.greedy                    # every block with a classifier of its own
+    python -m nano_db.laboratory.neighbours.greedy --look-ahead 2     # and two more layers, thrown away afterwards
+
+Blocks are trained in turn, by cross-entropy (Belilovsky et al. 2019). Memory is that of one block, as with
+DiffusionBlocks. The difference is what they give up for it. A block of DiffusionBlocks needs no other, so each begins
+with the pixels, and has its own few layers alone. A greedy block has all layers before it, and must wait for them.
+
+A block whose own layers end in a classifier keeps what names the class at once, and loses what later layers would need.
+Look-ahead layers stand between the two while the block is trained. There are never more of them than layers that are
+still to come, so the last block has none, and its classifier is the network's.
+"""
+
+import time
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data.images import load_images
+from nano_db.images import patch_positions, patchify
+from nano_db.laboratory.neighbours.shared import accuracy, progress, read_arguments, report, start, whole
+from nano_db.layers import Layer, rms_norm
+from nano_db.machinery.memory import training_bytes
+from nano_db.machinery.run import learning_rate, make_optimizer, seed_from
+from nano_db.partition import split_layers
+
+
+class Embedding(nn.Module):
+    """Images (B, C, H, W) -> a learned label token and the patches, (B, 1 + T, width), as in train_vit.py."""
+
+    def __init__(self, shape, patch, width):
+        super().__init__()
+        self.patch, self.linear = patch, nn.Linear(shape[0] * patch**2, width)
+        self.register_buffer("positions", patch_positions(shape, patch, width), persistent=False)
+        self.label_token = nn.Parameter(torch.randn(width))
+
+    def forward(self, x):
+        patches = self.linear(patchify(x, self.patch)) + self.positions
+        return torch.cat([self.label_token.expand(len(x), 1, -1), patches], dim=1)
+
+
+class GreedyBlock(nn.Module):
+    """`own`: the layers that stay, behind the embedding in the first block. The rest serves the training."""
+
+    def __init__(self, first, layers, look_ahead, width, heads, classes):
+        super().__init__()
+        self.own = nn.Sequential(*first, *(Layer(width, heads) for _ in range(layers)))
+        self.look_ahead = nn.Sequential(*(Layer(width, heads) for _ in range(look_ahead)))
+        self.readout = nn.Linear(width, classes, bias=False)
+        nn.init.normal_(self.readout.weight, std=0.02)
+
+    def scores(self, h):
+        """h: images, or what the block before makes of them, (B, 1 + T, width). Logits (B, V)."""
+        return self.readout(rms_norm(self.look_ahead(self.own(h)))[:, 0])
+
+    def loss(self, h, y):
+        return F.cross_entropy(self.scores(h), y)
+
+
+@torch.no_grad()
+def run_through(frozen, x):
+    """What trained blocks make of images x. No gradient comes back, and nothing is kept for one."""
+    for own in frozen:
+        x = own(x)
+    return x
+
+
+def answer(frozen, block, x):
+    """Logits (B, V) of `block` behind the frozen ones, for images x."""
+    return block.scores(run_through(frozen, x))
+
+
+def add_flags(parser):
+    parser.add_argument("--look-ahead", type=whole(0), default=0, help="layers that are thrown away afterwards")
+    parser.add_argument("--blocks", type=whole(1), default=3)
+    parser.add_argument("--layers", type=whole(1), default=6, help="in all, without those that are thrown away")
+    parser.add_argument("--patch", type=whole(1), default=8, help="side of a patch in pixels")
+    parser.add_argument("--width", type=whole(4), default=96)
+    parser.add_argument("--heads", type=whole(1), default=4)
+
+
+def main():
+    args = read_arguments("greedy", __doc__, (), add_flags, steps=900, weight_decay=0.05)
+    images, layers = load_images(args.data, count=args.glyphs), split_layers(args.layers, args.blocks)
+    frozen, after_each_block, memory, seconds = [], [], [], []
+    for b in range(args.blocks):
+        seed_from(args.seed, b)
+        first = [Embedding(images.shape, args.patch, args.width)] if b == 0 else []
+        look_ahead = min(args.look_ahead, sum(layers[b + 1 :]))
+        block = GreedyBlock(first, layers[b], look_ahead, args.width, args.heads, len(images.classes)).to(args.device)
+        optimizer, began = make_optimizer(block, args), time.perf_counter()
+        for step in range(args.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            x, y = images.batch(args.batch_size, args.augment, args.device)
+            loss = block.loss(run_through(frozen, x), y)
+            loss.backward()
+            nn.utils.clip_grad_norm_(block.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            progress(f"block {b}", step, args, [loss.detach()])
+        seconds.append((time.perf_counter() - began) / args.steps)
+
+        # Evaluated with its look-ahead layers, which are still there.
+        after_each_block.append(accuracy(partial(answer, [*frozen], block), images, args))
+        x, y = images.batch(args.batch_size, args.augment, args.device)
+        memory.append(training_bytes(block, (run_through(frozen, x), y), make_optimizer(block, args)))
+        for part in ("weights", "total"):  # the frozen blocks work in every step: their weights count
+            memory[b][part] += sum(w.nbytes for own in frozen for w in own.parameters())
+        frozen.append(block.own.eval().requires_grad_(False))  # the rest of the block ends here
+    metrics = {"accuracy": after_each_block[-1], "accuracy_after_each_block": after_each_block}
+    frozen[-1].append(block.readout)  # the last block's classifier is the network's
+    report(args, metrics, frozen, max(memory, key=lambda count: count["total"]), sum(seconds))
+
+
+if __name__ == "__main__":
+    start(main)

@@ -1,0 +1,118 @@
+"""What surrounds a neighbour's training loop: its command line, its rates, its accuracy, and result.json.
+
+The files beside this one are the methods, and can be read without it. Runs take minutes, so nothing is saved before
+the end.
+"""
+
+import argparse
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from data.images import NAMES
+from nano_db.errors import UsageError
+from nano_db.machinery.files import write_json
+from nano_db.machinery.run import VERSIONS, command
+from nano_db.machinery.settings import Parser
+
+
+def whole(least):
+    """A flag's type: a whole number, at least `least`."""
+
+    def number(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        return int(text)
+
+    return number
+
+
+def positive(text):
+    if not (math.isfinite(float(text)) and float(text) > 0):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
+    return float(text)
+
+
+def read_arguments(name, description, methods, add_flags, **defaults):
+    """The command line. add_flags(parser) adds a method's own flags; `defaults` are those of the common ones, and
+    weight_decay and final_rate, which make_optimizer and learning_rate (machinery/run.py) ask for.
+    """
+    how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = Parser(prog=f"python -m nano_db.laboratory.neighbours.{name}", description=description, **how)
+    if methods:
+        parser.add_argument("--method", choices=methods, default=methods[0])
+    add_flags(parser)
+    parser.add_argument("--data", choices=NAMES, default="glyphs")
+    parser.add_argument("--glyphs", type=whole(100), default=18_000, help="how many glyphs to draw for training")
+    parser.add_argument("--augment", choices=("none", "flip", "standard"), default="standard")
+    parser.add_argument("--steps", type=whole(1), help="steps of each network that is trained")
+    parser.add_argument("--warmup", type=whole(0), default=45)
+    parser.add_argument("--batch-size", type=whole(2), default=128)
+    parser.add_argument("--learning-rate", type=positive, default=1e-3, help="its peak; a cosine follows")
+    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--test-images", type=whole(0), default=0, help="test images to evaluate on; 0: all")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--out", help=f"folder of result.json (default: out/{name}-<method>)")
+    parser.set_defaults(final_rate=0.1, weight_decay=1e-3, method=name)
+    parser.set_defaults(**defaults)
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: there is none at hand; use --device cpu (or auto)")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.name, args.out = name, Path(args.out or f"out/{name}-{args.method}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make {args.out} ({error.strerror}): choose another --out") from error
+    return args
+
+
+def progress(label, step, args, losses):
+    """Now and then a line with the last losses, which must be sound. losses: tensors without a gradient."""
+    if (step + 1) % max(1, args.steps // 10) == 0:
+        numbers = [float(loss) for loss in losses]
+        if not all(map(math.isfinite, numbers)):
+            raise UsageError(f"{label}: the loss is {numbers} at step {step + 1}; try a smaller --learning-rate")
+        print(f"{label}  step {step + 1}/{args.steps}  loss", *(f"{n:.4f}" for n in numbers), flush=True)
+
+
+@torch.no_grad()
+def accuracy(scores, images, args):
+    """Share of test images whose class has the highest of scores(x), (B, V). Noise in it comes from the seed."""
+    torch.manual_seed(args.seed)
+    batches = images.test_batches(256, args.test_images, args.device)
+    right = torch.cat([scores(x).argmax(-1) == labels for x, labels in batches])
+    return float(right.float().mean())
+
+
+def report(args, metrics, networks, memory, seconds):
+    """Write result.json, which compare.py reads, and print it. networks: those that are kept of what was trained, each
+    by a loss of its own. memory: of the largest of them (machinery/memory.py). seconds: of a step of all of them.
+    """
+    result = {"script": "vit", "method": args.method, "blocks": len(networks), "steps": args.steps}  # train_vit's task
+    parameters = sum(p.numel() for p in torch.nn.ModuleList(networks).parameters())  # shared ones count once
+    flags = shlex.join(["python", "-m", f"nano_db.laboratory.neighbours.{args.name}", *sys.argv[1:]])
+    result |= {"command": flags, "seed": args.seed, "device": args.device, "versions": VERSIONS, "metrics": metrics}
+    result |= {"parameters": parameters, "memory_bytes": memory, "seconds_per_step_all_blocks": seconds}
+    result["settings"] = {name: value for name, value in vars(args).items() if name != "out"}
+    write_json(args.out / "result.json", result)
+    mebibytes = ", ".join(f"{part} {count / 2**20:.2f}" for part, count in memory.items())
+    print(f"{metrics}\ntraining MiB, the largest network: {mebibytes}\nseconds a step, all networks: {seconds:.3f}")
+    print(args.out / "result.json")
+
+
+def start(main):
+    """machinery.run.command, where an interruption leaves nothing behind."""
+
+    def guarded():
+        try:
+            main()
+        except KeyboardInterrupt:
+            print("\nstopped: such a run is short, and saves nothing before its end", file=sys.stderr)
+            sys.exit(130)
+
+    command(guarded)
