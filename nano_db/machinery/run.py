@@ -287,7 +287,9 @@ class Run:
         """Averages; now and then a line of metrics, and one on the screen; the file. at: see _restore."""
         at.step, self.trained = at.step + 1, self.trained + 1
         if at.ema:
-            torch._foreach_lerp_(list(at.ema.values()), list(module.state_dict().values()), 1 - self.settings.ema)
+            weights = module.state_dict()
+            averages = [at.ema[name] for name in weights]
+            torch._foreach_lerp_(averages, list(weights.values()), 1 - self.settings.ema)  # one kernel for all
         log_every = max(1, min(50, self.settings.steps // 10))
         save = at.step == self.step_to_reach or at.step % (5 * log_every) == 0
         # A team looks at requests to stop at fixed steps only: all its members must stop at the same one.

@@ -46,12 +46,7 @@ method, network, training, output = (partial(option, group) for group in ("metho
 class Training:
     """What every script has."""
 
-    preset: str = training(
-        "auto",
-        "scale; auto: gpu on CUDA, else laptop",
-        choices=("auto", "tiny", "laptop", "gpu", "paper"),
-        resumable=True,
-    )
+    preset: str = training("auto", "scale; auto: gpu on CUDA, else laptop", choices=PRESETS, resumable=True)
     baseline: bool = method(False, "train the same network end to end with backpropagation instead")
     steps: int = training(1000, "steps of each block (or of the baseline)", least=1)
     rounds: int = training(1, "turns of the blocks; the run is evaluated after each", least=1, resumable=True)
@@ -136,7 +131,7 @@ def read_settings(script, settings_class, presets, recipes=None, description=Non
     if given.get("eval_only"):
         if useless := [name for name in ("preset", "recipe", "benchmark") if name in given]:
             raise UsageError(f"--{useless[0]} does nothing with --eval-only, which keeps the run's settings: drop it")
-        bundle = {**stored_settings(script, settings_class, given["out"])}
+        bundle = stored_settings(script, settings_class, given["out"])
     else:
         preset = given.pop("preset", "auto")
         if preset == "auto":

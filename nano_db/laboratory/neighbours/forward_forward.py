@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from data.images import load_images
 from nano_db.heads import make_codebook
 from nano_db.images import patch_positions, patchify
-from nano_db.laboratory.neighbours.shared import accuracy, progress, read_arguments, report, start, whole
+from nano_db.laboratory.neighbours.shared import progress, read_arguments, report, share_right, start, whole
 from nano_db.layers import Layer, rms_norm
 from nano_db.machinery.memory import training_bytes
 from nano_db.machinery.run import learning_rate, make_optimizer, seed_from
@@ -180,7 +180,7 @@ def main():
             losses.append(loss.detach())
         progress("layers", step, args, losses)
     seconds = (time.perf_counter() - began) / args.steps
-    metrics = {"accuracy": accuracy(lambda x: scores(stages, x, classes), images, args)}
+    metrics = {"accuracy": share_right(lambda x: scores(stages, x, classes), images, args)}
 
     h, right = batch()
     memory = []

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from data.images import load_images
 from nano_db.images import patch_positions, patchify
-from nano_db.laboratory.neighbours.shared import accuracy, progress, read_arguments, report, start, whole
+from nano_db.laboratory.neighbours.shared import progress, read_arguments, report, share_right, start, whole
 from nano_db.layers import Layer, rms_norm
 from nano_db.machinery.memory import training_bytes
 from nano_db.machinery.run import learning_rate, make_optimizer, seed_from
@@ -105,7 +105,7 @@ def main():
         seconds.append((time.perf_counter() - began) / args.steps)
 
         # Evaluated with its look-ahead layers, which are still there.
-        after_each_block.append(accuracy(partial(answer, [*frozen], block), images, args))
+        after_each_block.append(share_right(partial(answer, [*frozen], block), images, args))
         x, y = images.batch(args.batch_size, args.augment, args.device)
         memory.append(training_bytes(block, (run_through(frozen, x), y), make_optimizer(block, args)))
         for part in ("weights", "total"):  # the frozen blocks work in every step: their weights count

@@ -26,7 +26,7 @@ from nano_db.block import DiffusionBlock
 from nano_db.classify import classify
 from nano_db.heads import PosteriorHead, make_codebook
 from nano_db.laboratory.neighbours.noprop_network import CNN, Shared, noisy
-from nano_db.laboratory.neighbours.shared import accuracy, positive, progress, read_arguments, report, start, whole
+from nano_db.laboratory.neighbours.shared import positive, progress, read_arguments, report, share_right, start, whole
 from nano_db.machinery.memory import training_bytes
 from nano_db.machinery.run import learning_rate, make_optimizer, seed_from
 from nano_db.partition import make_partition
@@ -186,7 +186,7 @@ def main():
         progress(args.method, step, args, losses)
     seconds = (time.perf_counter() - began) / args.steps
     nn.ModuleList(parts).eval()
-    metrics = {"accuracy": accuracy(scores, images, args)}
+    metrics = {"accuracy": share_right(scores, images, args)}
     batch = images.batch(args.batch_size, args.augment, args.device)
     memory = training_bytes(parts[0].train(), batch, make_optimizer(parts[0], args))
     report(args, metrics, parts, memory, seconds)

@@ -81,7 +81,7 @@ def progress(label, step, args, losses):
 
 
 @torch.no_grad()
-def accuracy(scores, images, args):
+def share_right(scores, images, args):
     """Share of test images whose class has the highest of scores(x), (B, V). Noise in it comes from the seed."""
     torch.manual_seed(args.seed)
     batches = images.test_batches(256, args.test_images, args.device)
