@@ -102,9 +102,8 @@ class GPT(nn.Module):
         T, past = x.shape[1], cache.length if cache else 0
         positions = torch.arange(past, past + T, device=x.device)
         h = self.embedding(x)  # (B, T, width)
-        cond, causal, mask = None, past == 0 and T > 1, None
-        if past and T > 1:
-            mask = causal_mask(T, past, x.device)
+        cond, causal = None, past == 0 and T > 1
+        mask = causal_mask(T, past, x.device) if past and T > 1 else None
         if z is not None:
             cond = self.noise_embedding(c_noise)
             h = torch.cat([h, self.from_z(z)], dim=1)  # (B, 2T, width)

@@ -123,7 +123,8 @@ class ViT(nn.Module):
 def score_and_draw(model, images, grid, settings, run):
     """The accuracies, as metrics; and samples.png."""
     batches = images.test_batches(256, settings.test_images, settings.device)
-    metrics, log_p, labels = score_images(model, batches, grid, settings.walks, settings.seed)
+    with run.autocast:
+        metrics, log_p, labels = score_images(model, batches, grid, settings.walks, settings.seed)
     for name, shares in metrics.items():
         print(name.replace("_", " "), *(f"{share:.4f}" for share in torch.tensor(shares).view(-1)))
     if settings.samples:
@@ -186,9 +187,7 @@ def main():
             del block, optimizer, loss  # of this block nothing is in memory while the next one trains
         if run.ready():  # all blocks are there
             model = put_together(run.trained_blocks(make), partition, average)
-            with run.autocast:
-                metrics = score_and_draw(model, images, equal_mass_grid(noise, calls), settings, run)
-            run.log_evaluation(metrics)
+            run.log_evaluation(metrics := score_and_draw(model, images, equal_mass_grid(noise, calls), settings, run))
             del model  # all blocks at once: the next round has no room for them
     if run.complete():
         bench.report(metrics, "accuracy", "share of test images named right")

@@ -46,9 +46,8 @@ class Images:
         return to_floats(self.train[rows.to(self.train.device)])
 
     def batch(self, batch_size, augmentation="none", device="cpu"):
-        """Random training images as floats (B, C, H, W) and labels (B,), by torch's global generator.
-        augmentation: "none"; "flip" mirrors every other image, where `mirrors`; "standard" also shifts it
-        by up to PADDING pixels each way.
+        """Random training images as floats (B, C, H, W) and labels (B,), by torch's global generator. augmentation:
+        "none"; "flip" mirrors every other one, where `mirrors`; "standard" also shifts it by up to PADDING pixels.
         """
         self.train, self.train_labels = self.train.to(device), self.train_labels.to(device)  # once
         chosen = torch.randint(len(self.train), (batch_size,), device=device)

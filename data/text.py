@@ -109,10 +109,7 @@ def load_text(name="pydocs", tokenizer="char", folder="data/cache", seq_len=1):
     smallest = np.uint8 if tokens.classes <= 256 else np.int32  # a text of 10^8 characters then takes 10^8 bytes
     train, heldout = (torch.from_numpy(np.array(tokens.encode(part), smallest)) for part in (text[:cut], text[cut:]))
     if len(heldout) <= seq_len:
-        raise UsageError(
-            f"--data {name} has {len(train)} tokens to train on and {len(heldout)} held out: too few for "
-            f"--seq-len {seq_len}. Take a longer text or a smaller --seq-len"
-        )
+        raise UsageError(f"--data {name}: {len(heldout)} held-out tokens are too few for --seq-len {seq_len}")
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     return Text(train, heldout, tokens, (len(text) - cut) / len(heldout), sha256)
 

@@ -13,6 +13,8 @@ A head is a module with
                                 False: the network is shown z and sigma (block.py)
 """
 
+from functools import partial
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -49,19 +51,14 @@ def log_likelihood(z, sigma, codebook):
 
 
 def cross_entropy(logits, y, *inputs, classes):
-    """-ln p(y) in nats, (B, ...), by the function `logits` of inputs (B, ..., *): (B, ..., V); V is `classes`.
-
-    Where all logits at once would fill the memory, they are made for a part of the batch at a time, and none is kept.
+    """-ln p(y) in nats, (B, ...), by logits(*inputs) of shape (B, ..., V); V is `classes`. Where these would fill the
+    memory, they are made for a part of the batch at a time, and none is kept for the backward pass.
     """
-
-    def nats(y, *inputs):
-        return F.cross_entropy(logits(*inputs).float().flatten(0, -2), y.flatten(), reduction="none").view_as(y)
-
-    rows = max(1, MOST_LOGITS // (classes * y[0].numel()))
+    rows = max(1, MOST_LOGITS // (classes * y[0].numel()))  # of the batch, at a time
     if rows >= len(y):
-        return nats(y, *inputs)
-    chunks = zip(*(tensor.split(rows) for tensor in (y, *inputs)), strict=True)
-    return torch.cat([evaluate_again(nats, *chunk) for chunk in chunks])
+        return F.cross_entropy(logits(*inputs).float().flatten(0, -2), y.flatten(), reduction="none").view_as(y)
+    parts = zip(*(tensor.split(rows) for tensor in (y, *inputs)), strict=True)
+    return torch.cat([evaluate_again(partial(cross_entropy, logits, classes=classes), *part) for part in parts])
 
 
 class DiscreteHead(nn.Module):

@@ -25,9 +25,7 @@ def unpatchify(patches, patch, height):
 
 def patch_positions(shape, patch, width, base=10_000.0):
     """Fixed embeddings of the patches' rows and columns by sines and cosines, a quarter of `width` each. (T, width)
-
-    Scaled to a root mean square of 1, as normal features have. Raises UsageError unless the patches fill the image, and
-    `width` is a multiple of 4.
+    Their root mean square is 1. Raises UsageError unless patches fill the image, and `width` is a multiple of 4.
     """
     _, H, W = shape
     if H % patch or W % patch:

@@ -88,9 +88,7 @@ def sample_sigma(noise, count, low, high, generator=None, device="cpu"):
 
 def quantiles(noise, parts):
     """The parts + 1 levels that cut p_noise into equal masses, from sigma_max down to sigma_min. (parts + 1,)
-
-    k/parts is correctly rounded, so the quantile 1/2 is the same number for 2 parts and for 8: an edge between blocks
-    (partition.py) is met exactly by the grid of a sampler.
+    The quantile 1/2 is the same number for 2 parts and for 8: a sampler's grid meets the edges of blocks exactly.
     """
     sigmas = noise.inverse_cdf(torch.arange(parts, -1, -1, dtype=torch.float64) / parts)
     sigmas[0], sigmas[-1] = noise.sigma_max, noise.sigma_min  # the ends to the last bit, too

@@ -55,10 +55,8 @@ def write_atomically(path, write):
         if is_out_of_memory(error):
             raise
         reason = getattr(error, "strerror", None) or "the disk may be full"
-        raise UsageError(
-            f"cannot write {path} ({reason}); what it held before is untouched: "
-            "make room or choose another --out, then run again"
-        ) from error
+        mend = "what it held before is untouched: make room or choose another --out, then run again"
+        raise UsageError(f"cannot write {path} ({reason}); {mend}") from error
 
 
 def write_text(path, text):
@@ -138,9 +136,8 @@ def read_metrics(folder, kind):
 
 @contextmanager
 def lock(path, purpose, wait=False):
-    """Hold the lock file `path`, which guards `purpose` (like "block 2"), while the context lasts.
-
-    Raises UsageError where another process holds it, and says which; with wait, waits for that process instead.
+    """Hold the lock file `path`, which guards `purpose` (like "block 2"), while the context lasts. Raises UsageError
+    where another process holds it, and says which; with wait, waits for that process instead.
     """  # the operating system holds it (flock): it ends with its owner, even by SIGKILL, and binds machines over NFS
     try:
         file = open(path, "a+")  # noqa: SIM115 - its closing is what frees the lock

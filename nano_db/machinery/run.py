@@ -41,6 +41,7 @@ from nano_db.machinery.files import (
 )
 from nano_db.machinery.workers import Team, Worker, join
 
+OUT_OF_MEMORY = "try more --blocks, a smaller --batch-size, or --checkpoint-activations"
 VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 
 
@@ -76,10 +77,8 @@ class Run:
     def __init__(self, script, settings, **depends_on):
         self.script, self.settings, self.device, self.depends_on = script, settings, settings.device, depends_on
         self.folder = Path(settings.out)
-        bfloat16 = settings.dtype == "bfloat16"
-        if settings.dtype == "auto" and settings.device == "cuda":
-            bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        self.autocast = torch.autocast(settings.device, torch.bfloat16, enabled=bfloat16)
+        auto = settings.dtype == "auto" and settings.device == "cuda" and torch.cuda.is_bf16_supported(False)
+        self.autocast = torch.autocast(settings.device, torch.bfloat16, auto or settings.dtype == "bfloat16")
         self.count = getattr(settings, "ensemble" if settings.baseline else "blocks", 1)
         fixed = {f.name: getattr(settings, f.name) for f in fields(settings) if not f.metadata["resumable"]}
         self.fixed = {**fixed, "script": script, **depends_on}  # what a block's file must agree with
@@ -99,23 +98,20 @@ class Run:
 
     def rounds(self):
         """Count the rounds: in each of R, every block trains steps / R steps. A script evaluates after it, if `ready`.
-
-        Where blocks are trained elsewhere, too (--only, torchrun), there is one round of all steps. Raises UsageError
-        if another process is training one of these blocks.
+        With --only or torchrun there is one. Raises UsageError if another process trains one of these blocks.
         """
         self._take_folder()
-        if not (self.worker.rank or self.settings.eval_only):
-            about = f"{self.count} x {self.settings.steps} steps of {self.settings.batch_size} samples"
-            print(f"preset {self.settings.preset} on {self.device}: {about}")
-        alone = self.only or self.worker.ranks > 1 or self.settings.eval_only
-        rounds = 1 if alone else self.settings.rounds
+        settings, alone = self.settings, self.only or self.worker.ranks > 1 or self.settings.eval_only
+        if not (self.worker.rank or settings.eval_only):
+            print(f"preset {settings.preset} on {self.device}: {self.count} x {settings.steps} steps")
+        rounds = 1 if alone else settings.rounds
         with ExitStack() as locks:
-            for b in () if self.team.place or self.settings.eval_only else self.mine:
+            for b in () if self.team.place or settings.eval_only else self.mine:
                 locks.enter_context(lock(self.folder / f".block_{b}.lock", f"block {b}"))
                 for aside in self.folder.glob(f".block_{b}.pt.*"):  # what a killed owner left half-written
                     aside.unlink(missing_ok=True)
             for r in range(1, rounds + 1):
-                self.step_to_reach = self.settings.steps * r // rounds
+                self.step_to_reach = settings.steps * r // rounds
                 yield r
 
     def turns(self):
@@ -135,10 +131,9 @@ class Run:
     def steps(self, b, module, optimizer):
         """Count block b's steps of this round, for a loop whose body takes a step and hands its loss to `record`.
 
-        Before the first step the state in the block's file is loaded. Before each step torch's generators are seeded,
-        and the learning rate is set. After it come the moving average and, at times, a line of metrics and the file.
-        Raises KeyboardInterrupt after saving, at the first step boundary after Ctrl-C or SIGTERM; UsageError for a loss
-        that is not finite, with the last good file in place.
+        First the block's file is loaded. Before each step generators are seeded, and the rate is set; after it come
+        the moving average and, at times, a line of metrics and the file. Raises KeyboardInterrupt after saving, upon
+        Ctrl-C or SIGTERM; UsageError for a loss that is not finite, with the last good file in place.
         """
         settings, team = self.settings, self.team
         at = self._restore(b, module, optimizer)
@@ -395,14 +390,12 @@ def command(main):
     """Run a script's main: a UsageError is one line on stderr and exit code 2, an interruption one line and 130."""
     try:
         main()
-    except UsageError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except (UsageError, RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            error = UsageError(f"out of memory: {OUT_OF_MEMORY}; what was saved is untouched")
+        if not isinstance(error, UsageError):
             raise
-        advice = "try more --blocks, a smaller --batch-size, or --checkpoint-activations; what was saved is untouched"
-        print(f"{Path(sys.argv[0]).name}: error: out of memory: {advice}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; what was reached is saved, and the same command goes on from there", file=sys.stderr)

@@ -122,11 +122,11 @@ def read_settings(script, settings_class, presets, recipes=None, description=Non
                 form["metavar"] = None if about["choices"] else kind.__name__
             groups[about["group"]].add_argument("--" + f.name.replace("_", "-"), help=text, **form)
     given = vars(parser.parse_args())
-    device = given.get("device", "auto")
-    for name, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
-        if device == name and not backend.is_available():
-            raise UsageError(f"--device {name}: there is none at hand; use --device cpu (or auto)")
-    given["device"] = device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    at_hand = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if given.setdefault("device", "auto") == "auto":
+        given["device"] = "cuda" if at_hand["cuda"] else "cpu"
+    if not at_hand.get(given["device"], True):
+        raise UsageError(f"--device {given['device']}: there is none at hand; use --device cpu (or auto)")
     given.setdefault("out", f"out/{script}-{'baseline' if given.get('baseline') else 'blocks'}")
     if given.get("eval_only"):
         if useless := [name for name in ("preset", "recipe", "benchmark") if name in given]:
@@ -135,7 +135,7 @@ def read_settings(script, settings_class, presets, recipes=None, description=Non
     else:
         preset = given.pop("preset", "auto")
         if preset == "auto":
-            preset = "gpu" if device == "cuda" else "laptop"
+            preset = "gpu" if given["device"] == "cuda" else "laptop"
         bundle = {**presets[preset], "preset": preset}
         if given.get("baseline"):
             bundle |= presets.get(f"{preset}-baseline", {})
