@@ -120,7 +120,7 @@ class DiT(nn.Module):
 def paint(stack, count, noise, settings, first=0):
     """Walk to `count` images, of each class in turn, numbered from `first`. Yields the States (sampler.py)."""
     generator = torch.Generator().manual_seed(settings.seed + first)
-    labels = torch.arange(count, device=settings.device) % stack.null_label
+    labels = torch.arange(first, first + count, device=settings.device) % stack.null_label
     return stack.walk(labels, equal_mass_grid(noise, settings.calls), settings.guidance, generator)
 
 
@@ -135,11 +135,13 @@ def paint_many(stack, count, noise, settings):
 def score_and_paint(stack, images, noise, settings, run):
     """The held-out EDM loss and frechet_small, as metrics; samples.png, and images to export."""
     batches = list(images.test_batches(250, settings.test_images, settings.device))
-    metrics = edm_loss(stack, batches, noise, settings.sigma_data, seed=settings.seed)
+    with run.autocast:
+        metrics = edm_loss(stack, batches, noise, settings.sigma_data, seed=settings.seed)
     print(f"EDM loss {metrics['edm_loss']:.4f}, by block", *(f"{p:.4f}" for p in metrics["edm_loss_by_block"]))
     if settings.frechet_images:
         frechet = FrechetSmall(images, settings.frechet_images, settings.frechet_steps, settings.device)
-        painted = torch.cat([images for _, images in paint_many(stack, settings.frechet_images, noise, settings)])
+        with run.autocast:  # of the blocks, and not of the classifier that judges them
+            painted = torch.cat([images for _, images in paint_many(stack, settings.frechet_images, noise, settings)])
         metrics |= {"frechet_small": frechet(painted), "frechet_small_real": frechet.floor}
         print(f"frechet_small {metrics['frechet_small']:.4f} (real images: {frechet.floor:.4f})")
     if settings.samples:
@@ -216,8 +218,7 @@ def main():
         if run.ready():  # all blocks are there
             # One block at a time is enough in memory; but networks that are averaged are asked together.
             trained = run.trained_blocks(make) if settings.ensemble > 1 else OneAtATime(run, make)
-            with run.autocast:
-                metrics = score_and_paint(put_together(trained), images, noise, settings, run)
+            metrics = score_and_paint(put_together(trained), images, noise, settings, run)
             run.log_evaluation(metrics)
             del trained
     if run.complete():

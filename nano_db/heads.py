@@ -6,11 +6,11 @@ cannot, and every block knows them without being told.
 
 A head is a module with
 
-    clean(y)                    the clean target, which gets noised: (B, ..., d)
-    head(features, z, sigma)    the answer: logits of p(y | z, x), or the denoised target D
+    clean(y)                       the clean target, which gets noised: (B, ..., d)
+    head(features, z, sigma)       the answer: logits of p(y | z, x), or the denoised target D
     loss(features, z, sigma, y)    how wrong the answer is, one number a sample: (B,)
-    sees_z                      True: the head alone sees z and sigma, its network reads x alone (DenoisingHead);
-                                False: the network is shown z and sigma (block.py)
+    sees_z                         True: the head alone sees z and sigma, its network reads x alone (DenoisingHead);
+                                   False: the network is shown z and sigma (block.py)
 """
 
 from functools import partial

@@ -8,6 +8,7 @@ import train_dit
 from nano_db.block import DiffusionBlock
 from nano_db.heads import EDMHead
 from nano_db.machinery.run import OneAtATime
+from nano_db.sampler import State
 from nano_db.schedule import LogNormal
 
 TINY = ("--preset", "tiny", "--layers", "3", "--steps", "6", "--device", "cpu", "--calls", "6")
@@ -131,3 +132,17 @@ def test_bad_input_gets_one_clear_line(dit, flags, message):
 def test_the_baseline_heeds_the_noise_levels(dit, tmp_path):
     code, _, err = dit("--baseline", "--p-mean", "0.5", "--sigma-data", "0.9", "--frechet-images", "0")
     assert code == 0, err
+
+
+def test_across_batches_images_are_of_each_class_in_turn(monkeypatch):
+    class Stack:  # its images say which class they are of
+        null_label = 3
+
+        def walk(self, labels, *_):
+            yield State(0.0, (labels / 10).view(-1, 1, 1, 1), None)
+
+    monkeypatch.setattr(train_dit, "PAINT_BATCH", 4)
+    settings = train_dit.Settings(device="cpu", calls=2)
+    parts = list(train_dit.paint_many(Stack(), 6, LogNormal(), settings))
+    assert [first for first, _ in parts] == [0, 4]
+    assert torch.cat([images for _, images in parts]).mul(10).round().flatten().tolist() == [0, 1, 2, 0, 1, 2]

@@ -67,7 +67,6 @@ class Bench:
         seconds = [(state := run.load_block(b, whole=False))["seconds"] / state["step"] for b in range(run.count)]
         result = {"script": run.script, "method": settings.method, "blocks": run.count, "steps": settings.steps}
         result |= {"seed": settings.seed, "device": run.device, "versions": VERSIONS, "metrics": metrics}
-        result["parameters"] = sum(p.numel() for b in range(run.count) for p in run.build(make, b).parameters())
         result |= {"seconds_per_step": max(seconds), "seconds_per_step_all_blocks": sum(seconds)}
         result |= costs[settings.method]
         write_json(run.folder / "result.json", result)
@@ -106,15 +105,19 @@ class Bench:
         optimizer.zero_grad()
 
     def _costs(self, make, count):
-        """memory_bytes: of a training step, by part, of the network that takes most. one_sample: see _cost_of_use."""
-        counts = []
+        """memory_bytes: of a training step, by part, of the network that takes most. parameters: of all of them.
+        one_sample: see _cost_of_use.
+        """
+        counts, parameters = [], 0
         for b in range(count):  # one at a time: all of them may be more than the machine can train
             network = self.run.build(make, b).train()
             optimizer = make_optimizer(network, self.run.settings)
             counts.append(training_bytes(network, self.batch(), optimizer, self.run.autocast))
+            parameters += sum(p.numel() for p in network.parameters())
             del network, optimizer
         largest = max(counts, key=lambda count: count["total"])
-        return {"memory_bytes": largest, "one_sample": self._cost_of_use(self._build(make, count))}
+        use = self._cost_of_use(self._build(make, count))
+        return {"parameters": parameters, "memory_bytes": largest, "one_sample": use}
 
     def _cost_of_use(self, networks, count=16):
         """Cost of one sample, as a dictionary; it does not depend on the weights.

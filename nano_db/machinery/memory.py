@@ -51,7 +51,7 @@ def _activation_bytes(module, batch, fixed, context):
     def noting(found):
         def note(tensor):
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in fixed | kept.keys():
+            if storage.data_ptr() not in fixed and storage.data_ptr() not in kept:
                 found[storage.data_ptr()] = storage.nbytes()
             return tensor.detach()  # itself would be a circle: an output, its graph, and what the graph saved
 
