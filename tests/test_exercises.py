@@ -15,7 +15,8 @@ def unfinished():
         (lambda: torch.tensor(True), "1.2: right"),
         (lambda: False, "1.2: not yet. Mind the sign."),
         (lambda: None, "1.2: not yet. Mind the sign."),
-        (unfinished, "1.2: not yet. Mind the sign. (NotImplementedError)"),
+        (unfinished, "1.2: to do. Write your answer into the cell above, and run both again."),
+        (lambda: 1 / 0, "1.2: not yet. Mind the sign. (ZeroDivisionError)"),
         (lambda: torch.tensor([True, True]), "1.2: not yet. Mind the sign. (RuntimeError)"),  # not one answer
     ],
 )

@@ -3,11 +3,14 @@ check accepts.
 
 An exercise is three code cells of one metadata["exercise"]: a stub, tagged `exercise`; a check, tagged `check`, right
 after it; and, at the end of the notebook, a `solution`, which defines the same names and checks them again. So a run
-from top to bottom must print "not yet" at the check and "right" at the solution.
+from top to bottom must print "to do" at the check, without the hint, and "right" at the solution.
 """
 
 import ast
+import inspect
 import re
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 
 import nbformat
@@ -18,6 +21,8 @@ from nbformat.v4 import new_code_cell, new_notebook
 ROOT = Path(__file__).parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ABSOLUTE_PATH = re.compile(r"(?:^|[\s\"'(=])(?:/\w[\w.+-]*/[\w.+-]|[A-Za-z]:\\)", re.MULTILINE)
+
+MODULES = [f"nano_db.{path.stem}" for path in sorted((ROOT / "nano_db").glob("[a-z]*.py"))]  # the method's room
 
 each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
@@ -60,8 +65,10 @@ def faults_of_exercises(notebook):
     for name, (position, _) in stubs.items():
         if checks[name][0] != position + 1:
             faults.append(f"{name}: the check does not follow the stub")
-        if not text_of(checks[name][1]).startswith(f"{name}: not yet. "):
-            faults.append(f"{name}: the check does not ask for more than the stub: {text_of(checks[name][1])!r}")
+        if not text_of(checks[name][1]).startswith(f"{name}: to do. "):
+            faults.append(f"{name}: the stub does not raise NotImplementedError: {text_of(checks[name][1])!r}")
+        if not checks[name][1].metadata.get("jupyter", {}).get("source_hidden"):
+            faults.append(f"{name}: the check, which holds the hint, is not collapsed")
         if solutions[name][0] < max(position for position, _ in checks.values()):
             faults.append(f"{name}: the solution stands before the last check")
         if not solutions[name][1].metadata.get("jupyter", {}).get("source_hidden"):
@@ -69,6 +76,16 @@ def faults_of_exercises(notebook):
         if text_of(solutions[name][1]) != f"{name}: right\n":
             faults.append(f"{name}: the solution is not right: {text_of(solutions[name][1])!r}")
     return faults
+
+
+def shown_sources(cell):
+    """The source, as it is today, of everything of nano_db that a cell prints by inspect.getsource(name)."""
+    names = re.findall(r"getsource\(([\w.]+)\)", cell.source) if cell.cell_type == "code" else []
+    for name in names:
+        owner, *rest = name.split(".")
+        found = [module for module in map(import_module, MODULES) if hasattr(module, owner)]
+        assert found, f"{name} is nowhere in nano_db"
+        yield inspect.getsource(attrgetter(".".join([owner, *rest]))(found[0])).strip()
 
 
 def definitions(source):
@@ -98,11 +115,14 @@ def test_it_is_committed_executed_small_and_without_traces_of_a_machine(path):
     assert [cell.execution_count for cell in code_cells(notebook)] == list(range(1, len(code_cells(notebook)) + 1))
     assert faults_of_exercises(notebook) == []
     assert notebook.metadata.kernelspec.name == "python3"
+    assert sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown") <= 2800
     for cell in notebook.cells:
         assert "execution" not in cell.metadata, f"{cell.id} keeps the time at which it ran"
         for output in cell.get("outputs", []):
             assert output.output_type != "error" and output.get("name") != "stderr", f"{cell.id}: {output}"
         assert cell.cell_type != "code" or not ABSOLUTE_PATH.search(text_of(cell)), f"{cell.id} shows a path"
+        for source in shown_sources(cell):
+            assert text_of(cell).count(source) == 1, f"{cell.id} shows code that has changed since: run it again"
     assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
 
 
@@ -115,24 +135,26 @@ def test_it_redefines_nothing_of_nano_db(path):
 
 def executed(stub, check, solution):
     """A notebook of three exercises, run: two that are fine, and the given one."""
-    exercises = {"1.1": ("", "False", "True", ""), "1.2": ("", "None", "1", ""), "1.3": (stub, check, check, solution)}
+    exercises = dict.fromkeys(("1.1", "1.2"), ("def answer():\n    raise NotImplementedError", "answer()", "True", ""))
+    exercises["1.3"] = (stub, check, check, solution)
     setup = 'import sys; sys.path.insert(0, ".."); from nano_db.laboratory.exercises import check'
     cells, solutions = [new_code_cell(setup)], []
     for name, (stub, before, after, answer) in exercises.items():
         before, after = (f'\ncheck("{name}", lambda: {passed}, "Think.")' for passed in (before, after))
         cells.append(new_code_cell(stub, metadata={"tags": ["exercise"], "exercise": name}))
-        cells.append(new_code_cell(before, metadata={"tags": ["check"], "exercise": name}))
-        hidden = {"tags": ["solution"], "exercise": name, "jupyter": {"source_hidden": True}}
-        solutions.append(new_code_cell(answer + after, metadata=hidden))
+        hidden = {"exercise": name, "jupyter": {"source_hidden": True}}
+        cells.append(new_code_cell(before, metadata=hidden | {"tags": ["check"]}))
+        solutions.append(new_code_cell(answer + after, metadata=hidden | {"tags": ["solution"]}))
     return execute(new_notebook(cells=[*cells, *solutions]), ROOT / "notebooks")
 
 
 def test_faults_of_exercises_are_found():
-    assert faults_of_exercises(executed("answer = None", "answer == 4", "answer = 4")) == []
-    wrong = faults_of_exercises(executed("answer = None", "answer == 4", "answer = 5"))
+    stub, four = "def number():\n    raise NotImplementedError", "def number():\n    return 4"
+    assert faults_of_exercises(executed(stub, "number() == 4", four)) == []
+    wrong = faults_of_exercises(executed(stub, "number() == 5", four))
     assert len(wrong) == 1 and "1.3: the solution is not right" in wrong[0]
     easy = faults_of_exercises(executed("answer = None", "True", "answer = 4"))
-    assert len(easy) == 1 and "1.3: the check does not ask for more" in easy[0]
+    assert len(easy) == 1 and "1.3: the stub does not raise" in easy[0]
 
 
 @pytest.mark.parametrize(
