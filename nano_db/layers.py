@@ -7,7 +7,6 @@ Unconditioned layers (the baseline's, or a trunk's) are the identity at the star
 """
 
 import math
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -115,11 +114,33 @@ class Layer(nn.Module):
         return self.norm_sum(h + gate_m * self.dropout(self.mlp(rms_norm(h) * (1 + scale_m) + shift_m)))
 
 
+class CheckpointedLayer(Layer):
+    """A Layer that keeps its inputs alone for the backward pass (evaluate_again)."""
+
+    def forward(self, *inputs, **named):
+        return evaluate_again(super().forward, *inputs, **named)
+
+
 def checkpoint_layers(module):
-    """Let all Layers of `module` keep their inputs alone for the backward pass (evaluate_again)."""
+    """Turn all Layers of `module` into CheckpointedLayers, in place."""
     for layer in module.modules():
         if isinstance(layer, Layer):
-            layer.forward = partial(evaluate_again, partial(Layer.forward, layer))
+            layer.__class__ = CheckpointedLayer
+
+
+def show_in_parts(network, rows):
+    """Let `network` see `rows` samples of a batch at a time, and keep their inputs and its answer alone for the
+    backward pass (evaluate_again). What is random in a loss was drawn for the whole batch: the loss stays what it is.
+    """
+    whole = type(network)
+
+    def forward(self, *inputs, **named):
+        if rows >= len(inputs[0]) or not torch.is_grad_enabled():
+            return whole.forward(self, *inputs, **named)
+        parts = zip(*(tensor.split(rows) for tensor in inputs), strict=True)
+        return torch.cat([evaluate_again(whole.forward, self, *part, **named) for part in parts])
+
+    network.__class__ = type(whole.__name__, (whole,), {"forward": forward})
 
 
 def evaluate_again(function, *inputs, **named):

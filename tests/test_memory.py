@@ -19,7 +19,7 @@ from nano_db import heads
 from nano_db.block import DiffusionBlock, EndToEnd
 from nano_db.heads import DenoisingHead, PosteriorHead, make_codebook
 from nano_db.laboratory.benchmark import print_costs
-from nano_db.layers import Layer, checkpoint_layers
+from nano_db.layers import Layer, checkpoint_layers, show_in_parts
 from nano_db.machinery.memory import training_bytes
 from nano_db.machinery.run import Run
 from nano_db.schedule import LogNormal
@@ -80,10 +80,13 @@ class Deep(nn.Module):
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.1)
 
-    def loss(self, x):
+    def forward(self, x):
         for layer in self.layers:
             x = layer(x)
-        return x.square().mean()
+        return x
+
+    def loss(self, x):
+        return self(x).square().mean()
 
 
 def test_checkpointed_layers_keep_their_inputs_and_one_layer_at_work():
@@ -112,6 +115,29 @@ def test_checkpoints_lower_the_true_peak_and_change_no_gradient():
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert peaks[1] < 0.75 * peaks[0]
     assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_network_that_sees_parts_of_the_batch_has_the_same_gradient_and_a_lower_peak(checkpointed):
+    noise, codebook, x = LogNormal(sigma_min=0.1, sigma_max=10.0), make_codebook(7, 16), torch.randn(8, 64, 16)
+    y, losses, gradients, peaks, counts = torch.randint(7, (8, 64)), [], [], [], []
+    for rows in (8, 2):
+        torch.manual_seed(0)
+        model = DiffusionBlock(Deep(), DenoisingHead(codebook), noise, (0.1, 10.0))
+        if checkpointed:
+            checkpoint_layers(model)
+        show_in_parts(model.network, rows)
+        with PeakBytes() as tensors:
+            loss = model.loss(x, y)
+            loss.backward()
+        losses.append(loss.detach())
+        peaks.append(tensors.peak)
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        counts.append(training_bytes(model, [x, y], torch.optim.SGD(model.parameters()))["activations"])
+    torch.testing.assert_close(*losses)
+    for whole, parts in zip(*gradients, strict=True):
+        torch.testing.assert_close(whole, parts)
+    assert peaks[1] < 0.7 * peaks[0] and counts[1] < 0.7 * counts[0]
 
 
 def test_cross_entropy_in_chunks_is_the_same_and_keeps_no_logits(monkeypatch):

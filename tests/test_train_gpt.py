@@ -258,6 +258,7 @@ BAD = {
     ("--data", "wikipedia"): "pydocs, shakespeare",
     ("--seq-len", "4000"): "too few for --seq-len 4000",
     ("--only", "7"): "no block 7",
+    ("--micro-batch", "3"): "--micro-batch 3 must divide the batch of",
     ("--only", "a"): "not a list of block numbers",
     ("--prompt", "ÄÖ"): "'Ä' 'Ö'",
     ("--prompt", "\udcff"): "'\\udcff'",
@@ -318,15 +319,16 @@ def test_help_needs_no_plotting(cli):
     assert all(f"--{f.name.replace('_', '-')}" in out for f in dataclasses.fields(Settings) if f.metadata["flag"])
 
 
-def test_checkpointed_activations_change_memory_and_no_weight(small, tmp_path):
-    flags = ("--blocks", "2")
-    for name, more in (("plain", ()), ("checkpointed", ("--checkpoint-activations",))):
-        code, _, err = small(*flags, *more, "--out", tmp_path / name)
+@pytest.mark.parametrize("saving", [("--checkpoint-activations",), ("--micro-batch", "1")])
+def test_saved_activations_change_memory_and_no_weight(small, tmp_path, saving):
+    for name, more in (("plain", ()), ("saving", saving)):
+        code, _, err = small("--blocks", "2", *more, "--out", tmp_path / name)
         assert code == 0, err
-    plain, checkpointed = (torch.load(tmp_path / name / "block_1.pt") for name in ("plain", "checkpointed"))
-    assert all(torch.equal(checkpointed["weights"][name], weight) for name, weight in plain["weights"].items())
+    plain, ours = (torch.load(tmp_path / name / "block_1.pt")["weights"] for name in ("plain", "saving"))
+    for name, weight in plain.items():  # the sums over parts of a batch are rounded otherwise
+        torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=1e-4 if "--micro-batch" in saving else 0)
     bytes_of = [
         json.loads((tmp_path / name / "result.json").read_text())["memory_bytes"]["activations"]
-        for name in ("plain", "checkpointed")
+        for name in ("plain", "saving")
     ]
     assert bytes_of[1] < 0.8 * bytes_of[0]

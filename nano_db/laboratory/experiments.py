@@ -54,9 +54,13 @@ GROUPS = {  # the tables: their titles, and what to know of them; first what the
                    "first table, or from its end-to-end network, in what it names."),
     "gpt-ablations": ("Head, loss weight and noise", "Ours. In all rows the block at work answers alone, not "
                       "with the blocks before it (`--walk last`). A row differs from the first in what it names."),
+    "depth-vit": ("How deep must a block be? Vision transformer", "Ours. 12 layers in all. A row of blocks stands "
+                  "beside a plain network of as many layers as one of them has."),
+    "depth-gpt": ("How deep must a block be? Autoregressive transformer", "Ours. As above."),
     "memory": ("Memory against depth and number of blocks", "One training step."),
 }  # fmt: skip
 MEMORY_LAYERS, MEMORY_BLOCKS = (4, 8, 12), (2, 4)
+DEPTHS = (1, 2, 3, 4, 6, 12)  # layers of a block, of 12
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,14 @@ def experiments(scale):
     ablation("weight", "loss weighted by w(sigma)", loss_weight="edm")
     ablation("noise", "information noise", noise="information")
     ablation("head", "the paper's head, two streams", head="paper")
+
+    for base in ("vit", "gpt"):
+        for depth in DEPTHS:
+            row, blocks = f"{depth} layer{'s' * (depth > 1)}", DEPTHS[-1] // depth
+            add(f"depth-{base}", f"plain-{depth}", f"plain network of {row}", base=base, baseline=True, layers=depth)
+            if blocks > 1:
+                row = f"{blocks} blocks of {row}"
+                add(f"depth-{base}", f"blocks-{depth}", row, base=base, recipe="nano", layers=12, blocks=blocks)
 
     once = partial(add, "memory", base="gpt", steps=1, warmup=0, eval_windows=1)
     for layers in MEMORY_LAYERS:

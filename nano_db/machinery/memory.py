@@ -45,29 +45,29 @@ def training_bytes(module, batch, optimizer, context=None):
 
 def _activation_bytes(module, batch, fixed, context):
     """See training_bytes. We take the place of `checkpoint`, to see what a function saves when evaluated alone."""
-    fixed = {tensor.untyped_storage().data_ptr() for tensor in fixed}
-    kept, inside, held = {}, [0], []  # bytes by storage that are kept all the time; of each function; what must live
+    fixed = {tensor.untyped_storage()._cdata for tensor in fixed}  # as fake tensors (plan.py) have no data_ptr
+    levels, held = [({}, [0])], []  # {storage: its bytes} kept; what each function keeps while it is evaluated again
 
-    def noting(found):
-        def note(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in fixed and storage.data_ptr() not in kept:
-                found[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach()  # itself would be a circle: an output, its graph, and what the graph saved
-
-        return torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in fixed and not any(storage._cdata in kept for kept, _ in levels):
+            levels[-1][0][storage._cdata] = storage.nbytes()
+        return tensor.detach()  # itself would be a circle: an output, its graph, and what the graph saved
 
     def look_inside(function, *inputs, use_reentrant, **named):
+        held.append(inputs)  # with the graphs behind them
         for tensor in filter(torch.is_tensor, inputs):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        held.append(inputs)
-        with noting(found := {}):
-            result = function(*inputs, **named)
-        inside.append(sum(found.values()))
+            note(tensor)
+        levels.append(({}, [0]))
+        result = function(*inputs, **named)
+        kept, inside = levels.pop()
+        levels[-1][1].append(sum(kept.values()) + max(inside))
         return result.detach().requires_grad_()  # what was saved inside is free again
 
-    with patch.object(layers, "checkpoint", look_inside), noting(kept), context or nullcontext():
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with patch.object(layers, "checkpoint", look_inside), hooks, context or nullcontext():
         module.loss(*batch)
+    [(kept, inside)] = levels
     return sum(kept.values()) + max(inside)
 
 

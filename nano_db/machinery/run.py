@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from nano_db.errors import UsageError, is_out_of_memory
-from nano_db.layers import checkpoint_layers
+from nano_db.layers import checkpoint_layers, show_in_parts
 from nano_db.machinery.files import (
     FORMAT,
     differences,
@@ -41,7 +41,7 @@ from nano_db.machinery.files import (
 )
 from nano_db.machinery.workers import Team, Worker, join
 
-OUT_OF_MEMORY = "try more --blocks, a smaller --batch-size, or --checkpoint-activations"
+OUT_OF_MEMORY = "try more --blocks (`python -m nano_db.laboratory.plan` says how many), --micro-batch or --batch-size"
 VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 
 
@@ -91,6 +91,9 @@ class Run:
             self.worker = join()
             self.mine, self.team = self.worker.share(self.mine, settings.batch_size)
         self.batch_size = settings.batch_size // self.team.size
+        self.micro_batch = getattr(settings, "micro_batch", 0) or self.batch_size
+        if self.batch_size % self.micro_batch:
+            raise UsageError(f"--micro-batch {self.micro_batch} must divide the batch of {self.batch_size} samples")
         self.step_to_reach = self.trained = 0  # in this round; steps taken by this process so far
         self.losses = []  # (loss, gradient norm) since the last look
 
@@ -126,6 +129,7 @@ class Run:
         module = make(b).to(self.device)
         if self.settings.checkpoint_activations:
             checkpoint_layers(module)
+        show_in_parts(module.network, self.micro_batch)
         return module
 
     def steps(self, b, module, optimizer):

@@ -82,6 +82,9 @@ class Blocks:
     overlap: float = method(0.1, "how far blocks train over their edges (gamma)", least=0, below=1, of="blocks")
     ensemble: int = method(1, "baselines trained independently and averaged (a control)", least=1, of="baseline")
     layers: int = network(8, "transformer layers in all", least=1)
+    micro_batch: int = training(
+        0, "samples that the network sees at a time, twice, to save memory; 0: the batch", least=0, resumable=True
+    )
     only: str = training("", "train these blocks alone, like 2 or 0,3; evaluate when all are there", resumable=True)
 
 

@@ -1,0 +1,70 @@
+import sys
+
+import pytest
+
+import train_dit
+import train_gpt
+import train_mdm
+import train_vit
+from nano_db.errors import UsageError
+from nano_db.laboratory import plan
+from nano_db.laboratory.benchmark import Bench
+
+THIN = ["--preset", "tiny", "--layers", "3", "--device", "cpu"]
+SCRIPTS = {"vit": train_vit, "dit": train_dit, "mdm": train_mdm, "gpt": train_gpt}
+
+
+def run(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["plan", *map(str, flags)])
+    plan.main()
+
+
+@pytest.mark.parametrize(
+    "script, more", [("vit", ["--glyphs", "150"]), ("dit", []), ("mdm", []), ("gpt", ["--recipe", "paper"])]
+)
+def test_what_is_planned_is_what_a_true_step_takes(monkeypatch, script, more):
+    planned = {(blocks, checkpointed): count for blocks, checkpointed, count in plan.plans(script, [*THIN, *more])}
+    assert [*planned] == [(1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]
+    for blocks, checkpointed in [(1, False), (3, True)]:
+        found, flags = [], ["--checkpoint-activations"] * checkpointed
+
+        def measure(bench, blocks=blocks, found=found):
+            make = bench.make_block if blocks > 1 else bench.make_baseline
+            found.append(bench._costs(make, blocks)["memory_bytes"])
+
+        monkeypatch.setattr(Bench, "race", measure)
+        line = [f"train_{script}.py", *THIN, *more, "--blocks", str(max(2, blocks)), "--benchmark", "1", *flags]
+        monkeypatch.setattr(sys, "argv", line)
+        SCRIPTS[script].main()
+        assert planned[blocks, checkpointed] == found[0]
+
+
+def test_the_least_number_of_blocks_that_fits_is_named(monkeypatch, capsys):
+    counts = {(1, False): 900, (1, True): 700, (2, False): 500, (2, True): 400, (3, False): 300, (3, True): 200}
+
+    def plans(script, flags):
+        assert (script, flags) == ("gpt", ["--width", "8"])
+        for (blocks, checkpointed), total in counts.items():
+            yield blocks, checkpointed, dict.fromkeys((*plan.PARTS, "total"), total * 1_000_000)
+
+    monkeypatch.setattr(plan, "plans", plans)
+    run(monkeypatch, "gpt", "--memory", "0.6 GB", "--width", "8")
+    assert capsys.readouterr().out.splitlines()[-1] == "0.6 GB: enough for 2 blocks; or 2 blocks, checkpointed"
+    run(monkeypatch, "gpt", "--memory", "250MB", "--width", "8")
+    assert capsys.readouterr().out.splitlines()[-1] == "250MB: enough for 3 blocks, checkpointed"
+    with pytest.raises(UsageError, match="nothing fits; the least is 200 MB"):
+        run(monkeypatch, "gpt", "--memory", "190 MB", "--width", "8")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["gpt", "--memory", "lots"], "write it like 8GB"),
+        (["gpt", "--memory", "0GB"], "write it like 8GB"),
+        (["gpt", "--blocks", "3"], "--blocks is for this command to choose"),
+        (["mdm", "--checkpoint-activations"], "--checkpoint-activations is for this command"),
+    ],
+)
+def test_bad_demands_get_one_line(monkeypatch, flags, message):
+    with pytest.raises(UsageError, match=message):
+        run(monkeypatch, *flags)
