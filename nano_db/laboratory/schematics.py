@@ -199,7 +199,7 @@ def draw_walk(blocks=4):
         ax.plot(shares(fine[mine]), many[mine], color=colour, lw=1.6)
         ax.text(b + 0.5, 2.3, f"block {b}", ha="center", color=colour, weight="bold")
     ax.plot(
-        shares(few), walks(z[3:4], few), "o--", color=Z, ms=5, lw=1.2, label="one of them in 8 calls, 2 of each block"
+        shares(few), walks(z[3:4], few), "o--", color="black", ms=5, lw=1.2, label="one of them in 8 calls, 2 of each block"
     )
     ax.set(xlim=(-0.02, blocks + 0.02), ylim=(-2.2, 2.2), yticks=[], ylabel="z, over its standard deviation")
     ax.set_xticks(range(blocks + 1), [f"{edge:.2g}" for edge in partition.edges])
