@@ -198,9 +198,7 @@ def draw_walk(blocks=4):
         mine = slice(40 * b, 40 * (b + 1) + (2 if b == blocks - 1 else 1))
         ax.plot(shares(fine[mine]), many[mine], color=colour, lw=1.6)
         ax.text(b + 0.5, 2.3, f"block {b}", ha="center", color=colour, weight="bold")
-    ax.plot(
-        shares(few), walks(z[3:4], few), "o--", color="black", ms=5, lw=1.2, label="one of them in 8 calls, 2 of each block"
-    )
+    ax.plot(shares(few), walks(z[3:4], few), "ko--", ms=5, lw=1.2, label="one of them in 8 calls, 2 of each block")
     ax.set(xlim=(-0.02, blocks + 0.02), ylim=(-2.2, 2.2), yticks=[], ylabel="z, over its standard deviation")
     ax.set_xticks(range(blocks + 1), [f"{edge:.2g}" for edge in partition.edges])
     ax.set_xlabel("noise level σ (a block is as wide as its share of the training)")
