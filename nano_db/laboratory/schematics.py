@@ -1,0 +1,305 @@
+"""The course's schematics and its cheat sheet, drawn by code:
+
+    python -m nano_db.laboratory.schematics      # writes docs/pictures/*.svg and docs/cheatsheet.svg
+
+A colour means one thing in all of them: blue the condition x, gold the target y, red the noise (z and sigma), and the
+colours from violet to green the blocks, noisiest first. Nothing in the pictures is trained: the denoisers are exact.
+"""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.colors import to_rgb
+from matplotlib.patches import FancyBboxPatch
+
+from nano_db.heads import log_likelihood, make_codebook
+from nano_db.laboratory.mixture import GaussianMixture
+from nano_db.laboratory.plots import block_colours, plt
+from nano_db.machinery.files import write_atomically
+from nano_db.partition import make_partition
+from nano_db.sampler import euler_walk
+from nano_db.schedule import LogNormal, equal_mass_grid, quantiles
+
+DOCS = Path(__file__).parents[2] / "docs"
+X, Y, Z, GREY = "#1971c2", "#e69f00", "#d6336c", "#868e96"  # condition, target, noise; and what is none of these
+DASHED = (0, (3, 2))
+
+# Boxes and arrows. Lengths are in hundredths of an inch, from the lower left corner of the picture.
+
+
+def canvas(width, height):
+    figure = plt.figure(figsize=(width / 100, height / 100), dpi=100)
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set(xlim=(0, width), ylim=(0, height))
+    ax.set_axis_off()
+    return figure, ax
+
+
+def say(ax, x, y, text, size=9, **style):
+    ax.text(x, y, text, **dict(size=size, ha="center", va="center", linespacing=1.35) | style)
+
+
+def box(ax, x, y, width, height, text, colour, size=10, tint=0.13, style="-"):
+    """A rounded box around (x, y), filled with `tint` of the colour of its edge."""
+    fill, corner = [1 - tint + tint * c for c in to_rgb(colour)], (x - width / 2, y - height / 2)
+    look = dict(
+        boxstyle="round,pad=0,rounding_size=8", facecolor=fill, edgecolor=colour, linewidth=1.5, linestyle=style
+    )
+    ax.add_patch(FancyBboxPatch(corner, width, height, **look))
+    say(ax, x, y, text, size)
+
+
+def arrow(ax, *points, colour="black", style="-"):
+    """From the first point through the others, with a head at the last."""
+    ax.plot(*zip(*points[:-1], strict=True), color=colour, lw=1.4, ls=style, solid_capstyle="butt")
+    how = dict(arrowstyle="-|>", color=colour, lw=1.4, ls=style, shrinkA=0, shrinkB=0, mutation_scale=12)
+    ax.annotate("", points[-1], points[-2], arrowprops=how)
+
+
+def draw_block():
+    """One block of recipe nano: what is noised, trunk, head, likelihood term, loss."""
+    figure, ax = canvas(900, 430)
+    own = block_colours(4)[1]
+    box(ax, 335, 110, 380, 112, "", own, tint=0.05, style="--")
+    for x, y, width, height, text, colour in (
+        (75, 325, 110, 56, "y\nthe class", Y),
+        (232, 325, 154, 72, "codebook E\na fixed unit vector\na class", GREY),
+        (362, 325, 24, 24, "+", GREY),
+        (505, 325, 150, 56, "z = E[y] + σ ε\nthe noisy target", Z),
+        (805, 325, 150, 56, "loss of the block\n− ln p(y | z, x)", Y),
+        (362, 224, 196, 48, "σ of the block's interval\nε standard normal", Z),
+        (645, 224, 144, 56, "likelihood term\n⟨z, E⟩ / σ²", Z),
+        (75, 110, 110, 56, "x\nthe condition", X),
+        (235, 110, 140, 72, "trunk\nL/B layers that\nread x alone", own),
+        (435, 110, 140, 72, "head\na small MLP that\nsees h, z and σ", own),
+        (645, 110, 24, 24, "+", GREY),
+        (805, 110, 150, 56, "softmax\np(y | z, x)", GREY),
+    ):
+        box(ax, x, y, width, height, text, colour)
+    arrow(ax, (75, 353), (75, 400), (805, 400), (805, 353), colour=Y)
+    for y, spans in ((325, ((130, 155), (309, 350), (374, 430))), (110, ((305, 365), (505, 633), (657, 730)))):
+        for start, end in spans:
+            arrow(ax, (start, y), (end, y))
+    arrow(ax, (130, 110), (165, 110), colour=X)
+    arrow(ax, (362, 248), (362, 313), colour=Z)
+    arrow(ax, (480, 297), (480, 146), colour=Z)
+    arrow(ax, (550, 297), (550, 224), (573, 224), colour=Z)
+    arrow(ax, (645, 196), (645, 122), colour=Z)
+    arrow(ax, (805, 138), (805, 297))
+    for x, y, text in ((327, 339, "E[y]"), (335, 122, "h"), (579, 122, "≈ ln p(y | x)"), (694, 122, "logits")):
+        say(ax, x, y, text)
+    say(ax, 440, 413, "the right answer", color=Y)
+    say(ax, 502, 190, "z, σ", color=Z)
+    say(ax, 805, 55, "for the walk:\nD = Σ p(y | z, x) E[y]")
+    say(ax, 335, 28, "All that is trained, and all that is in memory: one block.", color=own)
+    return figure
+
+
+def draw_networks():
+    """The five architectures, bottom to top, and where noise enters them: as in train_*.py, recipe nano."""
+    figure, ax = canvas(900, 540)
+    own = block_colours(4)[1]
+    back = [(270, 134, "L/B layers,\nlooking back")]  # (height of the middle, height, text)
+    around = [(270, 134, "L/B layers,\nlooking\neverywhere")]
+    loop = [(216, 36, "prelude"), (270, 40, "core, looped"), (324, 36, "coda")]
+    z, sigma, label, time = ("z, σ", Z), ("σ", Z), ("x", X), ("t", Z)  # what enters from the side, by height
+    for i, (name, given, layers, head, answer, enters, words) in enumerate((
+        ("GPT", ("x: the text so far", X), back, "denoising head", "p(next token)", {400: z},
+         "Noise enters at the head.\nThe layers read x alone,\nand run once a token."),
+        ("ViT", ("x: an image", X), around, "denoising head", "p(label)", {400: z},
+         "Noise enters at the head.\nThe layers read x alone,\nand run once an image."),
+        ("DiT", ("z: a noisy image", Z), around, "EDM head", "D: the image", {400: z, 290: sigma, 250: label},
+         "The layers read z.\nσ and the class x modulate\nthem, at each call anew."),
+        ("masked diffusion", ("z: text with gaps", Z), around, "readout", "p(hidden letters)", {270: time},
+         "Noise hides letters: z is\nthe text itself. The time t\nmodulates each layer."),
+        ("looped", ("x: the text so far", X), loop, "posterior head", "p(next token)", {400: z, 270: z},
+         "z takes the place of the\nstate. One block serves\nall noise levels."),
+    )):  # fmt: skip
+        middle = 112 + 176 * i
+        say(ax, middle, 520, name, 12, weight="bold")
+        stack = [(140, 40, *given), *((*part, own) for part in layers), (400, 40, head, own), (470, 40, answer, Y)]
+        for y, height, text, colour in stack:
+            box(ax, middle, y, 122, height, text, colour, 9)
+        for (y, height, *_), (above, height_above, *_) in pairwise(stack):
+            arrow(ax, (middle, y + height / 2), (middle, above - height_above / 2))
+        for y, (text, colour) in enters.items():
+            box(ax, middle - 90, y, 34, 28, text, colour, 9)
+            arrow(ax, (middle - 73, y), (middle - 61, y), colour=colour)
+        say(ax, middle - 14, 80, words, 8.5)
+    for x, text, colour in ((220, "red: noise", Z), (450, "blue: the condition", X), (680, "gold: the answer", Y)):
+        say(ax, x, 22, text, 10, color=colour, weight="bold")
+    return figure
+
+
+def draw_gradients():
+    """Where gradients flow, and what is in memory: end to end, and in blocks."""
+    figure, ax = canvas(900, 480)
+    edges, rows = quantiles(LogNormal(0.3, 0.8, 0.05, 20.0), 4), (140, 212, 284, 356)
+    box(ax, 130, 248, 190, 282, "", "black", tint=0.04, style="--")
+    box(ax, 566, rows[1], 190, 66, "", "black", tint=0.04, style="--")
+    say(ax, 130, 460, "end to end", 12, weight="bold")
+    say(ax, 566, 460, "in blocks: here block 1 is in training", 12, weight="bold")
+    layers = [f"layers {2 * b + 1} and {2 * b + 2}" for b in range(4)]
+    stack = [(68, "x: the condition", X), *((y, text, GREY) for y, text in zip(rows, layers, strict=True))]
+    for y, text, colour in (*stack, (420, "loss", Y)):
+        box(ax, 130, y, 150, 34, text, colour)
+    for y, above in pairwise((68, *rows, 420)):
+        arrow(ax, (105, y + 17), (105, above - 17), colour=GREY)
+        if y > 68:
+            arrow(ax, (155, above - 17), (155, y + 17), style=DASHED)
+    for b, (y, colour) in enumerate(zip(rows, block_colours(4), strict=True)):
+        trains = b == 1
+        box(ax, 372, y, 160, 44, f"x, and z with σ from\n{edges[b]:.2g} to {edges[b + 1]:.2g}", Z, 9)
+        box(ax, 566, y, 150, 44, f"block {b}\n{layers[b]}", colour, 9, 0.3 if trains else 0.1)
+        box(ax, 732, y, 80, 34, f"loss {b}", Y)
+        arrow(ax, (452, y), (491, y), colour=GREY)
+        arrow(ax, (641, y + 8), (692, y + 8), colour=GREY)
+        arrow(ax, (692, y - 8), (641, y - 8), style=DASHED)
+        say(ax, 838, y, "in memory" if trains else "in its file", color="black" if trains else GREY)
+    arrow(ax, (292, 68), (332, 68), colour=GREY)
+    arrow(ax, (452, 68), (412, 68), style=DASHED)
+    box(ax, 592, 68, 40, 26, "", "black", tint=0.04, style="--")
+    for x, text in (
+        (342, "forward"),
+        (462, "gradient"),
+        (622, "in memory: weights, gradients,\nAdamW's averages, activations"),
+    ):
+        say(ax, x, 68, text, ha="left")
+    say(ax, 566, 22, "No arrow leads from one block to another.", 10)
+    return figure
+
+
+def draw_walk(blocks=4):
+    """Walks of a number from noise to data, by the exact denoiser; the density that they follow, in grey."""
+    noise, data, spread = LogNormal(sigma_max=20.0), GaussianMixture([[-1.1], [0.0], [1.1]], std=0.05), 0.9
+    partition = make_partition(noise, blocks)
+
+    def shares(sigmas):  # how far along the axis: a block is as wide as its share of the training
+        return blocks * (1 - noise.cdf(sigmas.clamp(noise.sigma_min)))
+
+    def scaled(walk, sigmas):  # by the standard deviation of z
+        return walk / (sigmas**2 + spread**2).sqrt()[:, None]
+
+    def walks(z, sigmas):
+        return scaled(torch.stack([z, *(state.z for state in euler_walk(data.denoise, z, sigmas))])[..., 0], sigmas)
+
+    figure, ax = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    levels, heights = quantiles(noise, 48), torch.linspace(-2.2, 2.2, 67, dtype=torch.float64)
+    scales = (levels**2 + spread**2).sqrt()
+    rows = [s * data.log_density(heights[:, None] * s, sigma).exp() for s, sigma in zip(scales, levels, strict=True)]
+    steps = np.linspace(0.05, 0.8, 6)
+    ax.contourf(shares(levels), heights, torch.stack(rows, 1), steps, cmap="Greys", alpha=0.4, extend="max")
+    z, end = 20.0 * torch.linspace(-1.9, 1.9, 14, dtype=torch.float64)[:, None], torch.zeros(1, dtype=torch.float64)
+    fine, few = torch.cat([quantiles(noise, 40 * blocks), end]), equal_mass_grid(noise, 2 * blocks)
+    many = walks(z, fine)
+    for b, colour in enumerate(block_colours(blocks)):
+        mine = slice(40 * b, 40 * (b + 1) + (2 if b == blocks - 1 else 1))
+        ax.plot(shares(fine[mine]), many[mine], color=colour, lw=1.6)
+        ax.text(b + 0.5, 2.3, f"block {b}", ha="center", color=colour, weight="bold")
+    ax.plot(shares(few), walks(z[3:4], few), "ko--", ms=5, lw=1.2, label="one of them in 8 calls, 2 of each block")
+    ax.set(xlim=(-0.02, blocks + 0.02), ylim=(-2.2, 2.2), yticks=[], ylabel="z, over its standard deviation")
+    ax.set_xticks(range(blocks + 1), [f"{edge:.2g}" for edge in partition.edges])
+    ax.set_xlabel("noise level σ (a block is as wide as its share of the training)")
+    ax.legend(loc="upper right")
+    return figure
+
+
+def label_walks(calls=60):
+    """Class names, and the exact p(y | z, x) at each call, (calls, 3, V): of two walks from noise, of one from 0."""
+    names, prior = ["cat", "dog", "fox", "owl", "bee"], torch.tensor([0.42, 0.27, 0.16, 0.1, 0.05])  # p(y | x)
+    codebook, found = make_codebook(len(names), 16), []
+    sigmas = [*quantiles(LogNormal(1.0, 0.8, 0.2, 20.0), calls - 1).tolist(), 0.0]  # the last call is at sigma_min
+
+    def denoise(z, sigma):
+        found.append((prior.log() + log_likelihood(z, sigma, codebook)).softmax(-1))
+        return found[-1] @ codebook
+
+    z = 20.0 * torch.randn(2, 16, generator=torch.Generator().manual_seed(28))
+    list(euler_walk(denoise, torch.cat([z, torch.zeros(1, 16)]), sigmas))
+    return names, torch.stack(found)
+
+
+def draw_label(blocks=3):
+    """What a walk does to the probabilities of a label."""
+    names, p = label_walks()
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.5), layout="constrained", sharey=True)
+    for k, (ax, start) in enumerate(zip(axes, ("noise", "other noise", "z = 0"), strict=True)):
+        colours = plt.get_cmap("Set2").colors
+        ax.stackplot(np.linspace(0, blocks, len(p)), p[:, k].T, colors=colours, edgecolor="white", lw=0.8)
+        for name, top, share in zip(names, p[0, k].cumsum(0), p[0, k], strict=True):
+            ax.text(0.08, top - share / 2, name, va="center", size=9)
+        for b, colour in enumerate(block_colours(blocks)):
+            ax.plot([b + 0.02, b + 0.98], [-0.035] * 2, color=colour, lw=5, clip_on=False, solid_capstyle="butt")
+            ax.text(b + 0.5, -0.065, f"block {b}", ha="center", va="top", color=colour, size=9)
+        ax.set_title(f"from {start}: it ends at {names[p[-1, k].argmax()]}", size=11)
+        ax.set(xlim=(0, blocks), ylim=(0, 1), xticks=[])
+        ax.spines[:].set_visible(False)
+    axes[0].set_ylabel("p(y | z, x)")
+    figure.supxlabel("calls of the walk, noisiest first", size=10)
+    return figure
+
+
+def draw_cheatsheet(columns=3, margin=28, top=754):
+    """docs/cheatsheet.md on a page of A4, across: each line of the file is a line of the page."""
+    figure, ax = canvas(1169, 827)
+    width, renderer = (1169 - 2 * margin - 16 * (columns - 1)) / columns, figure.canvas.get_renderer()
+    title, *sections = (DOCS / "cheatsheet.md").read_text(encoding="utf-8").removeprefix("# ").split("\n## ")
+    say(ax, margin, 795, title.strip(), 19, ha="left", weight="bold")
+    say(ax, 830, 785, "noise levels, cut into blocks", ha="right")
+    noise = LogNormal(sigma_max=20.0)
+    for b, colour in enumerate(block_colours(4)):
+        log_sigma = np.linspace(*np.log(make_partition(noise, 4).interval(b)), 60)
+        density = 44 * np.exp(-0.5 * ((log_sigma - noise.p_mean) / noise.p_std) ** 2)
+        ax.fill_between(940 - 32 * log_sigma, 772, 772 + density, color=colour, lw=0)
+
+    panels = []  # (height, colour, [(text, its height), ...])
+    for section, colour in zip(sections, block_colours(len(sections)), strict=True):
+        heading, *lines = filter(None, section.split("\n"))
+        texts = [ax.text(0, 0, heading, va="top", size=11, color=colour, weight="bold")]
+        for line in lines:
+            size, line = 11.5 if line.startswith("$$") else 9.4, line.replace("$$", "$").removeprefix("- ")
+            texts.append(ax.text(0, 0, line, va="top", size=size))
+        heights = [text.get_window_extent(renderer).height + 6 for text in texts]
+        panels.append((sum(heights) + 14, colour, [*zip(texts, heights, strict=True)]))
+    total, above, stacks = sum(height for height, *_ in panels), 0, [[] for _ in range(columns)]
+    for panel in panels:  # into the column in which its middle would be if all were one long strip
+        stacks[int(columns * (above + panel[0] / 2) / total)].append(panel)
+        above += panel[0]
+    for column, stack in enumerate(stacks):
+        gap = (top - margin - sum(height for height, *_ in stack)) / (len(stack) - 1)
+        left, y = margin + column * (width + 16), top
+        for height, colour, texts in stack:
+            box(ax, left + width / 2, y - height / 2, width, height, "", colour, tint=0.05)
+            below = y - 10
+            for text, used in texts:
+                text.set_position((left + 12, below))
+                below -= used
+            y -= height + gap
+    return figure
+
+
+PICTURES = {
+    "pictures/block.svg": draw_block,
+    "pictures/networks.svg": draw_networks,
+    "pictures/gradients.svg": draw_gradients,
+    "pictures/walk.svg": draw_walk,
+    "pictures/label.svg": draw_label,
+    "cheatsheet.svg": draw_cheatsheet,
+}
+
+
+def draw_all(folder=DOCS):
+    """Write all pictures, the same bytes each time. Their text stays text; the cheat sheet's formulas become shapes."""
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    for name, draw in PICTURES.items():
+        figure, as_text = draw(), "path" if name == "cheatsheet.svg" else "none"
+        how = dict(format="svg", metadata={"Date": None, "Creator": None})
+        with plt.rc_context({"svg.hashsalt": name, "svg.fonttype": as_text}):
+            write_atomically(folder / name, lambda file, figure=figure, how=how: figure.savefig(file, **how))
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    draw_all()
