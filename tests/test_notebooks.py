@@ -139,9 +139,6 @@ def test_it_redefines_nothing_of_nano_db(path):
     assert definitions(source_of(nbformat.read(path, as_version=4))) & library == set()
 
 
-IMPORT = 'import sys; sys.path.insert(0, ".."); from nano_db.block import DiffusionBlock\n'
-
-
 def executed(stub, check, solution):
     """A notebook of three exercises, run: two that are fine, and the given one."""
     exercises = dict.fromkeys(("1.1", "1.2"), ("def answer():\n    raise NotImplementedError", "answer()", "True", ""))
@@ -167,7 +164,8 @@ def test_faults_of_exercises_are_found():
 
 
 def test_code_that_has_changed_since_it_was_shown_is_found():
-    show = "import inspect\nprint(inspect.getsource(DiffusionBlock.loss))"
+    load = 'import inspect, sys; sys.path.insert(0, ".."); from nano_db.block import DiffusionBlock\n'
+    show = "print(inspect.getsource(DiffusionBlock.loss))"
     today = inspect.getsource(DiffusionBlock.loss)
     texts = {"fresh": today, "stale": today.replace("torch.randn_like", "torch.rand_like"), "empty": ""}
     cells = [
@@ -176,7 +174,7 @@ def test_code_that_has_changed_since_it_was_shown_is_found():
     ]
     assert today != texts["stale"]
     assert stale_sources(new_notebook(cells=[*cells, new_code_cell("print(1)", id="other")])) == ["stale", "empty"]
-    assert stale_sources(execute(new_notebook(cells=[new_code_cell(IMPORT + show)]), ROOT / "notebooks")) == []
+    assert stale_sources(execute(new_notebook(cells=[new_code_cell(load + show)]), ROOT / "notebooks")) == []
 
 
 def test_notebook_3_shows_the_training_loop_of_the_script():
