@@ -1,4 +1,4 @@
-"""What the notebooks of the course share: the word on a student's answer, and the size of a run."""
+"""What the notebooks of the course share: the word on a student's answer, a slider, and the size of a run."""
 
 import os
 
@@ -17,6 +17,26 @@ def check(name, passed, hint):
     except Exception as error:
         right, stopped_by = False, f" ({type(error).__name__})"
     print(f"{name}: right" if right else f"{name}: not yet. {hint}{stopped_by}")
+
+
+def explore(draw, start, **values):
+    """Show the picture that draw(start) makes; with a slider over `values` where somebody can move it.
+
+    values: one list, under the name of draw's argument: explore(draw, 1.0, sigma=[0.1, 1.0]). A front end that allows
+    questions to its user (allow_stdin) has one. A program that executes a notebook has none: it leaves the picture
+    alone, which is what GitHub shows. So does a Python without ipywidgets.
+    """
+    ((name, choices),) = values.items()
+    try:
+        from IPython import get_ipython
+        from ipywidgets import SelectionSlider, interact
+
+        somebody = get_ipython().kernel.get_parent("shell")["content"]["allow_stdin"]
+    except (ImportError, AttributeError, KeyError):
+        somebody = False
+    if not somebody:
+        return draw(start)
+    interact(draw, **{name: SelectionSlider(options=choices, value=start, description=name, continuous_update=False)})
 
 
 def reduced(full, small):
