@@ -197,8 +197,6 @@ def main():
         batch,
         lambda networks, count: list(paint(put_together(networks), count, noise, settings)),
     )
-    if settings.benchmark:
-        return bench.race()
 
     for _ in run.rounds():
         for b in run.turns():  # every block in turn; with --only or torchrun, mine

@@ -156,8 +156,6 @@ def main():
     run = Run("gpt", settings, data_sha256=text.sha256, edges=[round(edge, 5) for edge in partition.edges])
     batch = partial(text.batch, run.batch_size, settings.seq_len, device)
     bench = Bench(run, make_block, make_baseline, batch, write)
-    if settings.benchmark:
-        return bench.race()
 
     for _ in run.rounds():
         for b in run.turns():  # every block in turn; with --only or torchrun, mine

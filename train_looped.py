@@ -238,8 +238,6 @@ def main():
     run = Run("looped", settings, data_sha256=text.sha256, span=list(span))
     batch = partial(text.batch, run.batch_size, settings.seq_len, device)
     bench = Bench(run, make_block, make_baseline, batch, write)
-    if settings.benchmark:
-        return bench.race()
 
     for _ in run.rounds():
         for b in run.turns():  # every block in turn; with --only or torchrun, mine

@@ -152,8 +152,6 @@ def main():
     make = make_baseline if settings.baseline else make_block
     run = Run("mdm", settings, data_sha256=text.sha256)
     bench = Bench(run, make_block, make_baseline, batch, uncover_some)
-    if settings.benchmark:
-        return bench.race()
 
     for _ in run.rounds():
         for b in run.turns():  # every block in turn; with --only or torchrun, mine

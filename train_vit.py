@@ -167,8 +167,6 @@ def main():
     run = Run("vit", settings, data_sha256=images.sha256, edges=[round(edge, 5) for edge in partition.edges])
     batch = partial(images.batch, run.batch_size, settings.augment, device)
     bench = Bench(run, make_block, make_baseline, batch, name_some)
-    if settings.benchmark:
-        return bench.race()
 
     for _ in run.rounds():
         for b in run.turns():  # every block in turn; with --only or torchrun, mine

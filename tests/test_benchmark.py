@@ -1,11 +1,16 @@
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
+import pytest
 import torch
+from conftest import SMALL
 
 import train_gpt
 import train_mdm
+from nano_db.errors import UsageError
+from nano_db.laboratory import race
 from nano_db.laboratory.benchmark import Bench, count_layers
 from nano_db.layers import Layer
 
@@ -51,9 +56,25 @@ def test_what_writing_sixteen_tokens_costs_in_layers(small, cli, text_file, tmp_
         shutil.rmtree(tmp_path / "mdm")
 
 
-def test_a_race_prints_ratios_and_costs(small, tmp_path):
-    code, out, _ = small("--out", tmp_path / "run", "--benchmark", 2)
-    assert code == 0 and out.count("ratio in pairs") == 2 and not (tmp_path / "run" / "result.json").exists()
+@pytest.fixture
+def race_of(monkeypatch, capsys):
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["race", *map(str, flags)])
+        race.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_race_prints_ratios_and_costs_and_leaves_no_file(race_of, text_file, tmp_path):
+    out = race_of("gpt", "--pairs", 2, *SMALL, "--data", text_file, "--out", tmp_path / "run")
+    assert out.count("ratio in pairs") == 2 and not (tmp_path / "run").exists()
     lines = [line.split() for line in out.splitlines()]
     total = next(line for line in lines if line and line[0] == "total")
     assert total[-1] == "(1.000)" and 0 < float(total[1]) < float(total[4])
+
+
+def test_bad_demands_on_a_race_get_one_line(race_of):
+    for flags, message in ((("--pairs", 0), "--pairs must be at least 1"), (("--baseline",), "timed against it")):
+        with pytest.raises(UsageError, match=message):
+            race_of("vit", *flags)

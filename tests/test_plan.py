@@ -2,16 +2,11 @@ import sys
 
 import pytest
 
-import train_dit
-import train_gpt
-import train_mdm
-import train_vit
 from nano_db.errors import UsageError
 from nano_db.laboratory import plan
-from nano_db.laboratory.benchmark import Bench
+from nano_db.laboratory.race import bench_of
 
 THIN = ["--preset", "tiny", "--layers", "3", "--device", "cpu"]
-SCRIPTS = {"vit": train_vit, "dit": train_dit, "mdm": train_mdm, "gpt": train_gpt}
 
 
 def run(monkeypatch, *flags):
@@ -26,17 +21,10 @@ def test_what_is_planned_is_what_a_true_step_takes(monkeypatch, script, more):
     planned = {(blocks, checkpointed): count for blocks, checkpointed, count in plan.plans(script, [*THIN, *more])}
     assert [*planned] == [(1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]
     for blocks, checkpointed in [(1, False), (3, True)]:
-        found, flags = [], ["--checkpoint-activations"] * checkpointed
-
-        def measure(bench, blocks=blocks, found=found):
-            make = bench.make_block if blocks > 1 else bench.make_baseline
-            found.append(bench._costs(make, blocks)["memory_bytes"])
-
-        monkeypatch.setattr(Bench, "race", measure)
-        line = [f"train_{script}.py", *THIN, *more, "--blocks", str(max(2, blocks)), "--benchmark", "1", *flags]
-        monkeypatch.setattr(sys, "argv", line)
-        SCRIPTS[script].main()
-        assert planned[blocks, checkpointed] == found[0]
+        saving = ["--checkpoint-activations"] * checkpointed
+        bench = bench_of(script, [*THIN, *more, "--blocks", str(blocks), *saving])
+        make = bench.make_block if blocks > 1 else bench.make_baseline
+        assert planned[blocks, checkpointed] == bench.costs(make, blocks)["memory_bytes"]
 
 
 def test_the_least_number_of_blocks_that_fits_is_named(monkeypatch, capsys):

@@ -1,18 +1,17 @@
-"""What training and use cost, in bytes and seconds: at the end of a run, or as a race without a run."""
+"""What training and use cost, in bytes and seconds, at the end of a run (race.py and plan.py: without one)."""
 
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from nano_db.errors import UsageError, is_out_of_memory
+from nano_db.errors import is_out_of_memory
 from nano_db.layers import Layer
 from nano_db.machinery.files import write_json
 from nano_db.machinery.memory import training_bytes
-from nano_db.machinery.run import VERSIONS, Run, learning_rate, make_optimizer, seed_from
+from nano_db.machinery.run import VERSIONS, Run, make_optimizer
 
 
 @dataclass
@@ -29,32 +28,6 @@ class Bench:
     batch: Callable
     sample: Callable
 
-    def race(self):
-        """Print the seconds of one step of every block against one step of the baseline, and of samples; and bytes.
-
-        Timings drift with the machine, so both take turns, and what counts is the ratio within each pair.
-        """
-        run = self.run
-        if run.worker.ranks > 1:
-            raise UsageError("--benchmark times a single process: start it without torchrun")
-        blocks, baseline = self._build(self.make_block, run.count), self._build(self.make_baseline, 1)
-        optimizers = {module: make_optimizer(module, run.settings) for module in (*blocks, *baseline)}
-        if run.settings.compile:
-            for module in optimizers:
-                module.network.compile()
-
-        def train(modules, step):
-            for b, module in enumerate(modules):
-                self._step(module.train(), optimizers[module], b, step)
-
-        def sample(modules, step):
-            self.sample([module.eval() for module in modules], 16)
-
-        self._time_in_pairs(f"a step of all {run.count} blocks", partial(train, blocks), partial(train, baseline))
-        costs = {"blocks": self._costs(self.make_block, run.count), "end to end": self._costs(self.make_baseline, 1)}
-        print_costs(costs)
-        self._time_in_pairs("16 samples with blocks", partial(sample, blocks), partial(sample, baseline))
-
     def report(self, metrics, metric, unit):
         """Write result.json and curves.png, print what training and a sample cost, and name the run's files.
 
@@ -63,7 +36,7 @@ class Bench:
         """
         run, settings = self.run, self.run.settings
         make = self.make_baseline if settings.baseline else self.make_block
-        costs = {settings.method: self._costs(make, run.count)}
+        costs = {settings.method: self.costs(make, run.count)}
         seconds = [(state := run.load_block(b, whole=False))["seconds"] / state["step"] for b in range(run.count)]
         result = {"script": run.script, "method": settings.method, "blocks": run.count, "steps": settings.steps}
         result |= {"seed": settings.seed, "device": run.device, "versions": VERSIONS, "metrics": metrics}
@@ -72,7 +45,7 @@ class Bench:
         write_json(run.folder / "result.json", result)
         if not settings.baseline:  # the network that blocks are there to avoid: it may be too large for this machine
             try:
-                costs["end to end"] = self._costs(self.make_baseline, 1)
+                costs["end to end"] = self.costs(self.make_baseline, 1)
                 write_json(
                     run.folder / "result.json",
                     {**result, "baseline_memory_bytes": costs["end to end"]["memory_bytes"]},
@@ -89,22 +62,10 @@ class Bench:
         files = sorted(path.name for path in run.folder.iterdir() if not path.name.startswith("."))
         print(f"\n{run.folder}: {', '.join(files)}")
 
-    def _build(self, make, count):
+    def build_all(self, make, count):
         return [self.run.build(make, b) for b in range(count)]
 
-    def _step(self, module, optimizer, b, step):
-        """The training step of the scripts, for timing."""
-        seed_from(self.run.settings.seed, b, step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.run.settings)
-        with self.run.autocast:
-            loss = module.loss(*self.batch())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), self.run.settings.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def _costs(self, make, count):
+    def costs(self, make, count):
         """memory_bytes: of a training step, by part, of the network that takes most. parameters: of all of them.
         one_sample: see _cost_of_use.
         """
@@ -116,7 +77,7 @@ class Bench:
             parameters += sum(p.numel() for p in network.parameters())
             del network, optimizer
         largest = max(counts, key=lambda count: count["total"])
-        use = self._cost_of_use(self._build(make, count))
+        use = self._cost_of_use(self.build_all(make, count))
         return {"parameters": parameters, "memory_bytes": largest, "one_sample": use}
 
     def _cost_of_use(self, networks, count=16):
@@ -128,30 +89,20 @@ class Bench:
         networks = [network.eval() for network in networks]
         evaluations = count_layers(networks, lambda: self.sample(networks, 1))
         self.sample(networks, count)  # to warm up
-        seconds = statistics.median(self._seconds(lambda: self.sample(networks, count)) for _ in range(3)) / count
+        seconds = statistics.median(self.seconds_of(lambda: self.sample(networks, count)) for _ in range(3)) / count
         weights = max(sum(t.nbytes for t in (*network.parameters(), *network.buffers())) for network in networks)
         return {"layer_evaluations": evaluations, "seconds": seconds, "weights": weights}
 
-    def _seconds(self, work):
+    def seconds_of(self, work):
         clock = time.perf_counter()
         work()
         if self.run.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - clock
 
-    def _time_in_pairs(self, label, ours, theirs):
-        """Time ours(step) and theirs(step), in turns, and print medians and the ratio; the first two pairs warm up."""
-        steps = range(self.run.settings.benchmark + 2)
-        times = [[self._seconds(partial(side, step)) for side in (ours, theirs)] for step in steps][2:]
-        ours, theirs = (f"{1000 * statistics.median(side):.1f} ms" for side in zip(*times, strict=True))
-        ratios = [a / b for a, b in times]
-        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        ratio = f"ratio in pairs {middle:.3f} (quartiles {low:.3f}, {high:.3f})"
-        print(f"{label} {ours}, end to end {theirs}; {ratio}")
-
 
 def print_costs(costs):
-    """Two tables of text, with ratios to the last column in brackets. costs: {column: what Bench._costs returns}."""
+    """Two tables of text, with ratios to the last column in brackets. costs: {column: what Bench.costs returns}."""
     units = {"layer_evaluations": ("", 1), "seconds": ("ms", 1000)}
     for part, title in (("memory_bytes", "training, the largest network"), ("one_sample", "use, for one sample")):
         print(f"\n{title:32}" + "".join(f"{column:>22}" for column in costs))

@@ -9,9 +9,7 @@ machinery/memory.py.
 
 import math
 import re
-import sys
 from functools import cache
-from importlib import import_module
 from unittest.mock import patch
 
 import torch
@@ -19,8 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nano_db import block
 from nano_db.errors import UsageError
-from nano_db.laboratory.benchmark import Bench
-from nano_db.laboratory.results import ROOT
+from nano_db.laboratory.race import bench_of, module_of
 from nano_db.layers import checkpoint_layers, show_in_parts
 from nano_db.machinery.memory import PARTS, training_bytes
 from nano_db.machinery.run import command, make_optimizer
@@ -58,18 +55,14 @@ def plans(script, flags):
     """Yield (B, checkpointed, bytes by part) of training in B blocks, B = 1 being the end-to-end network. Of several B
     whose largest block has as many layers, the least.
     """
-    module = import_module(f"train_{script}")
-    cached = {name: cache(vars(module)[name]) for name in {"load_text", "load_images"} & vars(module).keys()}
+    module = module_of(script)
+    loaders = {name: cache(vars(module)[name]) for name in {"load_text", "load_images"} & vars(module).keys()}
 
     def count(blocks, *more):
-        def look(bench):
-            make, networks = (bench.make_block, blocks) if blocks > 1 else (bench.make_baseline, 1)
-            found.append((bench.run.settings.layers, step_bytes(make, networks, bench)))
-
-        line, found = [f"train_{script}.py", *flags, "--blocks", str(blocks), "--benchmark", "1", *more], []
-        with patch.multiple(module, **cached), patch.object(sys, "argv", line), patch.object(Bench, "race", look):
-            module.main()  # as far as the race of --benchmark, whose place is taken
-        return found[0]
+        with patch.multiple(module, **loaders):  # the same data for all B
+            bench = bench_of(script, [*flags, "--blocks", str(blocks), *more])
+        make = bench.make_block if blocks > 1 else bench.make_baseline
+        return bench.run.settings.layers, step_bytes(make, blocks, bench)
 
     layers, whole = count(1)
     yield 1, False, whole
@@ -90,7 +83,6 @@ def main():
     for flag in CHOSEN_HERE:
         if flag in flags:
             raise UsageError(f"{flag} is for this command to choose: drop it")
-    sys.path.insert(0, str(ROOT))  # where the scripts are
 
     print(f"MB of a training step{'':10}" + "".join(f"{part:>13}" for part in (*PARTS, "total")))
     fitting, least = {}, math.inf

@@ -129,7 +129,7 @@ def quality_table(rows):
 def main_table(found):
     """Quality by method; and what blocks take of the end-to-end network's memory, and of its layers for a sample.
 
-    No seconds: runs of one table may stand on different machines. `--benchmark` times in pairs.
+    No seconds: runs of one table may stand on different machines. race.py times in pairs.
     """
     columns = ["architecture", *MAIN, "training memory", "layers evaluated", "the paper: end to end, blocks"]
     costs = ("memory_bytes", "total"), ("one_sample", "layer_evaluations")

@@ -67,7 +67,6 @@ class Training:
     out: str = output("", "folder of the run (default: out/<script>-<method>)")
     eval_only: bool = output(False, "no training: evaluate and sample what the folder holds")
     samples: int = output(1, "samples to draw", least=0)
-    benchmark: int = output(0, "no training: time so many pairs of steps against the baseline", least=0, of="blocks")
 
     @property
     def method(self):
@@ -132,7 +131,7 @@ def read_settings(script, settings_class, presets, recipes=None, description=Non
         raise UsageError(f"--device {given['device']}: there is none at hand; use --device cpu (or auto)")
     given.setdefault("out", f"out/{script}-{'baseline' if given.get('baseline') else 'blocks'}")
     if given.get("eval_only"):
-        if useless := [name for name in ("preset", "recipe", "benchmark") if name in given]:
+        if useless := [name for name in ("preset", "recipe") if name in given]:
             raise UsageError(f"--{useless[0]} does nothing with --eval-only, which keeps the run's settings: drop it")
         bundle = stored_settings(script, settings_class, given["out"])
     else:
