@@ -41,7 +41,8 @@ def step_bytes(make, count, bench):
     network = max(networks, key=lambda network: sum(p.numel() for p in network.parameters())).train()
     if bench.run.settings.checkpoint_activations:
         checkpoint_layers(network)
-    show_in_parts(network.network, bench.run.micro_batch)
+    if bench.run.micro_batch:
+        show_in_parts(network.network, bench.run.micro_batch)
     mode, batch = FakeTensorMode(), bench.batch()
     for module in network.modules():
         for tensors in (module._parameters, module._buffers):

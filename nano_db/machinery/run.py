@@ -91,8 +91,8 @@ class Run:
             self.worker = join()
             self.mine, self.team = self.worker.share(self.mine, settings.batch_size)
         self.batch_size = settings.batch_size // self.team.size
-        self.micro_batch = getattr(settings, "micro_batch", 0) or self.batch_size
-        if self.batch_size % self.micro_batch:
+        self.micro_batch = getattr(settings, "micro_batch", 0)
+        if self.micro_batch and self.batch_size % self.micro_batch:
             raise UsageError(f"--micro-batch {self.micro_batch} must divide the batch of {self.batch_size} samples")
         self.step_to_reach = self.trained = 0  # in this round; steps taken by this process so far
         self.losses = []  # (loss, gradient norm) since the last look
@@ -129,7 +129,8 @@ class Run:
         module = make(b).to(self.device)
         if self.settings.checkpoint_activations:
             checkpoint_layers(module)
-        show_in_parts(module.network, self.micro_batch)
+        if self.micro_batch:
+            show_in_parts(module.network, self.micro_batch)
         return module
 
     def steps(self, b, module, optimizer):
