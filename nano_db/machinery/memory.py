@@ -58,6 +58,8 @@ def _activation_bytes(module, batch, fixed, context):
         return torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
 
     def look_inside(function, *inputs, use_reentrant, **named):
+        if not torch.is_grad_enabled():  # nothing is kept: a turn of a loop before the last few
+            return function(*inputs, **named)
         for tensor in filter(torch.is_tensor, inputs):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         held.append(inputs)
