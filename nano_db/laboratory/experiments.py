@@ -16,7 +16,7 @@ FOR_ALL = {  # flags of all runs of a scale; below, those of each table. Baselin
 SCALES = {
     "tiny": {  # for tests: seconds a run
         "vit": dict(layers=12, blocks=3, warmup=1, test_images=100), "dit": dict(layers=12, blocks=3),
-        "mdm": dict(layers=12, blocks=3), "gpt": dict(layers=12, blocks=4), "looped": dict(warmup=1),
+        "mdm": dict(layers=12, blocks=3, warmup=1), "gpt": dict(layers=12, blocks=4), "looped": dict(warmup=1),
         "dit-ablations": dict(layers=12, blocks=3, frechet_images=0),
     },
     "cpu": {  # about two minutes a run on one core; dit-ablations has larger patches to pay for its 12 layers
@@ -34,7 +34,7 @@ SCALES = {
     },
     "gpu": {
         "vit": dict(layers=12, blocks=3, steps=10_000, warmup=500), "dit": dict(layers=12, blocks=3),
-        "mdm": dict(data="shakespeare", layers=12, blocks=3),
+        "mdm": dict(data="shakespeare", layers=12, blocks=3, steps=5000, warmup=250),
         "gpt": dict(data="shakespeare", layers=12, blocks=4, rounds=1),
         "looped": dict(data="shakespeare", steps=800, warmup=40),
         "dit-ablations": dict(layers=12, blocks=3, steps=5000, warmup=250, ema=0.998, frechet_images=0),
@@ -54,9 +54,12 @@ GROUPS = {  # the tables: their titles, and what to know of them; first what the
                    "first table, or from its end-to-end network, in what it names."),
     "gpt-ablations": ("Head, loss weight and noise", "Ours. In all rows the block at work answers alone, not "
                       "with the blocks before it (`--walk last`). A row differs from the first in what it names."),
+    "mdm-steps": ("Masked diffusion: quality against steps", "Ours. The rows of the table \"Masked diffusion\", trained "
+                  "for fewer or more steps. Each run has a learning rate that falls to its own end."),
     "memory": ("Memory against depth and number of blocks", "One training step."),
 }  # fmt: skip
 MEMORY_LAYERS, MEMORY_BLOCKS = (4, 8, 12), (2, 4)
+MDM_TIMES = (0.5, 2, 4, 8)  # the steps of the rows of mdm-steps, in those of the table mdm
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def experiments(scale):
         return FOR_ALL[scale] | SCALES[scale][table]
 
     def longer(table, times):
-        return {name: times * usual(table)[name] for name in ("steps", "warmup")}
+        return {name: round(times * usual(table)[name]) for name in ("steps", "warmup")}
 
     def add(group, slug, row, paper="", seeds=1, base=None, **changes):
         """base: the table in SCALES whose flags these are, if not `group`."""
@@ -159,6 +162,16 @@ def experiments(scale):
     ablation("weight", "loss weighted by w(sigma)", loss_weight="edm")
     ablation("noise", "information noise", noise="information")
     ablation("head", "the paper's head, two streams", head="paper")
+
+    B, deep = usual("mdm")["blocks"], usual("mdm")["layers"]
+    for times in MDM_TIMES:
+        changes = longer("mdm", times)
+        again, many = partial(add, "mdm-steps", base="mdm", **changes), changes["steps"]
+        again(f"baseline-{many}", "end to end", baseline=True)
+        again(f"blocks-{many}", f"{B} blocks")
+        again(f"shallow-{many}", f"control: one network of {deep // B} layers", baseline=True, layers=deep // B)
+        row = f"control: mean of {B} such networks"
+        again(f"ensemble-{many}", row, baseline=True, layers=deep // B, ensemble=B)
 
     once = partial(add, "memory", base="gpt", steps=1, warmup=0, eval_windows=1)
     for layers in MEMORY_LAYERS:
