@@ -59,7 +59,7 @@ GROUPS = {  # the tables: their titles, and what to know of them; first what the
     "memory": ("Memory against depth and number of blocks", "One training step."),
 }  # fmt: skip
 MEMORY_LAYERS, MEMORY_BLOCKS = (4, 8, 12), (2, 4)
-MDM_TIMES = (0.5, 2, 4, 8)  # the steps of the rows of mdm-steps, in those of the table mdm
+MDM_TIMES = (0.5, 2)  # the steps of the rows of mdm-steps, in those of the table mdm
 
 
 @dataclass(frozen=True)
