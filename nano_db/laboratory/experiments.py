@@ -54,8 +54,8 @@ GROUPS = {  # the tables: their titles, and what to know of them; first what the
                    "first table, or from its end-to-end network, in what it names."),
     "gpt-ablations": ("Head, loss weight and noise", "Ours. In all rows the block at work answers alone, not "
                       "with the blocks before it (`--walk last`). A row differs from the first in what it names."),
-    "mdm-steps": ("Masked diffusion: quality against steps", "Ours. The rows of the table \"Masked diffusion\", trained "
-                  "for fewer or more steps. Each run has a learning rate that falls to its own end."),
+    "mdm-steps": ("Masked diffusion: quality against steps", "Ours. Rows of the table \"Masked diffusion\" for other "
+                  "numbers of steps. In each run the learning rate falls to its end."),
     "memory": ("Memory against depth and number of blocks", "One training step."),
 }  # fmt: skip
 MEMORY_LAYERS, MEMORY_BLOCKS = (4, 8, 12), (2, 4)
