@@ -11,7 +11,7 @@ import pytest
 
 from nano_db.errors import UsageError
 from nano_db.laboratory import results, summary
-from nano_db.laboratory.experiments import GROUPS, SCALES, Experiment, experiments
+from nano_db.laboratory.experiments import GROUPS, MDM_TIMES, SCALES, Experiment, experiments
 from nano_db.machinery.memory import PARTS
 from nano_db.machinery.settings import read_settings
 
@@ -37,7 +37,8 @@ def test_rows_differ_in_what_they_name_alone(scale):
         for name in shared:
             assert all(getattr(other, name, None) == getattr(first, name, None) for other in others), (group, name)
         steps = {settings.steps for name, settings in read.items() if "times" not in name and "twice" not in name}
-        assert len(steps) == 1, f"{group}: the baseline takes as many steps as every block"
+        expected = len(MDM_TIMES) if group == "mdm-steps" else 1
+        assert len(steps) == expected, f"{group}: the baseline takes as many steps as every block"
     looped = {row.name: settings_of(row).steps for row in rows if row.group == "looped"}
     for name in ("looped-nano", "looped-one-turn"):
         assert looped[f"{name}-7-times"] == 7 * looped[name]
@@ -72,6 +73,9 @@ def test_every_row_that_was_promised_is_there(scale):
     first, *others = (s for _, s in by_group["gpt-ablations"])
     changed = [{name for name in vars(first) if getattr(first, name) != getattr(s, name)} for s in others]
     assert changed == [{"loss_weight"}, {"noise"}, {"head"}] and first.walk == "last"
+    kinds = [(s.steps, s.baseline, s.layers, s.ensemble) for _, s in by_group["mdm-steps"]]
+    mdm = [(s.steps, s.baseline, s.layers, s.ensemble) for _, s in by_group["mdm"] if not s.checkpoint_activations]
+    assert kinds == [(round(times * steps), *kind) for times in MDM_TIMES for steps, *kind in mdm]
     assert len(by_group["memory"]) == 3 * 3 * 2
 
 
@@ -237,7 +241,7 @@ def test_a_summary_says_what_each_table_was_measured_on(cpu):
     page = summary.summary(summary.read_records(cpu, "cpu")[0], "cpu")
     measured = [line.split("Measured on: ")[1] for line in page.splitlines() if "Measured on" in line]
     gpt, looped = (f"cpu: {name}, python: 3; pydocs abc." for name in ("slide rule", "abacus"))
-    assert measured == ["–.", "–.", "–.", gpt, looped, "–.", "–.", "–.", "–."]
+    assert measured == ["–.", "–.", "–.", gpt, looped, *["–."] * (len(GROUPS) - 5)]
 
 
 def test_a_damaged_file_is_named(cpu):

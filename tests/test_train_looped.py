@@ -8,7 +8,8 @@ import torch
 import train_looped
 from nano_db.block import DiffusionBlock
 from nano_db.heads import PosteriorHead, make_codebook
-from nano_db.layers import Cache
+from nano_db.layers import Cache, checkpoint_layers
+from nano_db.machinery.memory import training_bytes
 from nano_db.partition import make_partition
 from nano_db.sampler import sample_classes
 from nano_db.schedule import LogNormal, equal_mass_grid
@@ -64,6 +65,17 @@ def test_only_the_last_eight_turns_of_the_baseline_keep_a_graph(batch, turns, ke
     seen = turns_of(baseline, lambda: baseline.loss(*batch).backward())
     assert seen == [False] * (turns - kept) + [True] * kept
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in baseline.parameters())  # the prelude's, too
+
+
+def test_turns_without_a_graph_take_no_memory_checkpointed_or_not(batch):
+    for checkpointed in (False, True):
+        total = []
+        for turns in (8, 30):
+            module = make(baseline=True, turns=turns)
+            if checkpointed:
+                checkpoint_layers(module)
+            total.append(training_bytes(module, batch, torch.optim.AdamW(module.parameters()))["total"])
+        assert total[0] == total[1], "only the last 8 turns keep a graph"
 
 
 def test_the_gradient_of_the_baseline_is_that_of_a_loop_cut_by_hand(batch, monkeypatch):

@@ -16,7 +16,7 @@ FOR_ALL = {  # flags of all runs of a scale; below, those of each table. Baselin
 SCALES = {
     "tiny": {  # for tests: seconds a run
         "vit": dict(layers=12, blocks=3, warmup=1, test_images=100), "dit": dict(layers=12, blocks=3),
-        "mdm": dict(layers=12, blocks=3), "gpt": dict(layers=12, blocks=4), "looped": dict(warmup=1),
+        "mdm": dict(layers=12, blocks=3, warmup=1), "gpt": dict(layers=12, blocks=4), "looped": dict(warmup=1),
         "dit-ablations": dict(layers=12, blocks=3, frechet_images=0),
     },
     "cpu": {  # about two minutes a run on one core; dit-ablations has larger patches to pay for its 12 layers
@@ -34,7 +34,7 @@ SCALES = {
     },
     "gpu": {
         "vit": dict(layers=12, blocks=3, steps=10_000, warmup=500), "dit": dict(layers=12, blocks=3),
-        "mdm": dict(data="shakespeare", layers=12, blocks=3),
+        "mdm": dict(data="shakespeare", layers=12, blocks=3, steps=5000, warmup=250),
         "gpt": dict(data="shakespeare", layers=12, blocks=4, rounds=1),
         "looped": dict(data="shakespeare", steps=800, warmup=40),
         "dit-ablations": dict(layers=12, blocks=3, steps=5000, warmup=250, ema=0.998, frechet_images=0),
@@ -54,13 +54,15 @@ GROUPS = {  # the tables: their titles, and what to know of them; first what the
                    "first table, or from its end-to-end network, in what it names."),
     "gpt-ablations": ("Head, loss weight and noise", "Ours. In all rows the block at work answers alone, not "
                       "with the blocks before it (`--walk last`). A row differs from the first in what it names."),
-    "depth-vit": ("How deep must a block be? Vision transformer", "Ours. 12 layers in all. A row of blocks stands "
+    "depth-vit": ("How deep must a block be?", "Ours: a vision transformer of 12 layers in all. A row of blocks stands "
                   "beside a plain network of as many layers as one of them has."),
-    "depth-gpt": ("How deep must a block be? Autoregressive transformer", "Ours. As above."),
+    "mdm-steps": ("Masked diffusion: quality against steps", "Ours. Rows of the table \"Masked diffusion\" for other "
+                  "numbers of steps. In each run the learning rate falls to its end."),
     "memory": ("Memory against depth and number of blocks", "One training step."),
 }  # fmt: skip
 MEMORY_LAYERS, MEMORY_BLOCKS = (4, 8, 12), (2, 4)
 DEPTHS = (1, 2, 3, 4, 6, 12)  # layers of a block, of 12
+MDM_TIMES = (0.5, 2)  # the steps of the rows of mdm-steps, in those of the table mdm
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def experiments(scale):
         return FOR_ALL[scale] | SCALES[scale][table]
 
     def longer(table, times):
-        return {name: times * usual(table)[name] for name in ("steps", "warmup")}
+        return {name: round(times * usual(table)[name]) for name in ("steps", "warmup")}
 
     def add(group, slug, row, paper="", seeds=1, base=None, **changes):
         """base: the table in SCALES whose flags these are, if not `group`."""
@@ -164,13 +166,22 @@ def experiments(scale):
     ablation("noise", "information noise", noise="information")
     ablation("head", "the paper's head, two streams", head="paper")
 
-    for base in ("vit", "gpt"):
-        for depth in DEPTHS:
-            row, blocks = f"{depth} layer{'s' * (depth > 1)}", DEPTHS[-1] // depth
-            add(f"depth-{base}", f"plain-{depth}", f"plain network of {row}", base=base, baseline=True, layers=depth)
-            if blocks > 1:
-                row = f"{blocks} blocks of {row}"
-                add(f"depth-{base}", f"blocks-{depth}", row, base=base, recipe="nano", layers=12, blocks=blocks)
+    for depth in DEPTHS:
+        row, blocks = f"{depth} layer{'s' * (depth > 1)}", DEPTHS[-1] // depth
+        add("depth-vit", f"plain-{depth}", f"plain network of {row}", base="vit", baseline=True, layers=depth)
+        if blocks > 1:
+            again = partial(add, "depth-vit", base="vit", recipe="nano", layers=DEPTHS[-1])
+            again(f"blocks-{depth}", f"{blocks} blocks of {row}", blocks=blocks)
+
+    B, deep = usual("mdm")["blocks"], usual("mdm")["layers"]
+    for times in MDM_TIMES:
+        changes = longer("mdm", times)
+        again, many = partial(add, "mdm-steps", base="mdm", **changes), changes["steps"]
+        again(f"baseline-{many}", "end to end", baseline=True)
+        again(f"blocks-{many}", f"{B} blocks")
+        again(f"shallow-{many}", f"control: one network of {deep // B} layers", baseline=True, layers=deep // B)
+        row = f"control: mean of {B} such networks"
+        again(f"ensemble-{many}", row, baseline=True, layers=deep // B, ensemble=B)
 
     once = partial(add, "memory", base="gpt", steps=1, warmup=0, eval_windows=1)
     for layers in MEMORY_LAYERS:

@@ -55,6 +55,8 @@ def _activation_bytes(module, batch, fixed, context):
         return tensor.detach()  # itself would be a circle: an output, its graph, and what the graph saved
 
     def look_inside(function, *inputs, use_reentrant, **named):
+        if not torch.is_grad_enabled():  # nothing is kept: a turn of a loop before the last few
+            return function(*inputs, **named)
         held.append(inputs)  # with the graphs behind them
         for tensor in filter(torch.is_tensor, inputs):
             note(tensor)
