@@ -29,7 +29,9 @@ def settings_of(experiment):
 @pytest.mark.parametrize("scale", SCALES)
 def test_rows_differ_in_what_they_name_alone(scale):
     rows = experiments(scale)
-    assert len({row.name for row in rows}) == len({(row.script, *row.flags) for row in rows}) == len(rows)
+    assert len({row.name for row in rows}) == len(rows)
+    alone = [row for row in rows if row.group != "depth-vit"]  # which repeats two plain networks, to be read by itself
+    assert len({(row.script, *row.flags) for row in alone}) == len(alone)
     shared = ("data", "batch_size", "learning_rate", "weight_decay", "dropout", "width", "ema", "preset", "dtype")
     for group in GROUPS:
         read = {row.name: settings_of(row) for row in rows if row.group == group}
