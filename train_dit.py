@@ -54,7 +54,7 @@ class Settings(Blocks, Training):
     sigma_data: float = method(0.5, "standard deviation of clean pixels (EDM)", above=0)
     calls: int = output(50, "Euler steps of the walk from noise to image", least=1)
     guidance: float = output(2.0, "classifier-free guidance; 1: none", least=0)
-    test_images: int = output(1000, "held-out images to evaluate the loss on; 0: all", least=0)
+    test_images: int = output(1000, "held-out images to evaluate the loss on; 0: all", flag=False)
     samples: int = output(39, "images to paint for samples.png", least=0)
     export: int = output(0, "images to paint into the folder `images` of --out, a PNG each", least=0)
     frechet_images: int = output(500, "images to paint for frechet_small; 0: none", least=0)

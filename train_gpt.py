@@ -39,9 +39,6 @@ class Settings(Discrete, Blocks, Training):
     width: int = network(128, "features of a token", least=2)
     heads: int = network(4, "attention heads", flag=False)
     dropout: float = network(0.0, "on both residual branches", flag=False)
-    partition: str = method(
-        "probability", "edges of equal mass, or uniform in ln sigma", ("probability", "uniform"), of="blocks"
-    )
     head: str = method("denoising", "output head (heads.py)", choices=tuple(HEADS), of="blocks")
     walk: str = method(
         "averaged", "who answers: the block at work, or all so far", ("last", "averaged"), of="blocks", resumable=True
@@ -134,7 +131,7 @@ def main():
     codebook = make_codebook(classes, settings.width, settings.seed)
     noise = NOISE.get(settings.noise) or Information(text.frequencies(), codebook, seed=settings.seed)
     blocks = 1 if settings.baseline else settings.blocks
-    partition = make_partition(noise, blocks, settings.partition, settings.overlap)
+    partition = make_partition(noise, blocks, overlap=settings.overlap)
     layers, calls = split_layers(settings.layers, blocks), settings.calls_per_block * blocks
     average = settings.walk == "averaged"
 

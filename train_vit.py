@@ -43,9 +43,6 @@ class Settings(Discrete, Blocks, Training):
     heads: int = network(4, "attention heads", flag=False)
     dropout: float = network(0.0, "on both residual branches", flag=False)
     readout: str = network("token", "where the class is read: the label token, or the mean", choices=("token", "mean"))
-    partition: str = method(
-        "probability", "edges of equal mass, or uniform in ln sigma", ("probability", "uniform"), of="blocks"
-    )
     head: str = method("denoising", "output head (heads.py)", choices=tuple(HEADS), of="blocks")
     walk: str = method(
         "averaged", "who answers: the block at work, or all so far", ("last", "averaged"), of="blocks", resumable=True
@@ -146,7 +143,7 @@ def main():
     equal = torch.full((classes,), 1 / classes)
     noise = NOISE.get(settings.noise) or Information(equal, codebook, 0.2, 20.0, seed=settings.seed)
     blocks = 1 if settings.baseline else settings.blocks
-    partition = make_partition(noise, blocks, settings.partition, settings.overlap)
+    partition = make_partition(noise, blocks, overlap=settings.overlap)
     layers, calls = split_layers(settings.layers, blocks), settings.calls_per_block * blocks
     average = settings.walk == "averaged"
 

@@ -183,7 +183,7 @@ def test_blocks_share_no_trainable_tensor(head, walk):
     [
         ("--rounds", "2"),
         ("--recipe", "paper"),
-        ("--noise", "information", "--partition", "uniform"),
+        ("--noise", "information"),
         ("--head", "posterior", "--walk", "last"),
         ("--baseline", "--layers", "2", "--ensemble", "2"),
     ],

@@ -82,6 +82,7 @@ class Blocks:
     overlap: float = method(0.1, "how far blocks train over their edges (gamma)", least=0, below=1, of="blocks")
     ensemble: int = method(1, "baselines trained independently and averaged (a control)", least=1, of="baseline")
     layers: int = network(8, "transformer layers in all", least=1)
+    start_from: str = training("", "begin with the layers of a finished end-to-end run: the folder of that run")
     only: str = training("", "train these blocks alone, like 2 or 0,3; evaluate when all are there", resumable=True)
 
 
