@@ -5,6 +5,7 @@ sigma_min, and block b owns (edges[b+1], edges[b]].
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -76,3 +77,16 @@ def parse_split(split, layers, blocks):
             f"{layers} in all (--layers); it names {len(parts)} with {sum(parts)} in all"
         )
     return parts
+
+
+def begin_with(block, network, first):
+    """The weights that a block begins with if it takes the layers of a trained network from number `first` on, and what
+    surrounds them: embeddings, readout. block, network: state_dicts. What the network does not have, or has in another
+    shape, stays as it is in `block`: a denoising head, say.
+    """
+    begun = {}
+    for name, own in block.items():
+        there = re.sub(r"^network\.layers\.(\d+)", lambda found: f"network.layers.{first + int(found[1])}", name)
+        fits = there in network and network[there].shape == own.shape
+        begun[name] = network[there] if fits else own
+    return begun

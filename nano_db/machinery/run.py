@@ -28,6 +28,7 @@ import torch
 
 from nano_db.errors import UsageError, is_out_of_memory
 from nano_db.layers import checkpoint_layers, show_in_parts
+from nano_db.machinery.conversion import begin, start_checksum
 from nano_db.machinery.files import (
     FORMAT,
     differences,
@@ -80,13 +81,13 @@ class Run:
         auto = settings.dtype == "auto" and settings.device == "cuda" and torch.cuda.is_bf16_supported(False)
         self.autocast = torch.autocast(settings.device, torch.bfloat16, auto or settings.dtype == "bfloat16")
         self.count = getattr(settings, "ensemble" if settings.baseline else "blocks", 1)
+        if getattr(settings, "start_from", ""):
+            depends_on["start_from_sha256"] = start_checksum(settings, script, depends_on)
         fixed = {f.name: getattr(settings, f.name) for f in fields(settings) if not f.metadata["resumable"]}
         self.fixed = {**fixed, "script": script, **depends_on}  # what a block's file must agree with
         self.paths = [self.folder / f"block_{b}.pt" for b in range(self.count)]
-        self.only = getattr(settings, "only", "")
-        self.mine, self.worker, self.team = list(range(self.count)), Worker(), Team()
-        if self.only:
-            self.mine = chosen_blocks(self.only, self.count)
+        self.only, self.worker, self.team = getattr(settings, "only", ""), Worker(), Team()
+        self.mine = chosen_blocks(self.only, self.count) if self.only else list(range(self.count))
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             self.worker = join()
             self.mine, self.team = self.worker.share(self.mine, settings.batch_size)
@@ -94,8 +95,8 @@ class Run:
         self.micro_batch = getattr(settings, "micro_batch", 0)
         if self.micro_batch and self.batch_size % self.micro_batch:
             raise UsageError(f"--micro-batch {self.micro_batch} must divide the batch of {self.batch_size} samples")
-        self.step_to_reach = self.trained = 0  # in this round; steps taken by this process so far
-        self.losses = []  # (loss, gradient norm) since the last look
+        # Of this round; steps taken by this process so far; (loss, gradient norm) since the last look:
+        self.step_to_reach, self.trained, self.losses = 0, 0, []
 
     # --- the training loop, from outside to inside ---
 
@@ -279,6 +280,8 @@ class Run:
                 self._fill(module.load_state_dict, at.ema, b)  # to see that it fits; the weights come next
             self._fill(module.load_state_dict, state["weights"], b)
             self._fill(partial(_load_moments, optimizer), state["optimizer"], b)
+        elif self.fixed.get("start_from"):
+            begin(module, b, self)
         if self.settings.ema:
             at.ema = {name: tensor.clone().to(self.device) for name, tensor in (at.ema or module.state_dict()).items()}
         return at

@@ -84,6 +84,7 @@ class Blocks:
     micro_batch: int = training(
         0, "samples that the network sees at a time, twice, to save memory; 0: the batch", least=0, resumable=True
     )
+    start_from: str = training("", "begin with the layers of a finished end-to-end run: the folder of that run")
     only: str = training("", "train these blocks alone, like 2 or 0,3; evaluate when all are there", resumable=True)
 
 

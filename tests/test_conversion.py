@@ -1,0 +1,226 @@
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import same, tensors
+from test_run import Regression, make_run, train
+
+import train_dit
+import train_gpt
+import train_vit
+from nano_db.block import DiffusionBlock, EndToEnd
+from nano_db.errors import UsageError
+from nano_db.heads import DenoisingHead, EDMHead, PosteriorHead, make_codebook
+from nano_db.machinery.conversion import checksum, network_weights
+from nano_db.machinery.files import read_config
+from nano_db.partition import begin_with
+from nano_db.schedule import LogNormal
+
+QUICK = ("--preset", "tiny", "--device", "cpu", "--layers", "4", "--steps", "6", "--samples", "0")
+DIT = (*QUICK, "--blocks", "2", "--layer-split", "1,3", "--calls", "4", "--frechet-images", "0")
+
+
+def filled(module, seed):
+    """With values in all weights, zero-initialised ones, too."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        p.data = 0.3 * torch.randn(p.shape, generator=generator)
+    return module.eval()
+
+
+# --- which weights ---
+
+
+@pytest.mark.parametrize("first, count", [(0, 1), (0, 4), (1, 2), (3, 1)])
+def test_a_block_of_pixels_begins_as_the_network_without_its_other_layers(first, count):
+    """The reference is the network itself, from which layers are cut out."""
+    settings = train_dit.Settings(width=16, heads=2, patch=8)
+
+    def make(layers, seed):
+        network = train_dit.DiT((1, 32, 32), 10, settings, layers)
+        return filled(DiffusionBlock(network, EDMHead(), LogNormal(), (0.1, 1.0)), seed)
+
+    network, block = make(4, 0), make(count, 1)
+    block.load_state_dict(begin_with(block.state_dict(), network.state_dict(), first))
+    cut = copy.deepcopy(network)
+    cut.network.layers = network.network.layers[first : first + count]
+    x, z = torch.arange(5), torch.randn(5, 1, 32, 32)
+    assert torch.equal(block(x, z, 0.5), cut(x, z, 0.5))
+    assert torch.equal(block(x, z, 0.5), network(x, z, 0.5)) == (count == 4)
+
+
+def test_of_a_denoising_head_the_readout_is_taken_and_the_rest_begins_as_always():
+    settings, codebook = train_gpt.Settings(width=16, heads=2), make_codebook(11, 16)
+    network = filled(EndToEnd(train_gpt.GPT(11, settings, 4), PosteriorHead(codebook)), 0)
+    block = DiffusionBlock(train_gpt.GPT(11, settings, 2), DenoisingHead(codebook), LogNormal(), (0.1, 1.0))
+    before = copy.deepcopy(block.state_dict())
+    block.load_state_dict(begin_with(block.state_dict(), network.state_dict(), 2))
+    x, z = torch.arange(10).view(1, 10), torch.randn(1, 10, 16)
+    h = network.network.embedding(x)
+    rotary = train_gpt.rotary_angles(torch.arange(10), 8)
+    for i in (2, 3):
+        h = network.network.layers[i](h, rotary, causal=True)
+    expected = network.head.readout(train_gpt.rms_norm(h))
+    torch.testing.assert_close(block.head.residual(block.features(x, z, torch.ones(1)), z, torch.ones(1)), expected)
+    for name in ("head.up.weight", "head.out.weight", "head.noise_embedding.mlp.0.weight"):
+        assert torch.equal(block.state_dict()[name], before[name])
+
+
+def test_what_has_another_shape_stays():
+    own, there = {"a": torch.zeros(2), "network.layers.0.b": torch.zeros(3)}, {"a": torch.ones(3)}
+    begun = begin_with(own, there | {"network.layers.10.b": torch.ones(3)}, 10)
+    assert torch.equal(begun["a"], own["a"]) and torch.equal(begun["network.layers.0.b"], torch.ones(3))
+
+
+# --- runs ---
+
+
+@pytest.fixture
+def dit(cli, tmp_path):
+    """dit(name, *flags): a run in the folder `name`; "network" is a finished end-to-end run."""
+
+    def run(name, *flags):
+        return cli(*DIT, *flags, "--out", tmp_path / name, main=train_dit.main)
+
+    code, _, err = cli(*QUICK, "--baseline", "--ema", "0.5", "--frechet-images", "0", "--calls", "4",
+                       "--out", tmp_path / "network", main=train_dit.main)  # fmt: skip
+    assert code == 0, err
+    return run
+
+
+def test_blocks_begin_with_the_networks_averaged_layers_and_each_trains_alone(dit, tmp_path, monkeypatch):
+    source, begun = tmp_path / "network", {}
+    before = (source / "block_0.pt").read_bytes()
+
+    def restore(run, b, module, optimizer, restore=train_dit.Run._restore):
+        at = restore(run, b, module, optimizer)
+        begun[b] = copy.deepcopy(module.state_dict())
+        return at
+
+    monkeypatch.setattr(train_dit.Run, "_restore", restore)
+    code, _, err = dit("all", "--start-from", source)
+    assert code == 0, err
+    average = torch.load(source / "block_0.pt", weights_only=True)["ema"]
+    for b, first, count in ((0, 0, 1), (1, 1, 3)):
+        for name, tensor in begun[b].items():
+            if name.startswith("network.layers"):
+                _, _, layer, rest = name.split(".", 3)
+                assert torch.equal(tensor, average[f"network.layers.{int(layer) + first}.{rest}"])
+            else:
+                assert torch.equal(tensor, average[name])
+        assert sum(name.endswith("attention.qkv.weight") for name in begun[b]) == count
+    for b in (1, 0):  # alone, elsewhere, in the other order
+        assert dit(f"alone-{b}", "--only", b, "--start-from", source)[0] == 0
+        assert same(tensors(tmp_path / "all", b), tensors(tmp_path / f"alone-{b}", b))
+        assert not (tmp_path / f"alone-{b}" / f"block_{1 - b}.pt").exists()
+    dit("nothing")
+    assert not same(tensors(tmp_path / "all", 1), tensors(tmp_path / "nothing", 1))
+    assert (source / "block_0.pt").read_bytes() == before
+
+    config = read_config(tmp_path / "all")
+    assert config["settings"]["start_from"] == str(source)
+    assert config["depends_on"]["start_from_sha256"] == checksum(average) == checksum(network_weights(source)[0])
+    code, _, err = dit("nothing", "--start-from", source)
+    assert code == 2 and f"start_from '' there, '{source}' here" in err
+    code, _, err = dit("all")
+    assert code == 2 and f"start_from '{source}' there, '' here" in err
+
+
+def test_without_the_networks_folder_begun_blocks_are_resumed_and_evaluated_and_others_are_refused(tmp_path):
+    def make(b):
+        return Regression()
+
+    train(make_run(tmp_path / "network", baseline=True), make)
+    options = {"start_from": str(tmp_path / "network"), "rounds": 2}
+    train(make_run(tmp_path / "whole", **options), make)
+    train(make_run(tmp_path / "cut", **options), make, rounds=1)
+    train(make_run(tmp_path / "one", only="1", **options), make)
+    shutil.move(tmp_path / "network", tmp_path / "gone")
+    train(make_run(tmp_path / "cut", **options), make)
+    for b in range(3):
+        assert same(tensors(tmp_path / "whole", b), tensors(tmp_path / "cut", b))
+        make_run(tmp_path / "whole", **options).trained_block(make, b)
+    with pytest.raises(UsageError, match=r"network/block_0\.pt is missing"):
+        train(make_run(tmp_path / "one", **options), make)
+    train(make_run(tmp_path / "network", baseline=True, seed=1), make)  # another network in its place
+    with pytest.raises(UsageError, match="its weights are not those with which this run began"):
+        train(make_run(tmp_path / "one", **options), make)
+
+
+def test_the_network_itself_can_be_trained_further(tmp_path):
+    train(make_run(tmp_path / "network", baseline=True))
+    start = make_run(tmp_path / "further", baseline=True, start_from=str(tmp_path / "network"), steps=1)
+    train(start)
+    weights, step = network_weights(tmp_path / "network")
+    further = network_weights(tmp_path / "further")[0]
+    assert step == 24 and all((further[name] - weights[name]).abs().max() < 1.5e-3 for name in weights)  # one of AdamW
+    assert any((further[name] - weights[name]).abs().max() > 1e-4 for name in weights)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--width", "32"), "another network or of other data: width 16 there, 32 here"),
+        (("--layers", "5", "--layer-split", "2,3"), "layers 4 there, 5 here"),
+        (("--patch", "4"), "patch 8 there, 4 here"),
+        (("--sigma-data", "0.9"), "sigma_data 0.5 there, 0.9 here"),
+        (("--start-from", "nowhere"), "--start-from nowhere: that folder holds no run"),
+    ],
+)
+def test_a_network_that_does_not_fit_is_refused_in_one_line(dit, tmp_path, flags, message):
+    code, _, err = dit("run", "--start-from", tmp_path / "network", *flags)
+    assert code == 2 and message in err and err.count("\n") == 1, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_no_finished_end_to_end_run_is_refused_in_one_line(dit, cli, tmp_path):
+    def refuses(message):
+        code, _, err = dit("run", "--start-from", tmp_path / "network")
+        assert code == 2 and message in err and err.count("\n") == 1, err
+
+    source = tmp_path / "network" / "config.json"
+    config = json.loads(source.read_text())
+    for place, name, value, message in (
+        ("settings", "steps", 12, "is not finished: it stands at step 6 of 12"),
+        ("settings", "baseline", False, "is a run of blocks: name one that was trained end to end (--baseline)"),
+        ("depends_on", "data_sha256", "abc", "data_sha256 'abc' there"),
+    ):
+        source.write_text(json.dumps({**config, place: {**config[place], name: value}}))
+        refuses(message)
+    source.write_text(json.dumps({**config, "script": "vit"}))
+    refuses("is a run of train_vit.py, and no network for train_dit.py")
+    source.write_text(json.dumps(config))
+    (tmp_path / "network" / "block_0.pt").unlink()
+    refuses("block_0.pt is missing")
+
+
+def test_texts_must_agree_in_data_tokenizer_and_length(small, tmp_path):
+    source = tmp_path / "network"
+    assert small("--baseline", "--out", source, "--samples", "0")[0] == 0
+    other = tmp_path / "other.txt"
+    other.write_text("pack my box with five dozen liquor jugs. " * 80)
+    for flags, message in (
+        (("--seq-len", "4"), "seq_len 8 there, 4 here"),
+        (("--data", other), f"here; data_sha256 '{read_config(source)['depends_on']['data_sha256']}' there"),
+    ):
+        code, _, err = small("--out", tmp_path / "run", "--start-from", source, *flags)
+        assert code == 2 and message in err and err.count("\n") == 1, err
+    config = read_config(source)
+    settings = {**config["settings"], "tokenizer": "gpt2"}
+    (source / "config.json").write_text(json.dumps({**config, "settings": settings}))
+    code, _, err = small("--out", tmp_path / "run", "--start-from", source)
+    assert code == 2 and "tokenizer 'gpt2' there, 'char' here" in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("recipe", ["nano", "paper"])
+def test_labels_and_tokens_start_from_a_network_by_either_recipe(small, cli, tmp_path, recipe):
+    assert small("--baseline", "--out", tmp_path / "gpt", "--samples", "0")[0] == 0
+    start = ("--recipe", recipe, "--samples", "0", "--out", tmp_path / "blocks", "--start-from")
+    code, _, err = small(*start, tmp_path / "gpt")
+    assert code == 0, err
+    assert cli(*QUICK, "--baseline", "--out", tmp_path / "vit", main=train_vit.main)[0] == 0
+    start = ("--recipe", recipe, "--out", tmp_path / "vit-blocks", "--start-from")
+    code, _, err = cli(*QUICK, "--blocks", "2", *start, tmp_path / "vit", main=train_vit.main)
+    assert code == 0, err
