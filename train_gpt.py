@@ -161,7 +161,7 @@ def main():
     run = Run("gpt", settings, data_sha256=text.sha256, edges=[round(edge, 5) for edge in partition.edges])
     if settings.codebook == "data" or (settings.codebook == "auto" and classes > 8 * settings.width):
         codes = run.keep("codes", lambda: neighbour_codes(text.train, classes, settings.width, settings.seed))
-        use = partial(with_codes, codes, text.frequencies())
+        use = partial(with_codes, [rows.to(device) for rows in codes], text.frequencies())  # one copy for all
         make_block, make_baseline = use(make_block), use(make_baseline)
     make = make_baseline if settings.baseline else make_block
     batch = partial(text.batch, run.batch_size, settings.seq_len, device)

@@ -70,11 +70,14 @@ class CodeReadout(nn.Module):
 
 
 def with_codes(codes, frequencies, make):
-    """make(b) builds a block or the end-to-end network. Returns a function that builds it with codes for tables."""
+    """make(b) builds a block or the end-to-end network. Returns a function that builds it with the codes of [left,
+    right] in place of its tables, and with the right ones as its targets.
+    """
 
     def make_with_codes(b):
         module, (left, right) = make(b), codes
         module.network.embedding, module.head.readout = CodeEmbedding(left), CodeReadout(right, frequencies)
+        module.head.codebook = right
         return module
 
     return make_with_codes
