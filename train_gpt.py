@@ -43,11 +43,7 @@ class Settings(Discrete, Blocks, Training):
     partition: str = method(
         "probability", "edges of equal mass, or uniform in ln sigma", ("probability", "uniform"), of="blocks"
     )
-    codebook: str = method(
-        "auto",
-        "embedding and readout: learned (random), or by codes from the data (codes.py)",
-        ("auto", "random", "data"),
-    )
+    codebook: str = method("random", "random: tables are learned; data: codes (codes.py)", ("random", "data"))
     head: str = method("denoising", "output head (heads.py)", choices=tuple(HEADS), of="blocks")
     walk: str = method(
         "averaged", "who answers: the block at work, or all so far", ("last", "averaged"), of="blocks", resumable=True
@@ -159,7 +155,7 @@ def main():
         return generate(model, first, 16, settings.seq_len, equal_mass_grid(noise, calls))
 
     run = Run("gpt", settings, data_sha256=text.sha256, edges=[round(edge, 5) for edge in partition.edges])
-    if settings.codebook == "data" or (settings.codebook == "auto" and classes > 8 * settings.width):
+    if settings.codebook == "data":
         codes = run.keep("codes", lambda: neighbour_codes(text.train, classes, settings.width, settings.seed))
         use = partial(with_codes, [rows.to(device) for rows in codes], text.frequencies())  # one copy for all
         make_block, make_baseline = use(make_block), use(make_baseline)

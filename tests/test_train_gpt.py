@@ -339,13 +339,18 @@ def test_saved_activations_change_memory_and_no_weight(small, tmp_path, saving):
 # --- codes from the data ---
 
 
-def test_where_the_vocabulary_is_no_larger_than_the_width_nothing_changes(small, text_file, tmp_path):
-    for codebook in ("auto", "random"):
-        assert small("--width", "32", "--codebook", codebook, "--out", tmp_path / codebook)[0] == 0
-    assert all(same(*(tensors(tmp_path / name, b) for name in ("auto", "random"))) for b in range(4))
-    assert not (tmp_path / "auto" / "codes.pt").exists()
+def test_codes_for_a_vocabulary_that_is_no_larger_than_the_width_are_refused(small, tmp_path):
     code, _, err = small("--width", "32", "--codebook", "data", "--out", tmp_path / "data")
     assert code == 2 and "more tokens than --width 32" in err and err.count("\n") == 1
+
+
+def test_without_codes_nothing_of_them_runs(small, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("neighbour_codes", "with_codes"):
+            patch.delattr(train_gpt, name)
+        assert small("--width", "8", "--tokenizer", "word", "--out", tmp_path / "run")[0] == 0
+    assert not (tmp_path / "run" / "codes.pt").exists()
+    assert "codes_sha256" not in json.loads((tmp_path / "run" / "config.json").read_text())["depends_on"]
 
 
 @pytest.mark.parametrize("more", [("--blocks", "2"), ("--recipe", "paper", "--blocks", "2"), ("--baseline",)])

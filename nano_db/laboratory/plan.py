@@ -59,7 +59,8 @@ def plans(script, flags):
     whose largest block has as many layers, the least.
     """
     module = import_module(f"train_{script}")
-    cached = {name: cache(vars(module)[name]) for name in {"load_text", "load_images"} & vars(module).keys()}
+    slow = {"load_text", "load_images", "neighbour_codes"} & vars(module).keys()
+    cached = {name: cache(vars(module)[name]) for name in slow}
 
     def count(blocks, *more):
         def look(bench):

@@ -111,7 +111,9 @@ def _load(path, whole, mend):
     except Exception as error:  # unpickling damaged bytes raises nearly anything
         if is_out_of_memory(error):
             raise
-        raise UsageError(f"{path} is damaged or no file of nano_db ({type(error).__name__}): {mend}") from error
+        raise UsageError(
+            f"{path} is damaged or no block or codes of nano_db ({type(error).__name__}): {mend}"
+        ) from error
 
 
 def differences(there, here):
