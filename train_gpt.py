@@ -19,6 +19,7 @@ import torch.nn as nn
 
 from data.text import load_text
 from nano_db.block import DiffusionBlock, EndToEnd
+from nano_db.codes import neighbour_codes, with_codes
 from nano_db.errors import UsageError
 from nano_db.heads import HEADS, PosteriorHead, make_codebook
 from nano_db.laboratory.benchmark import Bench
@@ -34,7 +35,7 @@ from nano_db.stack import put_together
 @dataclass
 class Settings(Discrete, Blocks, Training):
     data: str = training("pydocs", "text: pydocs, shakespeare, text8, or the path of a UTF-8 file")
-    tokenizer: str = training("char", "characters, or GPT-2's byte pairs", choices=("char", "gpt2"))
+    tokenizer: str = training("char", "characters, words, or GPT-2's byte pairs", choices=("char", "word", "gpt2"))
     seq_len: int = network(128, "tokens of context", least=2)
     width: int = network(128, "features of a token", least=2)
     heads: int = network(4, "attention heads", flag=False)
@@ -42,6 +43,7 @@ class Settings(Discrete, Blocks, Training):
     partition: str = method(
         "probability", "edges of equal mass, or uniform in ln sigma", ("probability", "uniform"), of="blocks"
     )
+    codebook: str = method("random", "random: tables are learned; data: codes (codes.py)", ("random", "data"))
     head: str = method("denoising", "output head (heads.py)", choices=tuple(HEADS), of="blocks")
     walk: str = method(
         "averaged", "who answers: the block at work, or all so far", ("last", "averaged"), of="blocks", resumable=True
@@ -152,8 +154,12 @@ def main():
         model = put_together(networks, partition, average)
         return generate(model, first, 16, settings.seq_len, equal_mass_grid(noise, calls))
 
-    make = make_baseline if settings.baseline else make_block
     run = Run("gpt", settings, data_sha256=text.sha256, edges=[round(edge, 5) for edge in partition.edges])
+    if settings.codebook == "data":
+        codes = run.keep("codes", lambda: neighbour_codes(text.train, classes, settings.width, settings.seed))
+        use = partial(with_codes, [rows.to(device) for rows in codes], text.frequencies())  # one copy for all
+        make_block, make_baseline = use(make_block), use(make_baseline)
+    make = make_baseline if settings.baseline else make_block
     batch = partial(text.batch, run.batch_size, settings.seq_len, device)
     bench = Bench(run, make_block, make_baseline, batch, write)
 

@@ -3,5 +3,6 @@
 Reading order: schedule (noise levels) -> partition (who owns which) -> heads (what targets are, and who answers) ->
 layers -> block (the loss: the whole method) -> stack (the blocks put together) -> sampler (the walk from noise to data)
 -> likelihood (an honest score) -> classify, language (what it is good for) -> masking (the other kind of noise) ->
-images. Then a script, train_gpt.py first. machinery/ and laboratory/ can stay closed.
+images. (codes are an option, tables that need no training.) Then a script, train_gpt.py first. machinery/ and
+laboratory/ can stay closed.
 """

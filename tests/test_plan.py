@@ -15,7 +15,13 @@ def run(monkeypatch, *flags):
 
 
 @pytest.mark.parametrize(
-    "script, more", [("vit", ["--glyphs", "150"]), ("dit", []), ("mdm", []), ("gpt", ["--recipe", "paper"])]
+    "script, more",
+    [
+        ("vit", ["--glyphs", "150"]),
+        ("dit", []),
+        ("mdm", []),
+        ("gpt", ["--recipe", "paper", "--tokenizer", "word", "--codebook", "data"]),
+    ],
 )
 def test_what_is_planned_is_what_a_true_step_takes(monkeypatch, script, more):
     planned = {(blocks, checkpointed): count for blocks, checkpointed, count in plan.plans(script, [*THIN, *more])}

@@ -5,7 +5,9 @@ import sys
 
 import pytest
 import torch
+from conftest import same, tensors
 
+import train_gpt
 import train_mdm
 from data.text import load_text
 from nano_db.block import DiffusionBlock, EndToEnd
@@ -332,3 +334,88 @@ def test_saved_activations_change_memory_and_no_weight(small, tmp_path, saving):
         for name in ("plain", "saving")
     ]
     assert bytes_of[1] < 0.8 * bytes_of[0]
+
+
+# --- codes from the data ---
+
+
+def test_codes_for_a_vocabulary_that_is_no_larger_than_the_width_are_refused(small, tmp_path):
+    code, _, err = small("--width", "32", "--codebook", "data", "--out", tmp_path / "data")
+    assert code == 2 and "more tokens than --width 32" in err and err.count("\n") == 1
+
+
+def test_without_codes_nothing_of_them_runs(small, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("neighbour_codes", "with_codes"):
+            patch.delattr(train_gpt, name)
+        assert small("--width", "8", "--tokenizer", "word", "--out", tmp_path / "run")[0] == 0
+    assert not (tmp_path / "run" / "codes.pt").exists()
+    assert "codes_sha256" not in json.loads((tmp_path / "run" / "config.json").read_text())["depends_on"]
+
+
+@pytest.mark.parametrize("more", [("--blocks", "2"), ("--recipe", "paper", "--blocks", "2"), ("--baseline",)])
+def test_a_run_with_codes_keeps_them_resumes_and_is_evaluated(small, cli, tmp_path, more):
+    flags = ("--width", "8", "--tokenizer", "word", "--codebook", "data", *more)
+    code, _, err = small("--out", tmp_path / "whole", *flags)
+    assert code == 0, err
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert len(config["depends_on"]["codes_sha256"]) == 64 and (tmp_path / "whole" / "codes.pt").exists()
+    result = json.loads((tmp_path / "whole" / "result.json").read_text())
+    code, out, err = cli("--eval-only", "--out", tmp_path / "whole", "--prompt", "the dog")
+    assert code == 0 and f"{result['metrics']['bits_per_char']:.4f} bits" in out and "the dog|" in out, err
+
+    with pytest.MonkeyPatch.context() as patch:  # killed in the middle, after which the kept codes serve
+        patch.setattr(train_gpt.Run, "record", stop_at(train_gpt.Run.record, 7))
+        with pytest.raises(InterruptedError):
+            small("--out", tmp_path / "cut", *flags)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(train_gpt, "neighbour_codes")
+        code, _, err = small("--out", tmp_path / "cut", *flags)
+    assert code == 0, err
+    for b in range(result["blocks"]):
+        assert same(tensors(tmp_path / "whole", b), tensors(tmp_path / "cut", b))
+
+
+def stop_at(record, steps):
+    """run.record that fails at a step."""
+    left = iter(range(steps))
+
+    def stopping(*arguments):
+        if next(left, None) is None:
+            raise InterruptedError
+        record(*arguments)
+
+    return stopping
+
+
+def test_damaged_codes_and_codes_of_another_run_get_one_line(small, tmp_path):
+    flags = ("--width", "8", "--tokenizer", "word", "--codebook", "data", "--blocks", "2", "--out", tmp_path / "run")
+    assert small(*flags)[0] == 0
+    path = tmp_path / "run" / "codes.pt"
+    sound = path.read_bytes()
+    middle = len(sound) // 2
+    for damaged in (b"", sound[:middle], sound[:middle] + bytes([sound[middle] ^ 1]) + sound[middle + 1 :]):
+        path.write_bytes(damaged)
+        code, _, err = small(*flags)
+        assert code == 2 and "codes.pt is damaged" in err and "move it away" in err and err.count("\n") == 1
+    path.unlink()
+    assert small(*flags)[0] == 0 and path.exists()  # made anew
+    state = torch.load(path, weights_only=True)
+    state["tensors"][0] = state["tensors"][0].roll(1)
+    torch.save(state, path)
+    code, _, err = small(*flags)
+    assert code == 2 and "codes_sha256" in err and err.count("\n") == 1  # other codes than the blocks were trained with
+    code, _, err = small(*flags, "--learning-rate", "0.1")
+    assert code == 2 and "learning_rate 0.001 there, 0.1 here" in err and err.count("\n") == 1
+
+
+def test_a_block_trained_with_other_codes_is_refused(small, tmp_path):
+    flags = ("--width", "8", "--tokenizer", "word", "--codebook", "data", "--blocks", "2")
+    with pytest.MonkeyPatch.context() as patch:
+        make = train_gpt.neighbour_codes
+        patch.setattr(train_gpt, "neighbour_codes", lambda tokens, *more: make(tokens.flip(0), *more))
+        assert small(*flags, "--only", "1", "--out", tmp_path / "there")[0] == 0
+    assert small(*flags, "--only", "0", "--out", tmp_path / "here")[0] == 0
+    (tmp_path / "here" / "block_1.pt").write_bytes((tmp_path / "there" / "block_1.pt").read_bytes())
+    code, _, err = small(*flags, "--only", "0", "--out", tmp_path / "here")
+    assert code == 2 and "block_1.pt does not belong to this run: codes_sha256" in err and err.count("\n") == 1

@@ -57,7 +57,8 @@ def plans(script, flags):
     whose largest block has as many layers, the least.
     """
     module = module_of(script)
-    loaders = {name: cache(vars(module)[name]) for name in {"load_text", "load_images"} & vars(module).keys()}
+    slow = {"load_text", "load_images", "neighbour_codes"} & vars(module).keys()
+    loaders = {name: cache(vars(module)[name]) for name in slow}
 
     def count(blocks, *more):
         with patch.multiple(module, **loaders):  # the same data for all B

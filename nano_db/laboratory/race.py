@@ -7,6 +7,7 @@ What follows the script's name are its own flags.
 
 import statistics
 import sys
+import tempfile
 from functools import partial
 from importlib import import_module
 from unittest.mock import patch
@@ -42,11 +43,13 @@ def bench_of(script, flags):
     def make(*parts):
         raise _Ready(Bench(*parts))
 
-    with patch.object(module, "Bench", make), patch.object(sys, "argv", [f"train_{script}.py", *flags]):
-        try:
-            module.main()
-        except _Ready as ready:
-            return ready.args[0]
+    with tempfile.TemporaryDirectory() as folder:  # nothing is there to go on from, and nothing is written
+        line = [f"train_{script}.py", *flags, "--out", folder]
+        with patch.object(module, "Bench", make), patch.object(sys, "argv", line):
+            try:
+                module.main()
+            except _Ready as ready:
+                return ready.args[0]
 
 
 def take_step(bench, module, optimizer, b, step):

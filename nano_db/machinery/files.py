@@ -1,6 +1,7 @@
 """The files of a run.
 
     config.json        script, settings, data checksum, versions
+    codes.pt           what is derived from the data before training, where a script does so (run.keep)
     block_<b>.pt       weights, optimizer state, step and settings of one block
     metrics_<b>.jsonl  a line per logging interval of block b
     metrics.jsonl      a line per evaluation
@@ -75,18 +76,7 @@ def read_block(path, whole=True):
     """
     path = Path(path)
     mend = f"move it away to train {path.stem.replace('_', ' ')} afresh"
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load would not notice flipped bytes inside a tensor
-            for member in archive.infolist():
-                if member.compress_type != zipfile.ZIP_STORED:  # torch.save never packs: this might unpack without end
-                    raise zipfile.BadZipFile(f"{member.filename} is compressed")
-                if whole or member.filename.endswith("data.pkl"):
-                    archive.read(member)  # verifies its checksum
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
-    except Exception as error:  # unpickling damaged bytes raises nearly anything
-        if is_out_of_memory(error):
-            raise
-        raise UsageError(f"{path} is damaged or no block of nano_db ({type(error).__name__}): {mend}") from error
+    state = _load(path, whole, mend)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UsageError(f"{path} is no block of nano_db: {mend}")
     wrong = [name for name, kind in CONTENT.items() if not isinstance(state.get(name, ...), kind)]
@@ -95,6 +85,35 @@ def read_block(path, whole=True):
     if wrong:
         raise UsageError(f"{path} is damaged (no sound {', '.join(wrong)}): {mend}")
     return state
+
+
+def read_tensors(path):
+    """The dictionary in a file of run.keep: its tensors and settings. Raises UsageError as read_block does."""
+    mend = "move it away, and it is made anew"
+    state = _load(path, True, mend)
+    try:
+        assert all(map(torch.is_tensor, state["tensors"])) and not any(map(torch.is_tensor, state["settings"].values()))
+        return state
+    except (KeyError, TypeError, IndexError, AttributeError, AssertionError) as error:
+        raise UsageError(f"{path} is damaged (no sound settings and tensors): {mend}") from error
+
+
+def _load(path, whole, mend):
+    """torch.load of the file, once its checksums are verified (see read_block). mend: what to do if it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load would not notice flipped bytes inside a tensor
+            for member in archive.infolist():
+                if member.compress_type != zipfile.ZIP_STORED:  # torch.save never packs: this might unpack without end
+                    raise zipfile.BadZipFile(f"{member.filename} is compressed")
+                if whole or member.filename.endswith("data.pkl"):
+                    archive.read(member)  # verifies its checksum
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
+    except Exception as error:  # unpickling damaged bytes raises nearly anything
+        if is_out_of_memory(error):
+            raise
+        raise UsageError(
+            f"{path} is damaged or no block or codes of nano_db ({type(error).__name__}): {mend}"
+        ) from error
 
 
 def differences(there, here):

@@ -8,6 +8,7 @@ Every step draws all its randomness from (seed, block, step). So neither the ord
 interruption, nor training a block alone elsewhere can change its weights: bit for bit on a CPU.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -36,6 +37,7 @@ from nano_db.machinery.files import (
     lock,
     read_block,
     read_config,
+    read_tensors,
     write_atomically,
     write_json,
     write_text,
@@ -95,8 +97,8 @@ class Run:
         self.micro_batch = getattr(settings, "micro_batch", 0)
         if self.micro_batch and self.batch_size % self.micro_batch:
             raise UsageError(f"--micro-batch {self.micro_batch} must divide the batch of {self.batch_size} samples")
-        # Of this round; steps taken by this process so far; (loss, gradient norm) since the last look:
-        self.step_to_reach, self.trained, self.losses = 0, 0, []
+        # Of this round; steps taken by this process so far; (loss, gradient norm) since the last look; files of `keep`:
+        self.step_to_reach, self.trained, self.losses, self.kept = 0, 0, [], {}
 
     # --- the training loop, from outside to inside ---
 
@@ -105,6 +107,9 @@ class Run:
         With --only or torchrun there is one. Raises UsageError if another process trains one of these blocks.
         """
         self._take_folder()
+        for path, state in self.kept.items():
+            if not (path.exists() or self.settings.eval_only):
+                write_atomically(path, partial(torch.save, state))
         settings, alone = self.settings, self.only or self.worker.ranks > 1 or self.settings.eval_only
         if not (self.worker.rank or settings.eval_only):
             print(f"preset {settings.preset} on {self.device}: {self.count} x {settings.steps} steps")
@@ -189,6 +194,21 @@ class Run:
 
     # --- files ---
 
+    def keep(self, name, make):
+        """Tensors that make() derives from the data, and on which the weights depend. The run's folder keeps them in
+        <name>.pt, since another machine might round otherwise.
+        """
+        path, state = self.folder / f"{name}.pt", {"settings": dict(self.fixed)}
+        if path.exists():
+            state = read_tensors(path)
+            self._check(path, state)
+        else:
+            state["tensors"] = make()
+        self.kept[path], tensors = state, state["tensors"]
+        checksum = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
+        self.depends_on[f"{name}_sha256"] = self.fixed[f"{name}_sha256"] = checksum
+        return tensors
+
     def trained_block(self, make, b):
         """Block b as its file has it, for evaluation: with the moving average of its weights, where there is one."""
         if not self.paths[b].exists():
@@ -216,8 +236,7 @@ class Run:
         state = read_block(path, whole)
         if state["block"] != b:
             raise UsageError(f"{path} holds block {state['block']}: it has been renamed or copied over block {b}")
-        if different := differences(state["settings"], self.fixed):
-            raise UsageError(f"{path} does not belong to this run: {'; '.join(different)}")
+        self._check(path, state)
         return state
 
     def log(self, kind, **record):
@@ -249,6 +268,10 @@ class Run:
         path = self.folder / ("samples-again.png" if self.settings.eval_only else "samples.png")
         print(f"picture: {path}")
         return path
+
+    def _check(self, path, state):
+        if different := differences(state["settings"], self.fixed):
+            raise UsageError(f"{path} does not belong to this run: {'; '.join(different)}")
 
     def _take_folder(self):
         """Make the folder this run's own, or raise UsageError: it belongs to one set of settings."""
