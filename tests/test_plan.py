@@ -39,15 +39,15 @@ def test_the_least_number_of_blocks_that_fits_is_named(monkeypatch, capsys):
     def plans(script, flags):
         assert (script, flags) == ("gpt", ["--width", "8"])
         for (blocks, checkpointed), total in counts.items():
-            yield blocks, checkpointed, dict.fromkeys((*plan.PARTS, "total"), total * 1_000_000)
+            yield blocks, checkpointed, dict.fromkeys((*plan.PARTS, "total"), total * 2**20)
 
     monkeypatch.setattr(plan, "plans", plans)
     run(monkeypatch, "gpt", "--memory", "0.6 GB", "--width", "8")
     assert capsys.readouterr().out.splitlines()[-1] == "0.6 GB: enough for 2 blocks; or 2 blocks, checkpointed"
-    run(monkeypatch, "gpt", "--memory", "250MB", "--width", "8")
-    assert capsys.readouterr().out.splitlines()[-1] == "250MB: enough for 3 blocks, checkpointed"
-    with pytest.raises(UsageError, match="nothing fits; the least is 200 MB"):
-        run(monkeypatch, "gpt", "--memory", "190 MB", "--width", "8")
+    run(monkeypatch, "gpt", "--memory", "250MiB", "--width", "8")
+    assert capsys.readouterr().out.splitlines()[-1] == "250MiB: enough for 3 blocks, checkpointed"
+    with pytest.raises(UsageError, match="nothing fits; the least is 200.0 MiB"):
+        run(monkeypatch, "gpt", "--memory", "190 MiB", "--width", "8")
 
 
 @pytest.mark.parametrize(

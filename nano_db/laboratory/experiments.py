@@ -112,7 +112,7 @@ def experiments(scale):
         found.append(Experiment(f"{group}-{slug}", group, row, base.split("-")[0], tuple(flags), seeds, paper))
 
     papers = {"vit": ("60.25", "59.30"), "dit": ("39.83", "37.20"), "mdm": ("1.56", "1.45")}
-    papers["gpt"] = ("0.50; OWT 0.85", "0.71; OWT 0.82")
+    papers["gpt"] = ("LM1B 0.50, OWT 0.85", "LM1B 0.71, OWT 0.82")
     for group, (whole, cut) in papers.items():
         B, deep = usual(group)["blocks"], usual(group)["layers"]
         shallow = dict(baseline=True, layers=deep // B)

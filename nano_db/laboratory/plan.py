@@ -86,17 +86,17 @@ def main():
         if flag in flags:
             raise UsageError(f"{flag} is for this command to choose: drop it")
 
-    print(f"MB of a training step{'':10}" + "".join(f"{part:>13}" for part in (*PARTS, "total")))
+    print(f"MiB of a training step{'':9}" + "".join(f"{part:>13}" for part in (*PARTS, "total")))
     fitting, least = {}, math.inf
     for blocks, checkpointed, count in plans(args.script, flags):
         name = ("end to end" if blocks == 1 else f"{blocks} blocks") + (", checkpointed" if checkpointed else "")
-        print(f"  {name:29}" + "".join(f"{count[part] / 1e6:13,.1f}" for part in (*PARTS, "total")), flush=True)
+        print(f"  {name:29}" + "".join(f"{count[part] / 2**20:13,.1f}" for part in (*PARTS, "total")), flush=True)
         least = min(least, count["total"])
         if count["total"] <= room:
             fitting.setdefault(checkpointed, name)
     if not fitting:
         advice = "try a smaller --batch-size, or a narrower network"
-        raise UsageError(f"--memory {args.memory}: nothing fits; the least is {least / 1e6:,.0f} MB: {advice}")
+        raise UsageError(f"--memory {args.memory}: nothing fits; the least is {least / 2**20:,.1f} MiB: {advice}")
     if args.memory:
         print(f"{args.memory}: enough for {'; or '.join(fitting[key] for key in sorted(fitting))}")
 

@@ -131,7 +131,7 @@ def main_table(found):
 
     No seconds: runs of one table may stand on different machines. race.py times in pairs.
     """
-    columns = ["architecture", *MAIN, "training memory", "layers evaluated", "the paper: end to end, blocks"]
+    columns = ["architecture", *MAIN, "training memory", "layers evaluated", "the paper: end to end; blocks"]
     costs = ("memory_bytes", "total"), ("one_sample", "layer_evaluations")
     lines = []
     for group, in_paper in PAPER.items():
@@ -140,7 +140,7 @@ def main_table(found):
         deep, blocks, *_ = chosen
         both = {record["seed"] for record in deep} & {record["seed"] for record in blocks}
         shares = [f"{ratio(blocks, deep, *keys):.2f}" if both else NONE for keys in costs]
-        papers = ", ".join(e.paper for e in of_group(group, found) if e.paper)
+        papers = "; ".join(e.paper for e in of_group(group, found) if e.paper)
         for name, column, decimals in QUALITY[group]:
             if values(deep, name):
                 cells = [with_spread(values(records, name), decimals) for records in chosen]
