@@ -198,7 +198,10 @@ def test_a_table_says_what_the_files_say(cpu):
     assert lines[-1].startswith("| 4 blocks, activations checkpointed | not run |")
     spread = f"2.150 ± {statistics.stdev([2.0, 2.3]):.3f}"
     sizes = "4.0: 1.0 + 1.0 + 1.0 + 1.0"
-    assert lines[2] == f"| end to end | 7 | 2 of 3 | {spread} | 2.50 M | {sizes} | 500 | 1,234 | 2.0 | 0.50; OWT 0.85 |"
+    assert (
+        lines[2]
+        == f"| end to end | 7 | 2 of 3 | {spread} | 2.50 M | {sizes} | 500 | 1,234 | 2.0 | LM1B 0.50, OWT 0.85 |"
+    )
     assert "| 7 | 1 | 2.000 | 2.50 M |" in lines[-2], "one seed has no spread"
     assert len({line.count("|") for line in lines}) == 1
 
@@ -215,7 +218,7 @@ def test_the_main_table_has_each_architecture_and_what_its_blocks_cost(cpu):
     cells = dict(zip(header.split(" | "), lines[0].split(" | "), strict=True))
     assert cells["end to end"] == cells["blocks"] == "0.2000" and cells["control: mean of B such"] == "–"
     assert cells["training memory"] == f"{4 / 12:.2f}"
-    assert "| FID 39.83, 37.20 |" in lines[0] and "| MAUVE 0.50; OWT 0.85, 0.71; OWT 0.82 |" in lines[1]
+    assert "| FID 39.83; 37.20 |" in lines[0] and "| MAUVE LM1B 0.50, OWT 0.85; LM1B 0.71, OWT 0.82 |" in lines[1]
     assert summary.fill("<!-- results: cpu main -->\n<!-- end -->", cpu.parent).count("\n") == 5
 
 
