@@ -73,7 +73,7 @@ PRESETS = {
     "gpu-baseline": dict(steps=800, warmup=40, calls=32),
     "paper": dict(
         width=512, heads=8, seq_len=256, batch_size=256, steps=100_000, warmup=2500, learning_rate=3e-4,
-        tokenizer="gpt2",
+        tokenizer="gpt2", checkpoint_activations=True,  # else 16 GiB (Huginn: 59)
     ),
 }  # fmt: skip
 
