@@ -214,7 +214,7 @@ def test_texts_must_agree_in_data_tokenizer_and_length(small, tmp_path):
     assert code == 2 and "tokenizer 'gpt2' there, 'char' here" in err and err.count("\n") == 1, err
 
 
-@pytest.mark.parametrize("recipe", ["nano", "paper"])
+@pytest.mark.parametrize("recipe", ["nano", pytest.param("paper", marks=pytest.mark.slow)])
 def test_labels_and_tokens_start_from_a_network_by_either_recipe(small, cli, tmp_path, recipe):
     assert small("--baseline", "--out", tmp_path / "gpt", "--samples", "0")[0] == 0
     start = ("--recipe", recipe, "--samples", "0", "--out", tmp_path / "blocks", "--start-from")

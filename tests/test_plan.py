@@ -17,8 +17,8 @@ def run(monkeypatch, *flags):
 @pytest.mark.parametrize(
     "script, more",
     [
-        ("vit", ["--glyphs", "150"]),
-        ("dit", []),
+        pytest.param("vit", ["--glyphs", "150"], marks=pytest.mark.slow),
+        pytest.param("dit", [], marks=pytest.mark.slow),
         ("mdm", []),
         ("gpt", ["--recipe", "paper", "--tokenizer", "word", "--codebook", "data"]),
     ],
