@@ -293,6 +293,7 @@ class Joined(Run):
 # --- torchrun ---
 
 
+@pytest.mark.slow
 def test_four_ranks_one_process_and_four_lone_runs_write_the_same_blocks_and_ranks_exchange_nothing(
     small, text_file, tmp_path
 ):
