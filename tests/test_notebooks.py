@@ -107,7 +107,12 @@ def source_of(notebook):
     return "\n".join(line for line in lines if not line.startswith(("%", "!")))
 
 
-@each_notebook
+def run_among(path):
+    """Where a notebook is run: those that train transformers among the slow tests."""
+    return pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if "04" <= path.stem < "09" else [])
+
+
+@pytest.mark.parametrize("path", [run_among(path) for path in PATHS])
 def test_it_runs_in_reduced_size_and_its_exercises_hold(path, monkeypatch):
     monkeypatch.setenv("NANO_DB_REDUCED", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
