@@ -117,23 +117,28 @@ def test_checkpoints_lower_the_true_peak_and_change_no_gradient():
     assert all(map(torch.equal, *gradients))
 
 
+def measured(model, x, y):
+    """Of one backward pass: the loss, the true peak, the gradients, and the count of activations."""
+    with PeakBytes() as tensors:
+        loss = model.loss(x, y)
+        loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    count = training_bytes(model, [x, y], torch.optim.SGD(model.parameters()))["activations"]
+    return loss.detach(), tensors.peak, gradients, count
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_network_that_sees_parts_of_the_batch_has_the_same_gradient_and_a_lower_peak(checkpointed):
     noise, codebook, x = LogNormal(sigma_min=0.1, sigma_max=10.0), make_codebook(7, 16), torch.randn(8, 64, 16)
-    y, losses, gradients, peaks, counts = torch.randint(7, (8, 64)), [], [], [], []
+    y, found = torch.randint(7, (8, 64)), []
     for rows in (8, 2):
         torch.manual_seed(0)
         model = DiffusionBlock(Deep(), DenoisingHead(codebook), noise, (0.1, 10.0))
         if checkpointed:
             checkpoint_layers(model)
         show_in_parts(model.network, rows)
-        with PeakBytes() as tensors:
-            loss = model.loss(x, y)
-            loss.backward()
-        losses.append(loss.detach())
-        peaks.append(tensors.peak)
-        gradients.append([parameter.grad for parameter in model.parameters()])
-        counts.append(training_bytes(model, [x, y], torch.optim.SGD(model.parameters()))["activations"])
+        found.append(measured(model, x, y))
+    losses, peaks, gradients, counts = zip(*found, strict=True)
     torch.testing.assert_close(*losses)
     for whole, parts in zip(*gradients, strict=True):
         torch.testing.assert_close(whole, parts)
@@ -149,18 +154,13 @@ def test_cross_entropy_in_chunks_is_the_same_and_keeps_no_logits(monkeypatch):
         lambda: DiffusionBlock(nn.Embedding(V, d), DenoisingHead(codebook), noise, (0.1, 10.0)),
         lambda: EndToEnd(nn.Embedding(V, d), PosteriorHead(codebook)),
     ):
-        losses, gradients, peaks, counts = [], [], [], []
+        found = []
         for numbers in (2**24, 2 * 12 * V):
             monkeypatch.setattr(heads, "MOST_LOGITS", numbers)
             torch.manual_seed(0)
             model = make()
-            with PeakBytes() as tensors:
-                loss = model.loss(x, y)
-                loss.backward()
-            losses.append(loss.detach())
-            peaks.append(tensors.peak)
-            gradients.append([parameter.grad for parameter in model.parameters()])
-            counts.append(training_bytes(model, [x, y], torch.optim.SGD(model.parameters()))["activations"])
+            found.append(measured(model, x, y))
+        losses, peaks, gradients, counts = zip(*found, strict=True)
         torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
         for whole, parts in zip(*gradients, strict=True):
             torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-7)

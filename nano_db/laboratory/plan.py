@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nano_db import block
 from nano_db.errors import UsageError
 from nano_db.laboratory.race import bench_of, module_of
-from nano_db.layers import checkpoint_layers, show_in_parts
 from nano_db.machinery.memory import PARTS, training_bytes
 from nano_db.machinery.run import command, make_optimizer
 from nano_db.machinery.settings import Parser
@@ -37,12 +36,8 @@ def parse_bytes(text):
 
 def step_bytes(make, count, bench):
     """Bytes by part (machinery/memory.py) of a training step of the largest of `count` networks make(b)."""
-    networks = (make(b) for b in range(count))  # with their true weights, but one at a time
+    networks = (bench.run.build(make, b) for b in range(count))  # with their true weights, but one at a time
     network = max(networks, key=lambda network: sum(p.numel() for p in network.parameters())).train()
-    if bench.run.settings.checkpoint_activations:
-        checkpoint_layers(network)
-    if bench.run.micro_batch:
-        show_in_parts(network.network, bench.run.micro_batch)
     mode, batch = FakeTensorMode(), bench.batch()
     for module in network.modules():
         for tensors in (module._parameters, module._buffers):

@@ -72,6 +72,8 @@ def race(bench, pairs):
     Timings drift with the machine, so both take turns, and what counts is the ratio within each pair.
     """
     run = bench.run
+    if run.worker.ranks > 1:
+        raise UsageError("a race times a single process: start it without torchrun")
     blocks, baseline = bench.build_all(bench.make_block, run.count), bench.build_all(bench.make_baseline, 1)
     optimizers = {module: make_optimizer(module, run.settings) for module in (*blocks, *baseline)}
     if run.settings.compile:
