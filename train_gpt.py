@@ -23,7 +23,8 @@ from nano_db.codes import neighbour_codes, with_codes
 from nano_db.errors import UsageError
 from nano_db.heads import HEADS, PosteriorHead, make_codebook
 from nano_db.laboratory.benchmark import Bench
-from nano_db.language import continue_prompt, generate, score_text
+from nano_db.laboratory.export import export_texts
+from nano_db.language import continue_prompt, generate, score_text, writer
 from nano_db.layers import Layer, NoiseEmbedding, causal_mask, rms_norm, rotary_angles
 from nano_db.machinery.run import Run, command, make_optimizer
 from nano_db.machinery.settings import Blocks, Discrete, Training, method, network, output, read_settings, training
@@ -50,6 +51,7 @@ class Settings(Discrete, Blocks, Training):
     )
     calls_per_block: int = method(4, "Euler calls of each block, a token", flag=False, resumable=True)
     eval_windows: int = output(0, "held-out windows to evaluate on; 0: all", least=0)
+    export: int = output(0, "held-out texts to write anew after their first quarter, into texts.jsonl", least=0)
     prompt: str = output("", "what the samples continue (default: the first held-out tokens)")
     temperature: float = output(0.8, "of the samples; below 1 is more cautious", least=0.01)
     sample_length: int = output(500, "tokens to write", flag=False)
@@ -128,7 +130,7 @@ def main():
     settings = read_settings("gpt", Settings, PRESETS, RECIPES, __doc__)
     if settings.walk == "averaged" and settings.head != "denoising":
         raise UsageError("--walk averaged needs --head denoising: take --walk last")
-    text = load_text(settings.data, settings.tokenizer, seq_len=settings.seq_len)
+    text = load_text(settings.data, settings.tokenizer, seq_len=settings.seq_len, export=settings.export)
     text.tokenizer.encode(settings.prompt)  # a character that is not in the data: say so now, not after the training
     classes, device = text.tokenizer.classes, settings.device
 
@@ -185,7 +187,9 @@ def main():
             print(f"{metrics['bits_per_char']:.4f} bits per character", "" if settings.baseline else "(bound)")
             print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
             run.log_evaluation(metrics)
-            run.keep_samples(continue_prompt(model, text, settings, equal_mass_grid(noise, calls)))
+            grid = equal_mass_grid(noise, calls)
+            run.keep_samples(continue_prompt(model, text, settings, grid))
+            export_texts(run.folder, text, settings, writer(model, settings, grid))
             del model  # all blocks at once: the next round has no room for them
     if run.complete():
         bench.report(metrics, "bits_per_char", "bits per character")

@@ -28,7 +28,8 @@ from nano_db.block import DiffusionBlock
 from nano_db.errors import UsageError
 from nano_db.heads import HEADS, PosteriorHead, cross_entropy, make_codebook
 from nano_db.laboratory.benchmark import Bench
-from nano_db.language import EVALUATION_BATCH, continue_prompt, generate, score_text
+from nano_db.laboratory.export import export_texts
+from nano_db.language import EVALUATION_BATCH, continue_prompt, generate, score_text, writer
 from nano_db.layers import Layer, NoiseEmbedding, causal_mask, rms_norm, rotary_angles
 from nano_db.likelihood import nats_of_walk
 from nano_db.machinery.run import Run, command, make_optimizer
@@ -55,6 +56,7 @@ class Settings(Discrete, Training):
     mean_recurrence: float = method(32.0, "mean of the Poisson rate of further turns", flag=False)
     backprop_turns: int = method(8, "last turns of the loop that keep a graph", least=1, of="baseline")
     eval_windows: int = output(0, "held-out windows to evaluate on; 0: all", least=0)
+    export: int = output(0, "held-out texts to write anew after their first quarter, into texts.jsonl", least=0)
     calls: int = output(16, "K: Euler calls a token; for the baseline, turns of the loop", least=1)
     prompt: str = output("", "what the samples continue (default: the first held-out tokens)")
     temperature: float = output(0.8, "of the samples; below 1 is more cautious", least=0.01)
@@ -215,7 +217,7 @@ def main():
     settings = read_settings("looped", Settings, PRESETS, RECIPES, __doc__)
     if settings.compile and settings.baseline:
         raise UsageError("--compile does nothing for the baseline, whose turns change in number: drop it")
-    text = load_text(settings.data, settings.tokenizer, seq_len=settings.seq_len)
+    text = load_text(settings.data, settings.tokenizer, seq_len=settings.seq_len, export=settings.export)
     text.tokenizer.encode(settings.prompt)  # a character that is not in the data: say so now, not after the training
     classes, device = text.tokenizer.classes, settings.device
 
@@ -265,7 +267,9 @@ def main():
             print("bits per character by K:", *(f"{k}: {bits:.4f}" for k, bits in by_calls.items()))
             print(f"layers evaluated a step: {layers['forward']:g} forward, {layers['backward']:g} backward")
             run.log_evaluation(metrics)
-            run.keep_samples(continue_prompt(model, text, settings, equal_mass_grid(noise, settings.calls)))
+            grid = equal_mass_grid(noise, settings.calls)
+            run.keep_samples(continue_prompt(model, text, settings, grid))
+            export_texts(run.folder, text, settings, writer(model, settings, grid))
             del model
     if run.complete():
         bench.report(metrics, "bits_per_char", "bits per character")

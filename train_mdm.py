@@ -19,6 +19,7 @@ import torch.nn as nn
 from data.text import load_text
 from nano_db.errors import UsageError
 from nano_db.laboratory.benchmark import Bench
+from nano_db.laboratory.export import export_texts
 from nano_db.layers import Layer, NoiseEmbedding, rms_norm, rotary_angles
 from nano_db.machinery.run import Run, command, make_optimizer
 from nano_db.machinery.settings import Blocks, Training, method, network, output, read_settings, training
@@ -47,6 +48,7 @@ class Settings(Blocks, Training):
     layer_split: str = network("", "layers of each block, most masked first, like 3,6,3 (default: even)", of="blocks")
     schedule: str = method("linear", "visible share alpha(t)", choices=("linear", "cosine"))
     eval_windows: int = output(0, "held-out windows to evaluate on; 0: all", least=0)
+    export: int = output(0, "held-out texts to write anew after their first quarter, into texts.jsonl", least=0)
     unmask_steps: int = output(128, "steps from hidden to visible", least=1)
     temperature: float = output(0.6, "of the samples; below 1 is more cautious", least=0.01)
     fill: str = output("", f"a text whose gaps ({GAP}) are to be filled; the samples are of it")
@@ -127,9 +129,22 @@ def uncover(blocks, text, settings, device):
     return ["\n\n".join([hidden, *lines]), *(show(text, row[:length].tolist()) for row in x)]
 
 
+def writer(blocks, settings):
+    """A function of tokens (n, m) that returns them with what follows uncovered, (n, settings.seq_len)."""
+    generator = torch.Generator().manual_seed(settings.seed)
+
+    def write(tokens):
+        hidden = tokens.new_full((len(tokens), settings.seq_len - tokens.shape[1]), blocks[0].classes)
+        start = torch.cat([tokens, hidden], dim=1)
+        *_, (_, x) = unmask(blocks, start, settings.unmask_steps, settings.temperature, generator)
+        return x
+
+    return write
+
+
 def main():
     settings = read_settings("mdm", Settings, PRESETS, description=__doc__)
-    text, device = load_text(settings.data, seq_len=settings.seq_len), settings.device
+    text, device = load_text(settings.data, seq_len=settings.seq_len, export=settings.export), settings.device
     encode_fill(text, settings)  # too long, or a character not in the data: say so now, not after the training
     classes, schedule = text.tokenizer.classes, MaskSchedule(settings.schedule)
     blocks = 1 if settings.baseline else settings.blocks
@@ -182,6 +197,7 @@ def main():
             print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
             run.log_evaluation(metrics)
             run.keep_samples(uncover(model, text, settings, device) if settings.samples else [])
+            export_texts(run.folder, text, settings, writer(model, settings))
             del trained, model  # all blocks at once: the next round has no room for them
     if run.complete():
         bench.report(metrics, "bits_per_char", "bits per character")

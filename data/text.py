@@ -121,12 +121,12 @@ class Text:
         return nats_per_token / math.log(2) / self.characters_per_token
 
 
-def load_text(name="pydocs", tokenizer="char", folder="data/cache", seq_len=1):
+def load_text(name="pydocs", tokenizer="char", folder="data/cache", seq_len=1, export=0):
     """A Text. name: one of TEXTS, or the path of a UTF-8 file. The first 90% of the characters train, the rest is
     held out.
 
-    Raises UsageError for an unknown name, a file that cannot be read, or a text too short for windows of seq_len
-    tokens.
+    Raises UsageError for an unknown name, a file that cannot be read, or a text in which fewer than `export` windows
+    of seq_len tokens are held out, or none.
     """
     text = TEXTS[name](folder) if name in TEXTS else _read_file(name)
     cut = text8.TRAIN if name == "text8" else len(text) * 9 // 10
@@ -139,6 +139,8 @@ def load_text(name="pydocs", tokenizer="char", folder="data/cache", seq_len=1):
     train, heldout = (torch.from_numpy(np.array(tokens.encode(part), smallest)) for part in (text[:cut], text[cut:]))
     if len(heldout) <= seq_len:
         raise UsageError(f"--data {name}: {len(heldout)} held-out tokens are too few for --seq-len {seq_len}")
+    if export > (windows := (len(heldout) - 1) // seq_len):
+        raise UsageError(f"--export {export}: the held-out text has only {windows} windows of {seq_len} tokens")
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     return Text(train, heldout, tokens, (len(text) - cut) / len(heldout), sha256)
 

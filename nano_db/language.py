@@ -82,3 +82,14 @@ def continue_prompt(model, text, settings, sigmas):
     tokens = generate(model, tokens, settings.sample_length, settings.seq_len, sigmas, temperature, generator)
     decode = text.tokenizer.decode
     return [decode(row[: len(prompt)]) + "|" + decode(row[len(prompt) :]) for row in tokens.tolist()]
+
+
+def writer(model, settings, sigmas):
+    """A function of tokens (n, m) that returns them continued to settings.seq_len. sigmas: the grid of the walk."""
+    generator = torch.Generator().manual_seed(settings.seed)
+
+    def write(tokens):
+        length = settings.seq_len - tokens.shape[1]
+        return generate(model, tokens, length, settings.seq_len, sigmas, settings.temperature, generator)
+
+    return write

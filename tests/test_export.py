@@ -1,0 +1,56 @@
+"""Texts for outside judges: what is kept of a window, what is written anew, and what is refused."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+import train_gpt
+import train_looped
+import train_mdm
+from data.text import load_text
+from nano_db.laboratory.export import export_texts
+
+TINY = ("--preset", "tiny", "--steps", "4", "--warmup", "1", "--device", "cpu", "--eval-windows", "2", "--samples", "0")
+
+
+def exported(folder):
+    return [json.loads(line) for line in (folder / "texts.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [(train_gpt, ()), (train_gpt, ("--baseline",)), (train_looped, ()), (train_mdm, ("--unmask-steps", "3"))],
+    ids=["gpt", "gpt-baseline", "looped", "mdm"],
+)
+def test_held_out_windows_are_written_anew_after_their_first_quarter(cli, text_file, tmp_path, script, flags):
+    run = ("--out", tmp_path / "run")
+    code, _, err = cli(*TINY, "--data", text_file, "--export", "3", *run, *flags, main=script.main)
+    assert code == 0, err
+    lines, text = exported(tmp_path / "run"), load_text(str(text_file))
+    assert [line["prompt"] + line["original"] for line in lines] == [
+        text.tokenizer.decode(text.heldout[i : i + 16].tolist()) for i in (0, 16, 32)
+    ]
+    assert {(len(line["prompt"]), len(line["written"])) for line in lines} == {(4, 12)}
+    assert any(line["written"] != line["original"] for line in lines)
+    code, _, err = cli("--eval-only", "--samples", "0", "--export", "2", *run, main=script.main)
+    again = exported(tmp_path / "run")
+    assert code == 0 and [line["prompt"] for line in again] == [line["prompt"] for line in lines[:2]], err
+
+
+def test_more_windows_than_are_held_out_are_refused_before_the_training(cli, text_file, tmp_path):
+    code, _, err = cli(*TINY, "--data", text_file, "--export", "9999", "--out", tmp_path / "run", main=train_gpt.main)
+    assert code == 2 and "--export 9999: the held-out text has only" in err and not (tmp_path / "run").exists()
+
+
+def test_only_what_follows_the_prompt_comes_from_the_writer(text_file, tmp_path):
+    """A writer that returns what it was given, and then the first token over and over; 20 windows are two batches."""
+    text, seen = load_text(str(text_file)), []
+
+    def write(tokens):
+        seen.append(tuple(tokens.shape))
+        return tokens[:, :1].expand(-1, 8).clone()
+
+    export_texts(tmp_path, text, SimpleNamespace(seq_len=8, device="cpu", export=20), write)
+    assert seen == [(16, 2), (4, 2)] and len(exported(tmp_path)) == 20
+    assert all(line["written"] == 6 * line["prompt"][0] for line in exported(tmp_path))
