@@ -19,18 +19,19 @@ SCALES = {
         "mdm": dict(layers=12, blocks=3, warmup=1), "gpt": dict(layers=12, blocks=4), "looped": dict(warmup=1),
         "dit-ablations": dict(layers=12, blocks=3, frechet_images=0),
     },
-    "cpu": {  # about two minutes a run on one core; dit-ablations has larger patches to pay for its 12 layers
-        "vit": dict(layers=6, blocks=3, patch=8, batch_size=128, steps=900, warmup=45, rounds=1, samples=0,
+    "cpu": {  # the paper's proportions; narrow networks, large patches and few steps are what that costs
+        "vit": dict(layers=12, blocks=3, patch=8, batch_size=128, steps=900, warmup=45, rounds=1, samples=0,
                     overlap=0.05),
-        "dit": dict(layers=6, blocks=3, batch_size=64, steps=400, warmup=20, ema=0.98, samples=0, frechet_images=200,
-                    overlap=0.05),
-        "mdm": dict(layers=6, blocks=3, seq_len=64, batch_size=32, steps=500, warmup=25, rounds=1, ema=0.98,
+        "dit": dict(layers=12, blocks=3, patch=8, batch_size=64, steps=600, warmup=30, ema=0.98, samples=0,
+                    frechet_images=200, overlap=0.05),
+        "mdm": dict(layers=12, blocks=3, width=96, seq_len=64, batch_size=32, steps=500, warmup=25, rounds=1, ema=0.98,
                     learning_rate=0.003, samples=0, eval_windows=256, overlap=0.05),
-        "gpt": dict(layers=8, blocks=4, seq_len=64, batch_size=32, steps=400, warmup=20, rounds=1, samples=0,
+        "gpt": dict(layers=12, blocks=4, width=96, seq_len=64, batch_size=32, steps=400, warmup=20, rounds=1, samples=0,
                     eval_windows=256, overlap=0.1),
         "looped": dict(seq_len=64, batch_size=16, steps=150, warmup=8, rounds=1, samples=0, eval_windows=256),
-        "dit-ablations": dict(layers=12, blocks=3, patch=8, batch_size=64, steps=600, warmup=30, ema=0.98, samples=0,
-                              frechet_images=0, overlap=0.05),
+        "dit-ablations": dict(frechet_images=0), "vit-levers": dict(layers=6),
+        "mdm-steps": dict(layers=6, width=None), "gpt-ablations": dict(layers=8, width=None),
+        "memory": dict(width=None),
     },
     "gpu": {
         "vit": dict(layers=12, blocks=3, steps=10_000, warmup=500), "dit": dict(layers=12, blocks=3),
@@ -50,19 +51,21 @@ GROUPS = {  # the tables: their titles, and what to know of them; first what the
                "partitioned: B = 1, and the control of a block's size is a plain transformer of all layers."),
     "dit-ablations": ("Partition, overlap and number of blocks", "The paper: DiT-S/2, CIFAR-10, FID (tables 2, 7, A2). "
                       "A row differs from the first, which has 3 blocks and no overlap, in what it names."),
-    "vit-levers": ("Vision transformer: what would help the blocks", "Ours. A row differs from recipe nano of the "
-                   "first table, or from its end-to-end network, in what it names."),
-    "gpt-ablations": ("Head, loss weight and noise", "Ours. In all rows the block at work answers alone, not "
-                      "with the blocks before it (`--walk last`). A row differs from the first in what it names."),
-    "depth-vit": ("How deep must a block be?", "Ours: a vision transformer of 12 layers in all. A row of blocks stands "
+    "vit-levers": ("Vision transformer: what would help shallow blocks", "Ours. Blocks of 2 layers in a network of 6. "
+                   "A row differs from the first, or from the end-to-end network, in what it names."),
+    "gpt-ablations": ("Head, loss weight and noise", "Ours. 8 layers of width 128. In all rows but the last the block "
+                      "at work answers alone (`--walk last`). A row differs from the first in what it names."),
+    "vit-depth": ("How deep must a block be? Vision transformer", "Ours: 12 layers in all. A row of blocks stands "
                   "beside a plain network of as many layers as one of them has."),
-    "mdm-steps": ("Masked diffusion: quality against steps", "Ours. Rows of the table \"Masked diffusion\" for other "
-                  "numbers of steps. In each run the learning rate falls to its end."),
+    "dit-depth": ("How deep must a block be? Diffusion transformer", "Alike."),
+    "gpt-depth": ("How deep must a block be? Autoregressive transformer", "Alike."),
+    "mdm-steps": ("Masked diffusion: quality against steps", "Ours. 6 layers of width 128. In each run the learning "
+                  "rate falls to its end."),
     "memory": ("Memory against depth and number of blocks", "One training step."),
 }  # fmt: skip
 MEMORY_LAYERS, MEMORY_BLOCKS = (4, 8, 12), (2, 4)
 DEPTHS = (1, 2, 3, 4, 6, 12)  # layers of a block, of 12
-MDM_TIMES = (0.5, 2)  # the steps of the rows of mdm-steps, in those of the table mdm
+MDM_TIMES = (0.5, 1, 2)  # the steps of the rows of mdm-steps, in those of the table mdm
 
 
 @dataclass(frozen=True)
@@ -92,24 +95,33 @@ class Experiment:
         return self.flags[self.flags.index(flag) + 1] if flag in self.flags else default
 
 
+def script_of(table):
+    """The script whose runs the rows of a table are."""
+    return "gpt" if table == "memory" else table.split("-")[0]
+
+
 def experiments(scale):
-    """All experiments of a scale, tables in the order of GROUPS."""
+    """All experiments of a scale, tables in the order of GROUPS.
+
+    A row with the flags of one of an earlier table has its name, seeds and files, too.
+    """
     found, seeds = [], 2 if scale == "tiny" else 3
     saving = dict(checkpoint_activations=True)
 
     def usual(table):
-        return FOR_ALL[scale] | SCALES[scale][table]
+        return FOR_ALL[scale] | SCALES[scale][script_of(table)] | SCALES[scale].get(table, {})
 
     def longer(table, times):
         return {name: round(times * usual(table)[name]) for name in ("steps", "warmup")}
 
-    def add(group, slug, row, paper="", seeds=1, base=None, **changes):
-        """base: the table in SCALES whose flags these are, if not `group`."""
-        base, flags = base or group, []
-        for name, value in (usual(base) | changes).items():
-            if not (changes.get("baseline") and name in ("blocks", "overlap")):
+    def add(group, slug, row, paper="", seeds=1, **changes):
+        script, flags = script_of(group), []
+        for name, value in (usual(group) | changes).items():
+            if not (value is None or (changes.get("baseline") and name in ("blocks", "overlap"))):
                 flags += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
-        found.append(Experiment(f"{group}-{slug}", group, row, base.split("-")[0], tuple(flags), seeds, paper))
+        same = next((e for e in found if (e.script, e.flags) == (script, tuple(flags))), None)
+        name, seeds = (same.name, same.seeds) if same else (f"{group}-{slug}", seeds)
+        found.append(Experiment(name, group, row, script, tuple(flags), seeds, paper))
 
     papers = {"vit": ("60.25", "59.30"), "dit": ("39.83", "37.20"), "mdm": ("1.56", "1.45")}
     papers["gpt"] = ("LM1B 0.50, OWT 0.85", "LM1B 0.71, OWT 0.82")
@@ -119,7 +131,7 @@ def experiments(scale):
         add(group, "baseline", "end to end", whole, seeds, baseline=True)
         if group in ("vit", "gpt"):
             add(group, "nano", f"{B} blocks, recipe nano", "", seeds, recipe="nano")
-            add(group, "paper", f"{B} blocks, recipe paper", cut, seeds, recipe="paper")
+            add(group, "paper", f"{B} blocks, recipe paper", cut, recipe="paper")
         else:
             add(group, "blocks", f"{B} blocks", cut, seeds)
         add(group, "shallow", f"control: one network of {deep // B} layers", "", seeds, **shallow)
@@ -152,38 +164,42 @@ def experiments(scale):
     for B, fid in ((2, "35.47"), (4, "45.43"), (6, "53.32")):
         ablation(f"{B}-blocks", f"{B} blocks", fid, blocks=B, overlap=0.0)
 
-    lever, twice = partial(add, "vit-levers", base="vit"), longer("vit", 2)
-    lever("2-blocks", "2 blocks of half the layers", recipe="nano", blocks=2)
+    lever, twice = partial(add, "vit-levers"), longer("vit", 2)
     readout, where = ("token", "the label token alone") if scale == "gpu" else ("mean", "the mean of all tokens")
     for method, changes in (("blocks", dict(recipe="nano")), ("end to end", dict(baseline=True))):
         slug = method.replace(" ", "-")
+        lever(slug, method, **changes)
         lever(f"readout-{slug}", f"{method}, read off {where}", readout=readout, **changes)
         lever(f"twice-{slug}", f"{method}, twice the steps", **twice, **changes)
+    lever("2-blocks", "2 blocks of half the layers", recipe="nano", blocks=2)
 
-    ablation = partial(add, "gpt-ablations", base="gpt", recipe="nano", walk="last")
-    ablation("first", "recipe nano, the block at work alone")
-    ablation("weight", "loss weighted by w(sigma)", loss_weight="edm")
-    ablation("noise", "information noise", noise="information")
-    ablation("head", "the paper's head, two streams", head="paper")
+    ablation = partial(add, "gpt-ablations", recipe="nano")
+    ablation("first", "recipe nano, the block at work alone", walk="last")
+    ablation("weight", "loss weighted by w(sigma)", walk="last", loss_weight="edm")
+    ablation("noise", "information noise", walk="last", noise="information")
+    ablation("head", "the paper's head, two streams", walk="last", head="paper")
+    ablation("walk", "the mean of all blocks so far")
 
-    for depth in DEPTHS:
-        row, blocks = f"{depth} layer{'s' * (depth > 1)}", DEPTHS[-1] // depth
-        add("depth-vit", f"plain-{depth}", f"plain network of {row}", base="vit", baseline=True, layers=depth)
-        if blocks > 1:
-            again = partial(add, "depth-vit", base="vit", recipe="nano", layers=DEPTHS[-1])
-            again(f"blocks-{depth}", f"{blocks} blocks of {row}", blocks=blocks)
+    for script in ("vit", "dit", "gpt"):
+        deep, alone = usual(script)["layers"], partial(add, f"{script}-depth", baseline=True)
+        cut = partial(add, f"{script}-depth", **(dict(recipe="nano") if script != "dit" else {}))
+        for depth in DEPTHS:
+            row, blocks = f"{depth} layer{'s' * (depth > 1)}", deep // depth
+            alone(f"plain-{depth}", f"plain network of {row}", layers=depth)
+            if blocks > 1:
+                cut(f"blocks-{depth}", f"{blocks} blocks of {row}", blocks=blocks)
 
-    B, deep = usual("mdm")["blocks"], usual("mdm")["layers"]
+    B, deep = usual("mdm-steps")["blocks"], usual("mdm-steps")["layers"]
     for times in MDM_TIMES:
-        changes = longer("mdm", times)
-        again, many = partial(add, "mdm-steps", base="mdm", **changes), changes["steps"]
+        changes = longer("mdm-steps", times)
+        again, many = partial(add, "mdm-steps", **changes), changes["steps"]
         again(f"baseline-{many}", "end to end", baseline=True)
         again(f"blocks-{many}", f"{B} blocks")
         again(f"shallow-{many}", f"control: one network of {deep // B} layers", baseline=True, layers=deep // B)
         row = f"control: mean of {B} such networks"
         again(f"ensemble-{many}", row, baseline=True, layers=deep // B, ensemble=B)
 
-    once = partial(add, "memory", base="gpt", steps=1, warmup=0, eval_windows=1)
+    once = partial(add, "memory", steps=1, warmup=0, eval_windows=1)
     for layers in MEMORY_LAYERS:
         for slug, tail, changes in (("", "", {}), ("-checkpointed", ", checkpointed", saving)):
             name = f"{layers} layers, end to end{tail}"

@@ -137,6 +137,24 @@ def _show_mosaic(ax, images, labels, columns, gap, frames=None):
     ax.set_axis_off()
 
 
+def draw_depth(path, panels):
+    """depth.png of results: quality against layers, of plain networks and of blocks that have as many.
+
+    panels: {(title, unit): {label: {layers: a number a seed}}}
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.8), layout="constrained", squeeze=False)
+    for ax, ((title, unit), lines) in zip(axes[0], panels.items(), strict=True):
+        for style, (label, seeds) in zip(("o--", "s-"), lines.items(), strict=True):
+            means, spreads = [np.mean(v) for v in seeds.values()], [np.std(v, ddof=len(v) > 1) for v in seeds.values()]
+            ax.errorbar(list(seeds), means, spreads, fmt=style, capsize=3, label=label)
+        ticks = sorted({layers for seeds in lines.values() for layers in seeds})
+        ax.set(xscale="log", xlabel="layers of the network, or of a block", ylabel=unit, title=title)
+        ax.set_xticks(ticks, ticks)
+        ax.minorticks_off()
+        ax.legend()
+    save_figure(figure, path)
+
+
 def draw_idea(path, blocks=4):
     """The README's picture: the noise levels cut into blocks, and a walk from noise to data that passes through them.
 

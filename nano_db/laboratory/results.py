@@ -18,7 +18,7 @@ import torch
 from nano_db.errors import UsageError
 from nano_db.laboratory.compare import read_result
 from nano_db.laboratory.experiments import GROUPS, SCALES
-from nano_db.laboratory.summary import fill, read_records, summary
+from nano_db.laboratory.summary import depth_panels, fill, read_records, summary
 from nano_db.machinery.files import read_config, write_json, write_text
 from nano_db.machinery.run import command, stop_requests
 from nano_db.machinery.settings import Parser
@@ -103,25 +103,29 @@ def main():
         raise UsageError(f"--only {args.only}: there is no table {min(wrong)!r}; tables: {', '.join(GROUPS)}")
     if args.jobs < 1:
         raise UsageError("--jobs must be at least 1")
-    out, folder, todo, failed = args.out / args.scale, args.results / args.scale, [], []
+    out, folder, todo, failed = args.out / args.scale, args.results / args.scale, {}, []
     for experiment, records in read_records(folder, args.scale)[0].items():
         missing = sorted(set(range(experiment.seeds)) - {record["seed"] for record in records})
         if experiment.group in args.only.split(","):
-            todo += [(experiment, seed) for seed in missing]
+            todo |= {experiment.file(seed): (experiment, seed) for seed in missing}  # once, though in two tables
         if args.list:
             print(f"{experiment.name:40} {len(missing)} of {experiment.seeds} to run  {experiment.row}")
     if args.list:
         return print(f"to run: {len(todo)}; at scale cpu a run takes a core about two minutes")
     folder.mkdir(parents=True, exist_ok=True)
     if not args.summary_only:
-        todo.sort(key=lambda job: job[1])  # the first seed of every row comes first: whole tables can be read early
-        failed = run_all(todo, args.jobs, out, folder)
+        first = sorted(todo.values(), key=lambda job: job[1])  # seed 0 of every row: whole tables can be read early
+        failed = run_all(first, args.jobs, out, folder)
 
     found, stale = read_records(folder, args.scale)
     for path in stale:
         print(f"{path} is left out: its flags are no longer those of experiments.py")
     write_text(folder / "summary.md", summary(found, args.scale))
     print(f"written: {folder / 'summary.md'}")
+    if panels := depth_panels(found):
+        from nano_db.laboratory.plots import draw_depth  # matplotlib is slow to import
+
+        draw_depth(folder / "depth.png", panels)
     if args.readme is not None:
         for page in args.readme or [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
             write_text(page, fill(page.read_text(), args.results))

@@ -95,6 +95,22 @@ def shown_metrics(rows):
     return [metric for metric in metrics if any(values(records, metric[0]) for records in rows.values())]
 
 
+def depth_panels(found):
+    """What plots.draw_depth draws, of those architectures whose tables of depth have been run."""
+    panels = {}
+    for group in [group for group in GROUPS if group.endswith("-depth")]:
+        lines = {"plain network": {}, "blocks, 12 layers in all": {}}
+        for experiment, records in of_group(group, found).items():
+            (name, unit, _), *_ = QUALITY[experiment.script]
+            layers, blocks = int(experiment.given("--layers")), int(experiment.given("--blocks", 1))
+            if records:
+                label = "plain network" if "--baseline" in experiment.flags else "blocks, 12 layers in all"
+                lines[label][layers // blocks] = values(records, name)
+        if all(lines.values()):
+            panels[GROUPS[group.split("-")[0]][0], unit] = lines
+    return panels
+
+
 def markdown(columns, rows):
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (columns, ["---"] * len(columns), *rows))
 
@@ -186,5 +202,5 @@ machines drift. Memory is that of the largest network in training. `docs/running
         data = {f"{r['settings']['data']} {r['data_sha256'][:12]}" for r in records}
         measured = re.sub('[{}"]', "", "; ".join((*sorted(machines), *sorted(data))))
         text += f"\n## {title}\n\n{notes} Measured on: {measured or NONE}.\n\n{table(group, found)}"
-    commands = "\n".join(experiment.command_line(0) for experiment in found)
+    commands = "\n".join(dict.fromkeys(experiment.command_line(0) for experiment in found))
     return f"{text}\n## Commands\n\nRows of several seeds also have `--seed 1`, and 2.\n\n```\n{commands}\n```\n"
