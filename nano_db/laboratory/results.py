@@ -111,7 +111,7 @@ def main():
         if args.list:
             print(f"{experiment.name:40} {len(missing)} of {experiment.seeds} to run  {experiment.row}")
     if args.list:
-        return print(f"to run: {len(todo)}; at scale cpu a run takes a core about two minutes")
+        return print(f"to run: {len(todo)}; at scale cpu a run takes a core about three minutes")
     folder.mkdir(parents=True, exist_ok=True)
     if not args.summary_only:
         first = sorted(todo.values(), key=lambda job: job[1])  # seed 0 of every row: whole tables can be read early
