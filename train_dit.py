@@ -151,7 +151,7 @@ def score_and_paint(stack, images, noise, settings, run):
         names = [images.classes[i % len(images.classes)] for i in range(settings.samples)]
         states = list(paint(stack, settings.samples, noise, settings))
         draw_images(run.picture(), states, owners, names, settings.sigma_data)
-    for first, painted in paint_many(stack, settings.export, noise, settings):
+    for first, painted in paint_many(stack, settings.export if run.last_round else 0, noise, settings):
         from nano_db.laboratory.plots import save_images
 
         save_images(run.folder / "images", painted, first)

@@ -269,7 +269,7 @@ def main():
             run.log_evaluation(metrics)
             grid = equal_mass_grid(noise, settings.calls)
             run.keep_samples(continue_prompt(model, text, settings, grid))
-            export_texts(run.folder, text, settings, writer(model, settings, grid))
+            export_texts(run, text, writer(model, settings, grid))
             del model
     if run.complete():
         bench.report(metrics, "bits_per_char", "bits per character")

@@ -197,7 +197,7 @@ def main():
             print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
             run.log_evaluation(metrics)
             run.keep_samples(uncover(model, text, settings, device) if settings.samples else [])
-            export_texts(run.folder, text, settings, writer(model, settings))
+            export_texts(run, text, writer(model, settings))
             del trained, model  # all blocks at once: the next round has no room for them
     if run.complete():
         bench.report(metrics, "bits_per_char", "bits per character")

@@ -51,6 +51,11 @@ def test_only_what_follows_the_prompt_comes_from_the_writer(text_file, tmp_path)
         seen.append(tuple(tokens.shape))
         return tokens[:, :1].expand(-1, 8).clone()
 
-    export_texts(tmp_path, text, SimpleNamespace(seq_len=8, device="cpu", export=20), write)
+    run = SimpleNamespace(folder=tmp_path, settings=SimpleNamespace(seq_len=8, device="cpu", export=20))
+    run.last_round = False  # in which nothing is written yet
+    export_texts(run, text, write)
+    assert seen == [] and not (tmp_path / "texts.jsonl").exists()
+    run.last_round = True
+    export_texts(run, text, write)
     assert seen == [(16, 2), (4, 2)] and len(exported(tmp_path)) == 20
     assert all(line["written"] == 6 * line["prompt"][0] for line in exported(tmp_path))

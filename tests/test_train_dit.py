@@ -56,7 +56,8 @@ def test_three_blocks_evaluate_a_third_of_the_layers(dit, tmp_path):
 
 
 def test_painted_images_can_be_exported(dit, tmp_path):
-    dit("--frechet-images", "0", "--samples", "0", "--export", "3")
+    code, _, err = dit("--frechet-images", "0", "--samples", "0", "--export", "3", "--rounds", "2")
+    assert code == 0, err  # painted after the last round alone
     paths = sorted((tmp_path / "run" / "images").iterdir())
     assert [path.name for path in paths] == ["00000.png", "00001.png", "00002.png"]
     assert plt.imread(paths[1]).shape[:2] == (32, 32)

@@ -13,11 +13,11 @@ FOR_ALL = {  # flags of all runs of a scale; below, those of each table. Baselin
     "cpu": dict(device="cpu"),
     "gpu": dict(preset="gpu", samples=0),
 }
-SCALES = {
+SCALES = {  # a table "vit-..." has the flags of "vit", but for those in its own entry; None: without that flag
     "tiny": {  # for tests: seconds a run
         "vit": dict(layers=12, blocks=3, warmup=1, test_images=100), "dit": dict(layers=12, blocks=3),
         "mdm": dict(layers=12, blocks=3, warmup=1), "gpt": dict(layers=12, blocks=4), "looped": dict(warmup=1),
-        "dit-ablations": dict(layers=12, blocks=3, frechet_images=0),
+        "dit-ablations": dict(frechet_images=0),
     },
     "cpu": {  # the paper's proportions; narrow networks, large patches and few steps are what that costs
         "vit": dict(layers=12, blocks=3, patch=8, batch_size=128, steps=900, warmup=45, rounds=1, samples=0,
@@ -38,7 +38,7 @@ SCALES = {
         "mdm": dict(data="shakespeare", layers=12, blocks=3, steps=5000, warmup=250),
         "gpt": dict(data="shakespeare", layers=12, blocks=4, rounds=1),
         "looped": dict(data="shakespeare", steps=800, warmup=40),
-        "dit-ablations": dict(layers=12, blocks=3, steps=5000, warmup=250, ema=0.998, frechet_images=0),
+        "dit-ablations": dict(steps=5000, warmup=250, ema=0.998, frechet_images=0),
     },
 }  # fmt: skip
 GROUPS = {  # the tables: their titles, and what to know of them; first what the paper has in their place

@@ -8,18 +8,19 @@ from nano_db.machinery.files import write_text
 SHOWN = 0.25  # the share of a text that is kept as its prompt
 
 
-def export_texts(folder, text, settings, write):
-    """Keep the first quarter of settings.export held-out windows, and write the rest anew: into texts.jsonl in
-    `folder`, a line a window, with its "prompt", what the network has "written", and the "original" of that.
+def export_texts(run, text, write):
+    """After the last round keep the first quarter of --export held-out windows, and write the rest anew: into
+    texts.jsonl of the run, a line a window, its "prompt", what the network has "written", and the "original" of that.
 
     write: a function of tokens (n, m) that returns them continued, (n, settings.seq_len).
     """
-    shown, lines = max(1, round(SHOWN * settings.seq_len)), []
+    settings, path, lines = run.settings, run.folder / "texts.jsonl", []
+    shown = max(1, round(SHOWN * settings.seq_len))
     windows = text.heldout_batches(EVALUATION_BATCH, settings.seq_len, settings.device, settings.export)
-    for x, _ in windows if settings.export else ():
+    for x, _ in windows if settings.export and run.last_round else ():
         for old, new in zip(x.tolist(), write(x[:, :shown]).tolist(), strict=True):
             parts = {"prompt": old[:shown], "written": new[shown:], "original": old[shown:]}
             lines.append(json.dumps({name: text.tokenizer.decode(tokens) for name, tokens in parts.items()}))
     if lines:
-        write_text(folder / "texts.jsonl", "\n".join(lines) + "\n")
-        print(f"exported: {folder / 'texts.jsonl'}")
+        write_text(path, "\n".join(lines) + "\n")
+        print(f"exported: {path}")

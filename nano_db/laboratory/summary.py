@@ -99,15 +99,14 @@ def depth_panels(found):
     """What plots.draw_depth draws, of those architectures whose tables of depth have been run."""
     panels = {}
     for group in [group for group in GROUPS if group.endswith("-depth")]:
-        lines = {"plain network": {}, "blocks, 12 layers in all": {}}
+        plain, cut = {}, {}  # {layers of the network, or of a block: a number a seed}
         for experiment, records in of_group(group, found).items():
             (name, unit, _), *_ = QUALITY[experiment.script]
             layers, blocks = int(experiment.given("--layers")), int(experiment.given("--blocks", 1))
             if records:
-                label = "plain network" if "--baseline" in experiment.flags else "blocks, 12 layers in all"
-                lines[label][layers // blocks] = values(records, name)
-        if all(lines.values()):
-            panels[GROUPS[group.split("-")[0]][0], unit] = lines
+                (plain if "--baseline" in experiment.flags else cut)[layers // blocks] = values(records, name)
+        if plain and cut:
+            panels[GROUPS[group.split("-")[0]][0], unit] = {"plain network": plain, "blocks, 12 layers in all": cut}
     return panels
 
 

@@ -170,6 +170,11 @@ class Run:
         """Note the loss and the norm of the gradient of a step, as tensors: looking at them would make a GPU wait."""
         self.losses.append(torch.stack([loss.detach(), norm]))
 
+    @property
+    def last_round(self):
+        """Whether this round takes the blocks to their last step; --eval-only and --only have no other."""
+        return self.step_to_reach == self.settings.steps
+
     def ready(self):
         """Whether this process shall evaluate now. Process 0 waits until all others have trained their blocks."""
         self.worker.wait_for_all()
@@ -178,7 +183,7 @@ class Run:
             if not self.worker.rank:
                 print(f"still to train: blocks {', '.join(map(str, self.unfinished()))} of {self.folder}")
             return False
-        if self.trained or self.step_to_reach == self.settings.steps:
+        if self.trained or self.last_round:
             step = min(self.step_of(b) for b in range(self.count))
             print(f"after {step} steps" + (" of each network:" if self.count > 1 else ":"))
             return True
