@@ -9,6 +9,8 @@ import torch
 import train_gpt
 from data import glyphs
 from data.text import Text
+from nano_db.laboratory import plots
+from nano_db.laboratory.benchmark import Bench
 from nano_db.machinery.run import command
 
 ROOT = Path(__file__).parent.parent
@@ -54,9 +56,14 @@ draw_glyphs_once = functools.lru_cache(glyphs.make)  # to find the outlines of a
 
 
 @pytest.fixture
-def cli(monkeypatch, capsys):
-    """cli("--blocks", "2", ...) runs train_gpt.py in this process: (exit code, stdout, stderr)."""
+def cli(monkeypatch, capsys, request):
+    """cli("--blocks", "2", ...) runs train_gpt.py in this process: (exit code, stdout, stderr). To draw its curves and
+    to time a sample takes about as long as the run: that is left to tests of the mark `whole`.
+    """
     monkeypatch.setattr(glyphs, "make", draw_glyphs_once)
+    if not request.node.get_closest_marker("whole"):
+        monkeypatch.setattr(plots, "draw_curves", lambda *_: None)
+        monkeypatch.setattr(Bench, "seconds_of", lambda *_: 1.0)
 
     def run(*flags, main=train_gpt.main):
         monkeypatch.setattr(sys, "argv", ["train_gpt.py", *map(str, flags)])

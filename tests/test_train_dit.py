@@ -26,7 +26,7 @@ def result_of(folder):
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--ema", "0.9"),
+        pytest.param(("--ema", "0.9"), marks=pytest.mark.whole),
         ("--baseline",),
         ("--baseline", "--ensemble", "2"),
         ("--partition", "uniform", "--layer-split", "1,1,1", "--frechet-images", "0"),

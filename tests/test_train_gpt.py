@@ -180,6 +180,7 @@ def test_blocks_share_no_trainable_tensor(head, walk):
 # --- the command ---
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "flags",
     [

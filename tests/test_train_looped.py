@@ -182,7 +182,10 @@ def test_cached_and_uncached_answers_agree_and_nothing_leaks(batch, baseline):
     assert (answer(changed, z)[:, 5:] - whole[:, 5:]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("flags", [(), ("--recipe", "paper"), ("--baseline",), ("--baseline", "--turns", "1")])
+WHOLE = pytest.param((), marks=pytest.mark.whole)
+
+
+@pytest.mark.parametrize("flags", [WHOLE, ("--recipe", "paper"), ("--baseline",), ("--baseline", "--turns", "1")])
 def test_a_run_reports_quality_by_calls_and_resumes(cli, text_file, tmp_path, monkeypatch, flags):
     monkeypatch.setattr(train_looped, "K_VALUES", (1, 3))
     command = (*TINY, "--data", text_file, "--out", tmp_path / "run", *flags)

@@ -19,7 +19,11 @@ def mdm(cli, text_file, tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    [(), ("--schedule", "cosine", "--ema", "0.9", "--layer-split", "1,1,1"), ("--baseline", "--ensemble", "2")],
+    [
+        pytest.param((), marks=pytest.mark.whole),
+        ("--schedule", "cosine", "--ema", "0.9", "--layer-split", "1,1,1"),
+        ("--baseline", "--ensemble", "2"),
+    ],
 )
 def test_a_run_scores_samples_and_resumes(mdm, tmp_path, flags):
     code, out, err = mdm(*flags)
