@@ -7,12 +7,15 @@ of every block, in which as many layers are evaluated (the paper's budget rule).
 import shlex
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+from nano_db.laboratory import comparisons
+
+CPU = dict(device="cpu")
 FOR_ALL = {  # flags of all runs of a scale; below, those of each table. Baselines go without `blocks` and `overlap`
-    "tiny": dict(preset="tiny", device="cpu", steps=10, samples=0),
-    "cpu": dict(device="cpu"),
-    "gpu": dict(preset="gpu", samples=0),
-}
+    "tiny": CPU | dict(preset="tiny", steps=10, samples=0), "gpu": dict(preset="gpu", samples=0),
+    **dict.fromkeys(("cpu", "real", *comparisons.SCALES), CPU),
+}  # fmt: skip
 SCALES = {  # a table "vit-..." has the flags of "vit", but for those in its own entry; None: without that flag
     "tiny": {  # for tests: seconds a run
         "vit": dict(layers=12, blocks=3, warmup=1, test_images=100), "dit": dict(layers=12, blocks=3),
@@ -29,9 +32,7 @@ SCALES = {  # a table "vit-..." has the flags of "vit", but for those in its own
         "gpt": dict(layers=12, blocks=4, width=96, seq_len=64, batch_size=32, steps=400, warmup=20, rounds=1, samples=0,
                     eval_windows=256, overlap=0.1),
         "looped": dict(seq_len=64, batch_size=16, steps=150, warmup=8, rounds=1, samples=0, eval_windows=256),
-        "dit-ablations": dict(frechet_images=0), "vit-levers": dict(layers=6),
-        "mdm-steps": dict(layers=6, width=None), "gpt-ablations": dict(layers=8, width=None),
-        "memory": dict(width=None),
+        "dit-ablations": dict(frechet_images=0), "memory": dict(width=None),
     },
     "gpu": {
         "vit": dict(layers=12, blocks=3, steps=10_000, warmup=500), "dit": dict(layers=12, blocks=3),
@@ -41,6 +42,11 @@ SCALES = {  # a table "vit-..." has the flags of "vit", but for those in its own
         "dit-ablations": dict(steps=5000, warmup=250, ema=0.998, frechet_images=0),
     },
 }  # fmt: skip
+SCALES["real"] = {  # as cpu, but on photographs and on Shakespeare
+    "vit": SCALES["cpu"]["vit"] | dict(data="cifar10", positions=0.3, readout="mean", test_images=4000),
+    "gpt": SCALES["cpu"]["gpt"] | dict(data="shakespeare"),
+}
+SCALES |= comparisons.SCALES
 GROUPS = {  # the tables: their titles, and what to know of them; first what the paper has in their place
     "vit": ("Vision transformer", "The paper: CIFAR-100, 12 layers of width 128, patch 4, 3 blocks; accuracy in %."),
     "dit": ("Diffusion transformer", "The paper: CIFAR-10, DiT-S/2, 3 blocks; FID, which frechet_small is not."),
@@ -51,26 +57,31 @@ GROUPS = {  # the tables: their titles, and what to know of them; first what the
                "partitioned: B = 1, and the control of a block's size is a plain transformer of all layers."),
     "dit-ablations": ("Partition, overlap and number of blocks", "The paper: DiT-S/2, CIFAR-10, FID (tables 2, 7, A2). "
                       "A row differs from the first, which has 3 blocks and no overlap, in what it names."),
-    "vit-levers": ("Vision transformer: what would help shallow blocks", "Ours. Blocks of 2 layers in a network of 6. "
-                   "A row differs from the first, or from the end-to-end network, in what it names."),
-    "gpt-ablations": ("Head, loss weight and noise", "Ours. 8 layers of width 128. In all rows but the last the block "
-                      "at work answers alone (`--walk last`). A row differs from the first in what it names."),
+    "gpt-ablations": ("Head, loss weight and noise", "Ours. In all rows but the last the block at work answers alone "
+                      "(`--walk last`). A row differs from the first in what it names."),
     "vit-depth": ("How deep must a block be? Vision transformer", "Ours: 12 layers in all. A row of blocks stands "
                   "beside a plain network of as many layers as one of them has."),
     "dit-depth": ("How deep must a block be? Diffusion transformer", "Alike."),
     "gpt-depth": ("How deep must a block be? Autoregressive transformer", "Alike."),
-    "mdm-steps": ("Masked diffusion: quality against steps", "Ours. 6 layers of width 128. In each run the learning "
-                  "rate falls to its end."),
-    "memory": ("Memory against depth and number of blocks", "One training step."),
+    "dit-intervals": ("How deep must a block be? Diffusion transformer, by noise level", "Ours: 3 blocks of so many "
+                      "layers each. A block's loss is that at its own noise levels; their sum is the EDM loss."),
+    "mdm-steps": ("Masked diffusion: quality against steps", "Ours. In each run the learning rate falls to its end."),
+    "checkpointing": ("Checkpointed activations", "20 training steps."),
+    "memory": ("Memory against depth and number of blocks", "One training step of a GPT."),
+    **comparisons.GROUPS,
 }  # fmt: skip
 MEMORY_LAYERS, MEMORY_BLOCKS = (4, 8, 12), (2, 4)
 DEPTHS = (1, 2, 3, 4, 6, 12)  # layers of a block, of 12
+THREE_SEEDS = (("cpu", "vit", 2), ("cpu", "dit", 1))  # rows of depth on which sentences of the README rest
+RECIPE = dict.fromkeys(("vit", "gpt", "looped"), "nano")  # of blocks, where the script has recipes
 MDM_TIMES = (0.5, 1, 2)  # the steps of the rows of mdm-steps, in those of the table mdm
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A row of a table: train_<script>.py with `flags`, and --seed 0, 1, ... seeds - 1."""
+    """A row of a table: train_<script>.py, or the module <script> of neighbours, with `flags`, and --seed 0, 1, ...
+    seeds - 1. In a flag {seed} stands for the seed, and {out} for the folder of the scales' runs.
+    """
 
     name: str  # its files are <name>-s<seed>.json
     group: str  # the table it stands in, a key of GROUPS
@@ -78,11 +89,14 @@ class Experiment:
     script: str
     flags: tuple[str, ...]
     seeds: int
-    paper: str = ""  # the paper's number
+    note: str = ""  # the last column: the paper's number; of neighbours, what passes between blocks
 
-    def command(self, seed):
+    def command(self, seed, out="out/results"):
         """What follows `python`, without --out."""
-        return [f"train_{self.script}.py", *self.flags, "--seed", str(seed)]
+        flags = [flag.format(seed=seed, out=out) for flag in (*self.flags, "--seed", "{seed}")]
+        if self.script in comparisons.MODULES:
+            return ["-m", f"nano_db.laboratory.neighbours.{self.script}", *flags]
+        return [f"train_{self.script}.py", *flags]
 
     def command_line(self, seed):
         return shlex.join(["python", *self.command(seed)])
@@ -90,121 +104,142 @@ class Experiment:
     def file(self, seed):
         return f"{self.name}-s{seed}"
 
+    def start_from(self, seed):
+        """The file name of the run with whose network this one begins."""
+        return Path(self.given("--start-from", "").format(seed=seed, out="")).name
+
     def given(self, flag, default=None):
         """The value of a flag, as text."""
         return self.flags[self.flags.index(flag) + 1] if flag in self.flags else default
 
 
-def script_of(table):
-    """The script whose runs the rows of a table are."""
-    return "gpt" if table == "memory" else table.split("-")[0]
+class Tables:
+    """The rows of a scale, `found`. A row with the flags of one of an earlier table has its name and files."""
+
+    def __init__(self, scale):
+        self.scale, self.found, self.seeds = scale, [], 2 if scale == "tiny" else 3
+
+    def usual(self, script, table=None):
+        """The flags of a script at this scale, and in a table."""
+        return FOR_ALL[self.scale] | SCALES[self.scale][script] | SCALES[self.scale].get(table, {})
+
+    def longer(self, script, times):
+        return {name: round(times * self.usual(script)[name]) for name in ("steps", "warmup")}
+
+    def add(self, table, slug, row, note="", seeds=None, script=None, **changes):
+        """Without `seeds` a row has one, or as many as the earlier row with its flags."""
+        script, flags = script or table.split("-")[0], []
+        for name, value in (self.usual(script, table) | changes).items():
+            if not (value is None or (changes.get("baseline") and name in ("blocks", "overlap"))):
+                flags += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
+        same = next((e for e in self.found if (e.script, e.flags) == (script, tuple(flags))), None)
+        name, usual = (same.name, same.seeds) if same else (f"{table}-{slug}", 1)
+        self.found.append(Experiment(name, table, row, script, tuple(flags), seeds or usual, note))
 
 
 def experiments(scale):
-    """All experiments of a scale, tables in the order of GROUPS.
+    """All experiments of a scale, table by table."""
+    tables = Tables(scale)
+    special = {"real": add_depth, "neighbours": comparisons.add_neighbours, "conversion": comparisons.add_conversion}
+    usual = (add_architectures, add_ablations, add_depth, add_intervals, add_steps, add_memory)
+    for add in (special[scale],) if scale in special else usual:
+        add(tables)
+    return tables.found
 
-    A row with the flags of one of an earlier table has its name, seeds and files, too.
-    """
-    found, seeds = [], 2 if scale == "tiny" else 3
-    saving = dict(checkpoint_activations=True)
 
-    def usual(table):
-        return FOR_ALL[scale] | SCALES[scale][script_of(table)] | SCALES[scale].get(table, {})
-
-    def longer(table, times):
-        return {name: round(times * usual(table)[name]) for name in ("steps", "warmup")}
-
-    def add(group, slug, row, paper="", seeds=1, **changes):
-        script, flags = script_of(group), []
-        for name, value in (usual(group) | changes).items():
-            if not (value is None or (changes.get("baseline") and name in ("blocks", "overlap"))):
-                flags += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
-        same = next((e for e in found if (e.script, e.flags) == (script, tuple(flags))), None)
-        name, seeds = (same.name, same.seeds) if same else (f"{group}-{slug}", seeds)
-        found.append(Experiment(name, group, row, script, tuple(flags), seeds, paper))
-
+def add_architectures(tables):
     papers = {"vit": ("60.25", "59.30"), "dit": ("39.83", "37.20"), "mdm": ("1.56", "1.45")}
     papers["gpt"] = ("LM1B 0.50, OWT 0.85", "LM1B 0.71, OWT 0.82")
     for group, (whole, cut) in papers.items():
-        B, deep = usual(group)["blocks"], usual(group)["layers"]
+        add, B, deep = partial(tables.add, group), tables.usual(group)["blocks"], tables.usual(group)["layers"]
         shallow = dict(baseline=True, layers=deep // B)
-        add(group, "baseline", "end to end", whole, seeds, baseline=True)
+        add("baseline", "end to end", whole, tables.seeds, baseline=True)
         if group in ("vit", "gpt"):
-            add(group, "nano", f"{B} blocks, recipe nano", "", seeds, recipe="nano")
-            add(group, "paper", f"{B} blocks, recipe paper", cut, recipe="paper")
+            add("nano", f"{B} blocks, recipe nano", "", tables.seeds, recipe="nano")
+            add("paper", f"{B} blocks, recipe paper", cut, recipe="paper")
         else:
-            add(group, "blocks", f"{B} blocks", cut, seeds)
-        add(group, "shallow", f"control: one network of {deep // B} layers", "", seeds, **shallow)
-        add(group, "ensemble", f"control: mean of {B} such networks", "", seeds, **shallow, ensemble=B)
-        add(group, "baseline-checkpointed", "end to end, activations checkpointed", baseline=True, **saving)
-        add(group, "blocks-checkpointed", f"{B} blocks, activations checkpointed", **saving)
+            add("blocks", f"{B} blocks", cut, tables.seeds)
+        add("shallow", f"control: one network of {deep // B} layers", "", tables.seeds, **shallow)
+        add("ensemble", f"control: mean of {B} such networks", "", tables.seeds, **shallow, ensemble=B)
 
-    looped, seven = partial(add, "looped"), longer("looped", 7)
-    looped("baseline", "Huginn: about 33 turns a step", "0.49", seeds, baseline=True)
-    looped("nano", "one noisy pass, recipe nano", "", seeds, recipe="nano")
-    looped("paper", "one noisy pass, recipe paper", "0.70", seeds, recipe="paper")
+    looped, seven = partial(tables.add, "looped", seeds=tables.seeds), tables.longer("looped", 7)
+    looped("baseline", "Huginn: about 33 turns a step", "0.49", baseline=True)
+    looped("nano", "one noisy pass, recipe nano", recipe="nano")
+    looped("paper", "one noisy pass, recipe paper", "0.70", recipe="paper")
     row = "one noisy pass, recipe nano, 7 times the steps (about Huginn's seconds)"
-    looped("nano-7-times", row, "", seeds, recipe="nano", **seven)
+    looped("nano-7-times", row, recipe="nano", **seven)
     row = "control: one turn, no noise (a plain transformer of the same layers)"
-    looped("one-turn", row, "", seeds, baseline=True, turns=1, calls=1)
-    looped("one-turn-7-times", f"{row}, 7 times the steps", "", seeds, baseline=True, turns=1, calls=1, **seven)
-    looped("baseline-checkpointed", "Huginn, activations checkpointed", baseline=True, **saving)
+    looped("one-turn", row, baseline=True, turns=1, calls=1)
+    looped("one-turn-7-times", f"{row}, 7 times the steps", baseline=True, turns=1, calls=1, **seven)
 
-    ablation, splits = partial(add, "dit-ablations"), ("4,4,4", "3,6,3", "6,4,2", "2,4,6")
+
+def add_ablations(tables):
+    add, splits = partial(tables.add, "dit-ablations"), ("4,4,4", "3,6,3", "6,4,2", "2,4,6")
     for partition, label, fids in (
         ("probability", "equal probability", ("38.03", "41.64", "45.42", "40.40")),
         ("uniform", "uniform in ln sigma", ("43.53", "43.59", "47.49", "42.37")),
     ):
         for split, fid in zip(splits, fids, strict=True):
             slug = f"{partition}-{split.replace(',', '')}"
-            ablation(slug, f"{label}, layers {split}", fid, partition=partition, layer_split=split, overlap=0.0)
+            add(slug, f"{label}, layers {split}", fid, partition=partition, layer_split=split, overlap=0.0)
     for overlap, fid in ((0.05, "37.20"), (0.1, "")):
-        ablation(f"overlap-{overlap}", f"overlap {overlap:g}", fid, overlap=overlap)
-    ablation("1-block", "1 block (end to end)", "39.83", baseline=True)
+        add(f"overlap-{overlap}", f"overlap {overlap:g}", fid, overlap=overlap)
+    add("1-block", "1 block (end to end)", "39.83", baseline=True)
     for B, fid in ((2, "35.47"), (4, "45.43"), (6, "53.32")):
-        ablation(f"{B}-blocks", f"{B} blocks", fid, blocks=B, overlap=0.0)
+        add(f"{B}-blocks", f"{B} blocks", fid, blocks=B, overlap=0.0)
 
-    lever, twice = partial(add, "vit-levers"), longer("vit", 2)
-    readout, where = ("token", "the label token alone") if scale == "gpu" else ("mean", "the mean of all tokens")
-    for method, changes in (("blocks", dict(recipe="nano")), ("end to end", dict(baseline=True))):
-        slug = method.replace(" ", "-")
-        lever(slug, method, **changes)
-        lever(f"readout-{slug}", f"{method}, read off {where}", readout=readout, **changes)
-        lever(f"twice-{slug}", f"{method}, twice the steps", **twice, **changes)
-    lever("2-blocks", "2 blocks of half the layers", recipe="nano", blocks=2)
+    add = partial(tables.add, "gpt-ablations", seeds=1, recipe="nano")
+    add("first", "recipe nano, the block at work alone", walk="last")
+    add("weight", "loss weighted by w(sigma)", walk="last", loss_weight="edm")
+    add("noise", "information noise", walk="last", noise="information")
+    add("head", "the paper's head, two streams", walk="last", head="paper")
+    add("walk", "the mean of all blocks so far")
 
-    ablation = partial(add, "gpt-ablations", recipe="nano")
-    ablation("first", "recipe nano, the block at work alone", walk="last")
-    ablation("weight", "loss weighted by w(sigma)", walk="last", loss_weight="edm")
-    ablation("noise", "information noise", walk="last", noise="information")
-    ablation("head", "the paper's head, two streams", walk="last", head="paper")
-    ablation("walk", "the mean of all blocks so far")
 
-    for script in ("vit", "dit", "gpt"):
-        deep, alone = usual(script)["layers"], partial(add, f"{script}-depth", baseline=True)
-        cut = partial(add, f"{script}-depth", **(dict(recipe="nano") if script != "dit" else {}))
+def add_depth(tables):
+    for script in [script for script in ("vit", "dit", "gpt") if script in SCALES[tables.scale]]:
+        deep, recipe = tables.usual(script)["layers"], RECIPE.get(script)
         for depth in DEPTHS:
-            row, blocks = f"{depth} layer{'s' * (depth > 1)}", deep // depth
-            alone(f"plain-{depth}", f"plain network of {row}", layers=depth)
-            if blocks > 1:
-                cut(f"blocks-{depth}", f"{blocks} blocks of {row}", blocks=blocks)
+            seeds = tables.seeds if (tables.scale, script, depth) in THREE_SEEDS else None
+            add, row = partial(tables.add, f"{script}-depth", seeds=seeds), f"{depth} layer{'s' * (depth > 1)}"
+            add(f"plain-{depth}", f"plain network of {row}", baseline=True, layers=depth)
+            if depth < deep:
+                add(f"blocks-{depth}", f"{deep // depth} blocks of {row}", blocks=deep // depth, recipe=recipe)
 
-    B, deep = usual("mdm-steps")["blocks"], usual("mdm-steps")["layers"]
+
+def add_intervals(tables):
+    B = tables.usual("dit")["blocks"]
+    for depth in DEPTHS:
+        row = f"{B} blocks of {depth} layer{'s' * (depth > 1)}"
+        tables.add("dit-intervals", str(depth), row, seeds=1, layers=B * depth)
+
+
+def add_steps(tables):
+    B, deep = tables.usual("mdm")["blocks"], tables.usual("mdm")["layers"]
+    shallow = dict(baseline=True, layers=deep // B)
     for times in MDM_TIMES:
-        changes = longer("mdm-steps", times)
-        again, many = partial(add, "mdm-steps", **changes), changes["steps"]
-        again(f"baseline-{many}", "end to end", baseline=True)
-        again(f"blocks-{many}", f"{B} blocks")
-        again(f"shallow-{many}", f"control: one network of {deep // B} layers", baseline=True, layers=deep // B)
-        row = f"control: mean of {B} such networks"
-        again(f"ensemble-{many}", row, baseline=True, layers=deep // B, ensemble=B)
+        changes = tables.longer("mdm", times)
+        add, many = partial(tables.add, "mdm-steps", seeds=1, **changes), changes["steps"]
+        add(f"baseline-{many}", "end to end", baseline=True)
+        add(f"blocks-{many}", f"{B} blocks")
+        add(f"shallow-{many}", f"control: one network of {deep // B} layers", **shallow)
+        add(f"ensemble-{many}", f"control: mean of {B} such networks", **shallow, ensemble=B)
 
-    once = partial(add, "memory", steps=1, warmup=0, eval_windows=1)
+
+def add_memory(tables):
+    both = (("", "", {}), ("-checkpointed", ", checkpointed", dict(checkpoint_activations=True)))
+    for script in ("vit", "dit", "mdm", "gpt", "looped"):
+        few = {"vit": dict(test_images=256), "dit": dict(frechet_images=0)}.get(script, dict(eval_windows=8))
+        add = partial(tables.add, "checkpointing", script=script, steps=20, warmup=0, **few)
+        deep, cut = ("Huginn", "one noisy pass") if script == "looped" else ("end to end", "blocks")
+        for slug, tail, saving in both:
+            add(f"{script}-baseline{slug}", f"{GROUPS[script][0]}, {deep}{tail}", baseline=True, **saving)
+            add(f"{script}-blocks{slug}", f"{GROUPS[script][0]}, {cut}{tail}", recipe=RECIPE.get(script), **saving)
+
+    add = partial(tables.add, "memory", script="gpt", steps=1, warmup=0, eval_windows=1)
     for layers in MEMORY_LAYERS:
-        for slug, tail, changes in (("", "", {}), ("-checkpointed", ", checkpointed", saving)):
-            name = f"{layers} layers, end to end{tail}"
-            once(f"{layers}-layers{slug}", name, baseline=True, layers=layers, **changes)
+        for slug, tail, saving in both:
+            add(f"{layers}-layers{slug}", f"{layers} layers, end to end{tail}", baseline=True, layers=layers, **saving)
             for B in MEMORY_BLOCKS:
-                name = f"{layers} layers, {B} blocks{tail}"
-                once(f"{layers}-layers-{B}-blocks{slug}", name, blocks=B, layers=layers, **changes)
-    return found
+                row = f"{layers} layers, {B} blocks{tail}"
+                add(f"{layers}-layers-{B}-blocks{slug}", row, blocks=B, layers=layers, **saving)

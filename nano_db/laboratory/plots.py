@@ -138,13 +138,13 @@ def _show_mosaic(ax, images, labels, columns, gap, frames=None):
 
 
 def draw_depth(path, panels):
-    """depth.png of results: quality against layers, of plain networks and of blocks that have as many.
+    """depth.png of results: quality against the layers of a network or of a block, in a panel for each table.
 
     panels: {(title, unit): {label: {layers: a number a seed}}}
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.8), layout="constrained", squeeze=False)
     for ax, ((title, unit), lines) in zip(axes[0], panels.items(), strict=True):
-        for style, (label, seeds) in zip(("o--", "s-"), lines.items(), strict=True):
+        for style, (label, seeds) in zip(("o--", "s-", "^:")[: len(lines)], lines.items(), strict=True):
             means, spreads = [np.mean(v) for v in seeds.values()], [np.std(v, ddof=len(v) > 1) for v in seeds.values()]
             ax.errorbar(list(seeds), means, spreads, fmt=style, capsize=3, label=label)
         ticks = sorted({layers for seeds in lines.values() for layers in seeds})

@@ -17,7 +17,7 @@ import torch
 
 from nano_db.errors import UsageError
 from nano_db.laboratory.compare import read_result
-from nano_db.laboratory.experiments import GROUPS, SCALES
+from nano_db.laboratory.experiments import SCALES
 from nano_db.laboratory.summary import depth_panels, fill, read_records, summary
 from nano_db.machinery.files import read_config, write_json, write_text
 from nano_db.machinery.run import command, stop_requests
@@ -35,8 +35,10 @@ def run_all(todo, jobs, out, folder):
     with stop_requests() as stop:
         try:
             while (waiting or running) and not stop:
-                while waiting and len(running) < jobs:
-                    job = waiting.pop(0)
+                unfinished = {experiment.file(seed) for experiment, seed in (*waiting, *running.values())}
+                free = [job for job in waiting if job[0].start_from(job[1]) not in unfinished]
+                for job in free[: jobs - len(running)]:
+                    waiting.remove(job)
                     running[start(*job, out)] = job
                 for process in [process for process in running if process.poll() is not None]:
                     experiment, seed = running.pop(process)
@@ -64,7 +66,7 @@ def start(experiment, seed, out):
     """Start a run; what it prints goes into a .log beside its folder."""
     folder = (out / experiment.file(seed)).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    line = [sys.executable, *experiment.command(seed), "--out", str(folder)]
+    line = [sys.executable, *experiment.command(seed, folder.parents[1]), "--out", str(folder)]
     threads = {"OMP_NUM_THREADS": "1"} if experiment.given("--device") == "cpu" else {}
     with open(f"{folder}.log", "w") as log:  # a session of its own: Ctrl-C comes to us alone, and we tell each run once
         where = {"cwd": ROOT, "stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
@@ -74,7 +76,13 @@ def start(experiment, seed, out):
 def keep_record(experiment, seed, out, folder, jobs):
     """Write the JSON file of a run that has ended."""
     run = out / experiment.file(seed)
-    config, result = read_config(run), read_result(run)
+    result = read_result(run)
+    if "settings" in result:  # neighbours keep no config.json
+        settings, depends_on = result.pop("settings"), {"data_sha256": result.pop("data_sha256")}
+        del result["command"]
+    else:
+        config = read_config(run)
+        settings, depends_on = config["settings"], config["depends_on"]
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
     machine = {"cpu": (names or [platform.machine()])[0], "cores": os.cpu_count(), "jobs at a time": jobs}
     if result["device"] == "cpu":
@@ -82,8 +90,9 @@ def keep_record(experiment, seed, out, folder, jobs):
     else:
         machine["gpu"] = torch.cuda.get_device_name() if result["device"] == "cuda" else result["device"]
     record = {"experiment": experiment.name, "seed": seed, "command": experiment.command_line(seed), "machine": machine}
-    settings = {name: value for name, value in config["settings"].items() if name != "out"}
-    record |= {"data_sha256": config["depends_on"]["data_sha256"], "settings": settings, "result": result}
+    record |= {name: depends_on[name] for name in ("data_sha256", "start_from_sha256") if depends_on.get(name)}
+    settings = {name: value for name, value in settings.items() if name not in ("out", "start_from")}
+    record |= {"settings": settings, "result": result}
     write_json(folder / f"{experiment.file(seed)}.json", record)
 
 
@@ -91,7 +100,7 @@ def main():
     parser = Parser(prog="python -m nano_db.laboratory.results", description=__doc__, allow_abbrev=False)
     parser.add_argument("--scale", choices=tuple(SCALES), default="cpu", help="how large (default cpu)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1; on CPUs no more than cores)")
-    parser.add_argument("--only", default=",".join(GROUPS), help="these tables alone (default %(default)s)")
+    parser.add_argument("--only", metavar="TABLE,...", help="these tables alone (default: all of the scale)")
     parser.add_argument("--out", type=Path, default="out/results", help="where the runs are kept (default out/results)")
     parser.add_argument("--results", type=Path, default="results", help="where the tables are kept (default results)")
     parser.add_argument("--list", action="store_true", help="run nothing: show what there is to run")
@@ -99,19 +108,25 @@ def main():
     pages = "renew the marked tables of these Markdown files, too (default README.md and docs/*.md)"
     parser.add_argument("--readme", nargs="*", type=Path, metavar="FILE", help=pages)
     args = parser.parse_args()
-    if wrong := set(args.only.split(",")) - set(GROUPS):
-        raise UsageError(f"--only {args.only}: there is no table {min(wrong)!r}; tables: {', '.join(GROUPS)}")
+    out, folder, todo, failed = args.out / args.scale, args.results / args.scale, {}, []
+    found = read_records(folder, args.scale)[0]
+    tables = list(dict.fromkeys(experiment.group for experiment in found))
+    only = args.only.split(",") if args.only else tables
+    if wrong := set(only) - set(tables):
+        raise UsageError(f"--only {args.only}: there is no table {min(wrong)!r}; tables: {', '.join(tables)}")
     if args.jobs < 1:
         raise UsageError("--jobs must be at least 1")
-    out, folder, todo, failed = args.out / args.scale, args.results / args.scale, {}, []
-    for experiment, records in read_records(folder, args.scale)[0].items():
+    for experiment, records in found.items():
         missing = sorted(set(range(experiment.seeds)) - {record["seed"] for record in records})
-        if experiment.group in args.only.split(","):
+        if experiment.group in only:
             todo |= {experiment.file(seed): (experiment, seed) for seed in missing}  # once, though in two tables
         if args.list:
             print(f"{experiment.name:40} {len(missing)} of {experiment.seeds} to run  {experiment.row}")
+    files = {experiment.file(seed): (experiment, seed) for experiment in found for seed in range(experiment.seeds)}
+    networks = {experiment.start_from(seed) for experiment, seed in todo.values()} - {""}
+    todo |= {name: files[name] for name in networks if not (out / name).exists()}  # its record is no network
     if args.list:
-        return print(f"to run: {len(todo)}; at scale cpu a run takes a core about three minutes")
+        return print(f"to run: {len(todo)}; at scale cpu a run takes a core two minutes or so")
     folder.mkdir(parents=True, exist_ok=True)
     if not args.summary_only:
         first = sorted(todo.values(), key=lambda job: job[1])  # seed 0 of every row: whole tables can be read early

@@ -2,7 +2,7 @@
 
 summary.md has all tables of a scale. In other Markdown files a table stands between `<!-- results: cpu gpt -->` and
 `<!-- end -->`, where fill() renews it: no number in it is typed by hand, and a test finds the table that does not say
-what the files say. `main` in place of `gpt` is the table of all architectures.
+what the files say. In place of `gpt` there may be `main`, the table of all architectures, or `conversion`.
 """
 
 import json
@@ -13,16 +13,20 @@ from operator import getitem
 from pathlib import Path
 
 from nano_db.errors import UsageError
+from nano_db.laboratory.comparisons import CONVERSION
 from nano_db.laboratory.experiments import GROUPS, SCALES, experiments
 from nano_db.machinery.memory import PARTS
 
 MARKED = re.compile(r"(<!-- results: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+TRAINING = f"training MiB: {' + '.join(PARTS)}"
 NONE, BITS = "–", ("bits_per_char", "bits per character (less is better)", 3)
-QUALITY = {  # by script: the metric, its column in the tables, decimals
+QUALITY = {  # by script, or by table: the metric, its column, decimals
     "vit": (("accuracy", "accuracy (more is better)", 3), ("accuracy_walk", "accuracy of one walk", 3)),
     "dit": (("edm_loss", "EDM loss (less is better)", 4), ("frechet_small", "frechet_small (less is better)", 3)),
     **{"mdm": (BITS,), "gpt": (BITS,), "looped": (BITS,)},
+    "dit-intervals": tuple((("edm_loss_by_block", b), f"EDM loss of block {b} (less is better)", 4) for b in range(3)),
 }
+QUALITY |= dict.fromkeys(("neighbours-glyphs", "neighbours-cifar10"), QUALITY["vit"][:1])
 MAIN = {  # columns of the main table, and which rows of an architecture's own table they are
     "end to end": ("baseline",),
     "blocks": ("nano", "blocks"),
@@ -64,9 +68,11 @@ def of_group(group, found):
     return {experiment: records for experiment, records in found.items() if experiment.group == group}
 
 
-def values(records, name):
-    """The metric of each record that has it."""
-    return [record["result"]["metrics"][name] for record in records if name in record["result"]["metrics"]]
+def values(records, metric):
+    """The metric of each record that has it. metric: its name; or its name, and a block."""
+    name, *block = [metric] if isinstance(metric, str) else metric
+    found = [record["result"]["metrics"][name] for record in records if name in record["result"]["metrics"]]
+    return [number[block[0]] for number in found] if block else found
 
 
 def with_spread(numbers, decimals):
@@ -91,23 +97,35 @@ def ratio(records, others, *keys):
 
 def shown_metrics(rows):
     """Those of QUALITY that any of the rows has."""
-    metrics = QUALITY[next(iter(rows)).script]
+    first = next(iter(rows))
+    metrics = QUALITY.get(first.group) or QUALITY[first.script]
     return [metric for metric in metrics if any(values(records, metric[0]) for records in rows.values())]
 
 
 def depth_panels(found):
-    """What plots.draw_depth draws, of those architectures whose tables of depth have been run."""
+    """What plots.draw_depth draws, of those tables of depth that have been run."""
     panels = {}
-    for group in [group for group in GROUPS if group.endswith("-depth")]:
+    for group in ("vit-depth", "dit-depth", "gpt-depth"):
         plain, cut = {}, {}  # {layers of the network, or of a block: a number a seed}
         for experiment, records in of_group(group, found).items():
             (name, unit, _), *_ = QUALITY[experiment.script]
-            layers, blocks = int(experiment.given("--layers")), int(experiment.given("--blocks", 1))
             if records:
-                (plain if "--baseline" in experiment.flags else cut)[layers // blocks] = values(records, name)
+                (plain if "--baseline" in experiment.flags else cut)[depth(experiment)] = values(records, name)
         if plain and cut:
             panels[GROUPS[group.split("-")[0]][0], unit] = {"plain network": plain, "blocks, 12 layers in all": cut}
+    rows = {depth(e): records for e, records in of_group("dit-intervals", found).items() if records}
+    if len(rows) > 1:
+        lines = {
+            f"block {b}": {layers: values(records, (name, b)) for layers, records in rows.items()}
+            for (name, b), _, _ in QUALITY["dit-intervals"]
+        }
+        panels["Each of 3 blocks of the DiT", "EDM loss at its noise levels (less is better)"] = lines
     return panels
+
+
+def depth(experiment):
+    """Layers of the network, or of a block."""
+    return int(experiment.given("--layers")) // int(experiment.given("--blocks", 1))
 
 
 def markdown(columns, rows):
@@ -115,30 +133,41 @@ def markdown(columns, rows):
 
 
 def table(group, found):
-    """The Markdown table of a group, or, for "main", of all architectures. found: as of read_records."""
-    if group == "main":
-        return main_table(found)
-    return (memory_table if group == "memory" else quality_table)(of_group(group, found))
+    """The Markdown table of a group, or one of OVERVIEWS. found: as of read_records."""
+    if group in OVERVIEWS:
+        return OVERVIEWS[group](found)
+    make = {"memory": memory_table, "checkpointing": checkpointing_table}.get(group, quality_table)
+    return make(of_group(group, found))
 
 
 def quality_table(rows):
-    metrics = shown_metrics(rows)
-    columns = ["run", "steps", "seeds", *(column for _, column, _ in metrics), "parameters"]
-    columns += [f"training MiB: {' + '.join(PARTS)}", "ms a step, all blocks", "one sample: layers evaluated", "ms"]
+    metrics, first = shown_metrics(rows), next(iter(rows))
+    is_script = not first.group.startswith("neighbours")  # neighbours do not say what a sample costs
+    columns = ["run", "steps", "seeds", *(column for _, column, _ in metrics), "parameters", TRAINING]
+    columns += ["ms a step, all blocks"] + ["one sample: layers evaluated", "ms"] * is_script
+    last = ["paper" if is_script else "what passes between blocks"] * any(experiment.note for experiment in rows)
     lines = []
     for experiment, records in rows.items():
         cells = ["not run", *[NONE] * (len(columns) - 2)]
         if records:
             seeds = str(len(records)) + (f" of {experiment.seeds}" if len(records) < experiment.seeds else "")
-            total, *parts = (f"{median(records, 'memory_bytes', part) / 2**20:.1f}" for part in ("total", *PARTS))
             cells = [f"{records[0]['result']['steps']:,}", seeds]
             cells += [with_spread(values(records, name), decimals) for name, _, decimals in metrics]
-            cells += [f"{median(records, 'parameters') / 1e6:.2f} M", f"{total}: {' + '.join(parts)}"]
-            cells += [f"{1000 * median(records, 'seconds_per_step_all_blocks'):.0f}"]
-            cells += [f"{median(records, 'one_sample', 'layer_evaluations'):,.0f}"]
-            cells += [f"{1000 * median(records, 'one_sample', 'seconds'):.1f}"]
-        lines.append([experiment.row, *cells, experiment.paper])
-    return markdown([*columns, "paper"], lines)
+            cells += [f"{median(records, 'parameters') / 1e6:.2f} M", mebibytes(records), milliseconds(records)]
+            if is_script:
+                cells += [f"{median(records, 'one_sample', 'layer_evaluations'):,.0f}"]
+                cells += [f"{1000 * median(records, 'one_sample', 'seconds'):.1f}"]
+        lines.append([experiment.row, *cells, *[experiment.note] * len(last)])
+    return markdown([*columns, *last], lines)
+
+
+def mebibytes(records):
+    total, *parts = (f"{median(records, 'memory_bytes', part) / 2**20:.1f}" for part in ("total", *PARTS))
+    return f"{total}: {' + '.join(parts)}"
+
+
+def milliseconds(records):
+    return f"{1000 * median(records, 'seconds_per_step_all_blocks'):.0f}"
 
 
 def main_table(found):
@@ -155,20 +184,60 @@ def main_table(found):
         deep, blocks, *_ = chosen
         both = {record["seed"] for record in deep} & {record["seed"] for record in blocks}
         shares = [f"{ratio(blocks, deep, *keys):.2f}" if both else NONE for keys in costs]
-        papers = "; ".join(e.paper for e in of_group(group, found) if e.paper)
+        papers = "; ".join(e.note for e in of_group(group, found) if e.note)
         for name, column, decimals in QUALITY[group]:
             if values(deep, name):
                 cells = [with_spread(values(records, name), decimals) for records in chosen]
                 lines.append([f"{GROUPS[group][0]}: {column}", *cells, *shares, f"{in_paper} {papers}"])
-    return markdown(columns, lines)
+    return markdown(columns, lines) if lines else ""
+
+
+def conversion_table(found):
+    """By script and further steps: the network itself, blocks from nothing, and blocks that start from it."""
+    columns = ["architecture", "the network, and its steps", "further steps", "the network itself"]
+    columns += ["blocks from nothing", "blocks that start from it"]
+    columns += ["layers evaluated for a sample: network / blocks", "training MiB: network / blocks"]
+    by_name, lines = {experiment.name: records for experiment, records in found.items()}, []
+    for script, (first, further) in CONVERSION.items():
+        (name, column, decimals), *_ = QUALITY[script]
+        network = by_name.get(f"{script}-conversion-network")
+        for steps in further if network else ():
+            runs = [by_name.get(f"{script}-conversion-{way}-{steps}", []) for way in ("further", "nothing", "started")]
+            cells = [with_spread(values(records, name), decimals) for records in (network, *runs)]
+            cells[0] += f" after {first}"
+            for keys, unit, digits in (
+                (("one_sample", "layer_evaluations"), 1, 0),
+                (("memory_bytes", "total"), 2**20, 1),
+            ):
+                both = (median(records, *keys) / unit for records in (network, runs[2])) if runs[2] else ()
+                cells.append(" / ".join(f"{number:,.{digits}f}" for number in both) or NONE)
+            architecture = f"{GROUPS[script][0]}: {column}"
+            lines.append([architecture, cells[0], f"{steps}", *cells[1:]])
+    return markdown(columns, lines) if lines else ""
+
+
+OVERVIEWS = {"main": main_table, "conversion": conversion_table}
 
 
 def memory_table(rows):
-    lines = []
-    for experiment, records in rows.items():
-        counts = [f"{median(records, 'memory_bytes', part) / 2**20:.1f}" for part in ("total", *PARTS) if records]
-        lines.append([experiment.row, *(counts or ["not run", *[NONE] * len(PARTS)])])
-    return markdown(["run", "training MiB", *PARTS], lines)
+    lines = [[experiment.row, mebibytes(records) if records else "not run"] for experiment, records in rows.items()]
+    return markdown(["run", TRAINING], lines)
+
+
+def checkpointing_table(rows):
+    """What is left of the end-to-end network's memory, and of its seconds a step."""
+    ways = {"baseline-checkpointed": "end to end, checkpointed", "blocks": "blocks"}
+    ways |= {"blocks-checkpointed": "blocks, checkpointed"}
+    by_name, lines = {experiment.name: records for experiment, records in rows.items()}, []
+    for script in dict.fromkeys(experiment.script for experiment in rows):
+        deep, *others = (by_name[f"checkpointing-{script}-{slug}"] for slug in ("baseline", *ways))
+        cells = [mebibytes(deep), milliseconds(deep)] if deep else ["not run", NONE]
+        for records in others:
+            costs = (("memory_bytes", "total"), ("seconds_per_step_all_blocks",)) if deep and records else ()
+            cells.append(", ".join(f"{ratio(records, deep, *keys):.2f}" for keys in costs) or NONE)
+        lines.append([GROUPS[script][0], *cells])
+    columns = ["architecture", f"end to end: {TRAINING}", "ms a step"]
+    return markdown([*columns, *(f"{way}: share of memory, of seconds" for way in ways.values())], lines)
 
 
 def fill(text, results):
@@ -176,9 +245,10 @@ def fill(text, results):
 
     def renew(match):
         start, scale, group, end = match.groups()
-        if scale not in SCALES or group not in ("main", *GROUPS):
-            raise UsageError(f"{start.strip()}: there is no such scale or table; tables: main, {', '.join(GROUPS)}")
-        return start + table(group, read_records(Path(results) / scale, scale)[0]) + end
+        found = read_records(Path(results) / scale, scale)[0] if scale in SCALES else {}
+        if group not in (tables := [*OVERVIEWS, *dict.fromkeys(experiment.group for experiment in found)]):
+            raise UsageError(f"{start.strip()}: there is no such scale or table; tables: {', '.join(tables)}")
+        return start + table(group, found) + end
 
     return MARKED.sub(renew, text)
 
@@ -188,18 +258,22 @@ def summary(found, scale):
     text = f"""# Results at scale {scale}
 
 `python -m nano_db.laboratory.results --scale {scale}` wrote this page from the JSON files beside it. Quality is the
-mean ± standard deviation over seeds. Seconds are medians. Ratios in the first table are those within a seed, for
-machines drift. Memory is that of the largest network in training. `docs/running.md` says what each number means.
-
-## All architectures
-
-{table("main", found)}"""
-    for group, (title, notes) in GROUPS.items():
+mean ± standard deviation over seeds. Seconds are medians. Ratios are taken within a seed, for machines drift. Memory is
+that of the largest network in training. `docs/running.md` says what each number means.
+"""
+    text += "".join(f"\n## All architectures\n\n{lines}" for make in OVERVIEWS.values() if (lines := make(found)))
+    for group in dict.fromkeys(experiment.group for experiment in found):
         rows = of_group(group, found)
         records = [record for some in rows.values() for record in some]
         machines = {json.dumps(r["machine"] | r["result"]["versions"]) for r in records}
         data = {f"{r['settings']['data']} {r['data_sha256'][:12]}" for r in records}
         measured = re.sub('[{}"]', "", "; ".join((*sorted(machines), *sorted(data))))
-        text += f"\n## {title}\n\n{notes} Measured on: {measured or NONE}.\n\n{table(group, found)}"
-    commands = "\n".join(dict.fromkeys(experiment.command_line(0) for experiment in found))
-    return f"{text}\n## Commands\n\nRows of several seeds also have `--seed 1`, and 2.\n\n```\n{commands}\n```\n"
+        title, notes = GROUPS[group]
+        text += f"\n## {title}\n\n{f'{notes} '.lstrip()}Measured on: {measured or NONE}.\n\n{table(group, found)}"
+    folder = f" --out out/results/{scale}/"  # where other runs look for the network that they start from
+    named = any(experiment.start_from(0) for experiment in found)
+    lines = (e.command_line(0) + (folder + e.file(0) if named else "") for e in found)
+    also = "Rows of several seeds also have `--seed 1`, and 2" + (
+        " (`-s1` and `-s2` in the folders)." if named else "."
+    )
+    return f"{text}\n## Commands\n\n{also}\n\n```\n" + "\n".join(dict.fromkeys(lines)) + "\n```\n"

@@ -187,7 +187,7 @@ def main():
     for stage in stages:
         memory.append(training_bytes(stage, (h, right), make_optimizer(stage, args)))
         h = stage.judge(h, right)[1]
-    report(args, metrics, stages, max(memory, key=lambda count: count["total"]), seconds)
+    report(args, images, metrics, stages, max(memory, key=lambda count: count["total"]), seconds)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def main():
         frozen.append(block.own.eval().requires_grad_(False))  # the rest of the block ends here
     metrics = {"accuracy": after_each_block[-1], "accuracy_after_each_block": after_each_block}
     frozen[-1].append(block.readout)  # the last block's classifier is the network's
-    report(args, metrics, frozen, max(memory, key=lambda count: count["total"]), sum(seconds))
+    report(args, images, metrics, frozen, max(memory, key=lambda count: count["total"]), sum(seconds))
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ def main():
     metrics = {"accuracy": share_right(scores, images, args)}
     batch = images.batch(args.batch_size, args.augment, args.device)
     memory = training_bytes(parts[0].train(), batch, make_optimizer(parts[0], args))
-    report(args, metrics, parts, memory, seconds)
+    report(args, images, metrics, parts, memory, seconds)
 
 
 if __name__ == "__main__":

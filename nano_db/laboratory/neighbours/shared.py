@@ -89,7 +89,7 @@ def share_right(scores, images, args):
     return float(right.float().mean())
 
 
-def report(args, metrics, networks, memory, seconds):
+def report(args, images, metrics, networks, memory, seconds):
     """Write result.json, which compare.py reads, and print it. networks: those that are kept of what was trained, each
     by a loss of its own. memory: of the largest of them (machinery/memory.py). seconds: of a step of all of them.
     """
@@ -97,7 +97,12 @@ def report(args, metrics, networks, memory, seconds):
     parameters = sum(p.numel() for p in torch.nn.ModuleList(networks).parameters())  # shared ones count once
     flags = shlex.join(["python", "-m", f"nano_db.laboratory.neighbours.{args.name}", *sys.argv[1:]])
     result |= {"command": flags, "seed": args.seed, "device": args.device, "versions": VERSIONS, "metrics": metrics}
-    result |= {"parameters": parameters, "memory_bytes": memory, "seconds_per_step_all_blocks": seconds}
+    result |= {
+        "data_sha256": images.sha256,
+        "parameters": parameters,
+        "memory_bytes": memory,
+        "seconds_per_step_all_blocks": seconds,
+    }
     result["settings"] = {name: value for name, value in vars(args).items() if name != "out"}
     write_json(args.out / "result.json", result)
     mebibytes = ", ".join(f"{part} {count / 2**20:.2f}" for part, count in memory.items())
