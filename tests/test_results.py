@@ -132,10 +132,10 @@ def test_neighbours_stand_beside_our_own_on_the_same_images():
         mine = {name.removeprefix(f"{table}-"): s for name, s in read.items() if name.startswith(f"{table}-")}
         assert mine.keys() == {name for name, *_ in NEIGHBOURS if data == "glyphs" or name in ON_CIFAR10}
         assert {s.data for s in mine.values()} == {data}
-        greedy, vit, blocks = mine["greedy"], mine["end-to-end"], mine["blocks"]
-        for name in ("layers", "blocks", "patch", "width", "heads", "steps", "batch_size", "weight_decay"):
-            assert getattr(greedy, name) == getattr(blocks, name), name
-            assert name == "blocks" or getattr(greedy, name) == getattr(vit, name), name
+    greedy, vit, blocks = (read[f"neighbours-glyphs-{name}"] for name in ("greedy", "end-to-end", "blocks"))
+    for name in ("layers", "blocks", "patch", "width", "heads", "steps", "batch_size", "weight_decay"):
+        assert getattr(greedy, name) == getattr(blocks, name), name
+        assert name == "blocks" or getattr(greedy, name) == getattr(vit, name), name
     ahead = [read[f"neighbours-glyphs-{name}"].look_ahead for name in ("greedy", "greedy-1-ahead", "greedy-2-ahead")]
     assert ahead == [0, 1, 2]
     assert len({(row.script, row.flags) for row in rows}) == len(rows)

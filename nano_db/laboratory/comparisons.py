@@ -47,16 +47,7 @@ NEIGHBOURS = (  # name, row, what passes between blocks, script, flags
      dict(network="vit", augment="none", steps=700, learning_rate=0.004)),
 )  # fmt: skip
 ONE_SEED = ("end-to-end-twice", "blocks-twice", "noprop-ct", "noprop-fm", "forward-mlp", "forward-vit")
-ON_CIFAR10 = (
-    "end-to-end",
-    "blocks",
-    "greedy",
-    "greedy-2-ahead",
-    "noprop-chain",
-    "noprop-dt",
-    "noprop-blocks",
-    "forward-mlp",
-)
+ON_CIFAR10 = ("noprop-chain", "noprop-dt", "noprop-blocks", "forward-mlp")  # NoProp's paper has CIFAR-10, too
 CONVERSION = {"dit": (400, (50, 100, 200, 400)), "mdm": (800, (400,)), "gpt": (400, (200,)), "vit": (900, (450,))}
 
 
