@@ -475,14 +475,12 @@ def test_committed_results_are_those_of_todays_presets():
     for folder in [ROOT / "results" / scale for scale in SCALES]:
         for experiment, records in summary.read_records(folder, folder.name)[0].items():
             settings = settings_of(experiment)
-            today = {name: value for name, value in vars(settings).items() if name not in ("seed", "out", "start_from")}
-            if not dataclasses.is_dataclass(settings):  # a neighbour's, which chooses some sizes itself
-                today = {name: value for name, value in today.items() if value is not None}
-            else:
-                of = {f.name: f.metadata for f in dataclasses.fields(settings)}
-                unheeded = [name for name in of if of[name]["of"] not in (None, settings.method)]
-                for name in {*unheeded, *(name for name in of if of[name]["resumable"])} & today.keys():
-                    del today[name]
+            if dataclasses.is_dataclass(settings):
+                heeded = [f for f in dataclasses.fields(settings) if f.metadata["of"] in (None, settings.method)]
+                today = {f.name: getattr(settings, f.name) for f in heeded if not f.metadata["resumable"]}
+            else:  # a neighbour's, which chooses some sizes itself
+                today = {name: value for name, value in vars(settings).items() if value is not None}
+            del today["seed"]
             for record in records:
                 kept = record["settings"]
                 if "noise" in today and kept["noise"] == "lognormal":

@@ -22,10 +22,6 @@ SCALES = {
 GROUPS = {
     "neighbours-glyphs": ("Neighbours, on glyphs", "Steps are those of each network that is trained."),
     "neighbours-cifar10": ("Neighbours, on CIFAR-10", "Alike; the first 4,000 test images."),
-    "dit-conversion": ("Diffusion transformer: blocks that start from a trained network", ""),
-    "mdm-conversion": ("Masked diffusion: blocks that start from a trained network", ""),
-    "gpt-conversion": ("Autoregressive transformer: blocks that start from a trained network", ""),
-    "vit-conversion": ("Vision transformer: blocks that start from a trained network", ""),
 }
 GRADIENTS, FEATURES, SIGNALS = "gradients", "frozen features", "features, no gradients"
 NEIGHBOURS = (  # name, row, what passes between blocks, script, flags

@@ -70,6 +70,9 @@ GROUPS = {  # the tables: their titles, and what to know of them; first what the
     "memory": ("Memory against depth and number of blocks", "One training step of a GPT."),
     **comparisons.GROUPS,
 }  # fmt: skip
+for script in comparisons.CONVERSION:
+    title = f"{GROUPS[script][0]}: blocks that start from a trained network"
+    GROUPS[f"{script}-conversion"] = (title, "Every run has its own warm-up and cosine.")
 MEMORY_LAYERS, MEMORY_BLOCKS = (4, 8, 12), (2, 4)
 DEPTHS = (1, 2, 3, 4, 6, 12)  # layers of a block, of 12
 THREE_SEEDS = (("cpu", "vit", 2), ("cpu", "dit", 1))  # rows of depth on which sentences of the README rest
@@ -133,8 +136,8 @@ class Tables:
             if not (value is None or (changes.get("baseline") and name in ("blocks", "overlap"))):
                 flags += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
         same = next((e for e in self.found if (e.script, e.flags) == (script, tuple(flags))), None)
-        name, usual = (same.name, same.seeds) if same else (f"{table}-{slug}", 1)
-        self.found.append(Experiment(name, table, row, script, tuple(flags), seeds or usual, note))
+        name, inherited = (same.name, same.seeds) if same else (f"{table}-{slug}", 1)
+        self.found.append(Experiment(name, table, row, script, tuple(flags), seeds or inherited, note))
 
 
 def experiments(scale):
@@ -154,8 +157,8 @@ def add_architectures(tables):
         add, B, deep = partial(tables.add, group), tables.usual(group)["blocks"], tables.usual(group)["layers"]
         shallow = dict(baseline=True, layers=deep // B)
         add("baseline", "end to end", whole, tables.seeds, baseline=True)
-        if group in ("vit", "gpt"):
-            add("nano", f"{B} blocks, recipe nano", "", tables.seeds, recipe="nano")
+        if group in RECIPE:
+            add("nano", f"{B} blocks, recipe nano", "", tables.seeds, recipe=RECIPE[group])
             add("paper", f"{B} blocks, recipe paper", cut, recipe="paper")
         else:
             add("blocks", f"{B} blocks", cut, tables.seeds)
@@ -196,22 +199,25 @@ def add_ablations(tables):
     add("walk", "the mean of all blocks so far")
 
 
+def of_layers(depth):
+    return f"of {depth} layer{'s' * (depth > 1)}"
+
+
 def add_depth(tables):
     for script in [script for script in ("vit", "dit", "gpt") if script in SCALES[tables.scale]]:
         deep, recipe = tables.usual(script)["layers"], RECIPE.get(script)
         for depth in DEPTHS:
             seeds = tables.seeds if (tables.scale, script, depth) in THREE_SEEDS else None
-            add, row = partial(tables.add, f"{script}-depth", seeds=seeds), f"{depth} layer{'s' * (depth > 1)}"
-            add(f"plain-{depth}", f"plain network of {row}", baseline=True, layers=depth)
-            if depth < deep:
-                add(f"blocks-{depth}", f"{deep // depth} blocks of {row}", blocks=deep // depth, recipe=recipe)
+            add, B = partial(tables.add, f"{script}-depth", seeds=seeds), deep // depth
+            add(f"plain-{depth}", f"plain network {of_layers(depth)}", baseline=True, layers=depth)
+            if B > 1:
+                add(f"blocks-{depth}", f"{B} blocks {of_layers(depth)}", blocks=B, recipe=recipe)
 
 
 def add_intervals(tables):
     B = tables.usual("dit")["blocks"]
     for depth in DEPTHS:
-        row = f"{B} blocks of {depth} layer{'s' * (depth > 1)}"
-        tables.add("dit-intervals", str(depth), row, seeds=1, layers=B * depth)
+        tables.add("dit-intervals", str(depth), f"{B} blocks {of_layers(depth)}", seeds=1, layers=B * depth)
 
 
 def add_steps(tables):

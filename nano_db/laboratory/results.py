@@ -18,7 +18,7 @@ import torch
 from nano_db.errors import UsageError
 from nano_db.laboratory.compare import read_result
 from nano_db.laboratory.experiments import SCALES
-from nano_db.laboratory.summary import depth_panels, fill, read_records, summary
+from nano_db.laboratory.summary import depth_panels, fill, groups, read_records, summary
 from nano_db.machinery.files import read_config, write_json, write_text
 from nano_db.machinery.run import command, stop_requests
 from nano_db.machinery.settings import Parser
@@ -110,10 +110,9 @@ def main():
     args = parser.parse_args()
     out, folder, todo, failed = args.out / args.scale, args.results / args.scale, {}, []
     found = read_records(folder, args.scale)[0]
-    tables = list(dict.fromkeys(experiment.group for experiment in found))
-    only = args.only.split(",") if args.only else tables
-    if wrong := set(only) - set(tables):
-        raise UsageError(f"--only {args.only}: there is no table {min(wrong)!r}; tables: {', '.join(tables)}")
+    only = args.only.split(",") if args.only else groups(found)
+    if wrong := set(only) - set(groups(found)):
+        raise UsageError(f"--only {args.only}: there is no table {min(wrong)!r}; tables: {', '.join(groups(found))}")
     if args.jobs < 1:
         raise UsageError("--jobs must be at least 1")
     for experiment, records in found.items():

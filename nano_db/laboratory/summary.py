@@ -64,6 +64,11 @@ def read_records(folder, scale):
     return found, stale
 
 
+def groups(found):
+    """The tables of a scale, in their order."""
+    return list(dict.fromkeys(experiment.group for experiment in found))
+
+
 def of_group(group, found):
     return {experiment: records for experiment, records in found.items() if experiment.group == group}
 
@@ -246,7 +251,7 @@ def fill(text, results):
     def renew(match):
         start, scale, group, end = match.groups()
         found = read_records(Path(results) / scale, scale)[0] if scale in SCALES else {}
-        if group not in (tables := [*OVERVIEWS, *dict.fromkeys(experiment.group for experiment in found)]):
+        if group not in (tables := [*OVERVIEWS, *groups(found)]):
             raise UsageError(f"{start.strip()}: there is no such scale or table; tables: {', '.join(tables)}")
         return start + table(group, found) + end
 
@@ -262,14 +267,14 @@ mean ± standard deviation over seeds. Seconds are medians. Ratios are taken wit
 that of the largest network in training. `docs/running.md` says what each number means.
 """
     text += "".join(f"\n## All architectures\n\n{lines}" for make in OVERVIEWS.values() if (lines := make(found)))
-    for group in dict.fromkeys(experiment.group for experiment in found):
+    for group in groups(found):
         rows = of_group(group, found)
         records = [record for some in rows.values() for record in some]
         machines = {json.dumps(r["machine"] | r["result"]["versions"]) for r in records}
         data = {f"{r['settings']['data']} {r['data_sha256'][:12]}" for r in records}
         measured = re.sub('[{}"]', "", "; ".join((*sorted(machines), *sorted(data))))
         title, notes = GROUPS[group]
-        text += f"\n## {title}\n\n{f'{notes} '.lstrip()}Measured on: {measured or NONE}.\n\n{table(group, found)}"
+        text += f"\n## {title}\n\n{notes} Measured on: {measured or NONE}.\n\n{table(group, found)}"
     folder = f" --out out/results/{scale}/"  # where other runs look for the network that they start from
     named = any(experiment.start_from(0) for experiment in found)
     lines = (e.command_line(0) + (folder + e.file(0) if named else "") for e in found)
