@@ -6,6 +6,7 @@ instead: so the walk may start from z = 0, where no noise leads it astray, or ma
 
 import torch
 
+from nano_db.heads import mean_embedding
 from nano_db.sampler import euler_walk
 from nano_db.stack import Ensemble
 
@@ -19,7 +20,7 @@ def after_each_block(posterior, stack, sigmas, z):
 
     def denoise(z, sigma):
         log_p = answers[stack.partition.route(sigma)] = posterior(z, sigma)  # a block's last answer stays
-        return log_p.exp() @ stack.codebook
+        return mean_embedding(log_p, stack.codebook)
 
     for _ in euler_walk(denoise, z, sigmas):
         pass

@@ -50,6 +50,14 @@ def log_likelihood(z, sigma, codebook):
         return z.float() @ codebook.T / broadcast(sigma, z.float()).square()
 
 
+def mean_embedding(log_p, codebook):
+    """D, the mean of E[y] under p: ln p (B, ..., V) -> (B, ..., d). Always float32: the likelihood bound divides the
+    square of a bfloat16 product's rounding by sigma^2.
+    """
+    with torch.autocast(log_p.device.type, enabled=False):
+        return log_p.float().exp() @ codebook
+
+
 def cross_entropy(logits, y, *inputs, classes):
     """-ln p(y) in nats, (B, ...), by logits(*inputs) of shape (B, ..., V); V is `classes`. Where these would fill the
     memory, they are made for a part of the batch at a time, and none is kept for the backward pass.

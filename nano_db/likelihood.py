@@ -22,6 +22,8 @@ from itertools import pairwise
 
 import torch
 
+from nano_db.heads import mean_embedding
+
 MARGIN = 0.05  # "clearly": by more than the noise of an estimate from a few thousand tokens, or choosing would flatter
 
 
@@ -52,7 +54,7 @@ def measure(posterior, y, codebook, sigmas, generator=None):
     for sigma in sigmas:
         z = clean + sigma * torch.randn(clean.shape, generator=generator).to(clean.device)
         log_p = posterior(z, sigma)  # (B, ..., V)
-        error = (clean - log_p.exp() @ codebook).square().sum(-1)
+        error = (clean - mean_embedding(log_p, codebook)).square().sum(-1)
         decoding = -log_p.gather(-1, y[..., None])
         rows.append([float(error.cpu().double().mean()), float(decoding.cpu().double().mean())])
     return torch.tensor(rows, dtype=torch.float64)

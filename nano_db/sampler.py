@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from nano_db.heads import mean_embedding
+
 
 class State(NamedTuple):
     """Where the walk stands after a step: z (B, ..., d) at noise level sigma, and the denoised point that led there."""
@@ -64,7 +66,7 @@ def sample_classes(posterior, codebook, shape, sigmas, generator=None):
     """
 
     def denoise(z, sigma):
-        return posterior(z, sigma).exp() @ codebook
+        return mean_embedding(posterior(z, sigma), codebook)
 
     z = float(sigmas[0]) * torch.randn(*shape, codebook.shape[1], generator=generator).to(codebook.device)
     for state in euler_walk(denoise, z, sigmas[:-1]):

@@ -61,6 +61,15 @@ def test_each_block_answers_in_order(average):
     assert answers[0][0, 1] < answers[1][0, 1] < answers[2][0, 1] < 0, "a walk from z = 0 grows surer"
 
 
+def test_under_bfloat16_autocast_a_walk_with_exact_answers_is_the_same():
+    stack, sigmas, z = stack_of(3), equal_mass_grid(NOISE, 12), torch.randn(5, 8)
+    answers = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            answers.append(after_each_block(stack.posterior(torch.zeros(5, 1)), stack, sigmas, z))
+    assert all(map(torch.equal, *answers))
+
+
 def test_the_metrics_are_shares_of_images_named_right():
     stack, sigmas = stack_of(2), equal_mass_grid(NOISE, 8)
     batches = [(torch.zeros(6, 1), torch.tensor([1, 1, 1, 0, 2, 3])), (torch.zeros(2, 1), torch.tensor([1, 0]))]

@@ -28,6 +28,17 @@ def test_with_constant_logits_the_bound_is_the_cross_entropy(noise, classes, wid
     assert float(nats.sum()) == pytest.approx(cross_entropy, rel=0.01)
 
 
+@pytest.mark.parametrize("noise", [LogNormal(), LogNormal(0.3, 0.8, 0.05, 20.0)])
+def test_the_bound_of_an_exact_posterior_is_the_same_under_bfloat16_autocast(noise):
+    """At sigma = 0.002 the rounding of a bfloat16 product, divided by sigma^2, would be 0.4 nats."""
+    generator = torch.Generator().manual_seed(0)
+    logits, y = torch.randn(65, generator=generator), torch.randint(65, (2000,), generator=generator)
+    codebook = make_codebook(65, 128)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = bound(logits, y, codebook, noise, blocks=4)
+    assert torch.equal(rounded, bound(logits, y, codebook, noise, blocks=4))
+
+
 def test_the_split_does_not_change_the_sum_and_each_share_is_its_own_interval():
     generator = torch.Generator().manual_seed(0)
     logits, y = torch.randn(10, generator=generator), torch.randint(10, (20_000,), generator=generator)

@@ -70,6 +70,19 @@ def test_classes_sampled_with_an_oracle_follow_it(calls):
     assert chi_square < 24.3
 
 
+def test_under_bfloat16_autocast_a_walk_with_an_oracle_ends_at_the_same_classes():
+    codebook, sigmas, z_seen = make_codebook(65, 64), equal_mass_grid(NOISE, 16), []
+
+    def posterior(z, sigma):
+        z_seen.append(z)
+        return oracle(torch.full((65,), 1 / 65), codebook)(z, sigma)
+
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            sample_classes(posterior, codebook, (50,), sigmas, torch.Generator().manual_seed(0))
+    assert all(map(torch.equal, z_seen[:16], z_seen[16:])) and len(z_seen) == 32
+
+
 def test_draws_follow_the_probabilities_given():
     log_p = torch.tensor([0.7, 0.2, 0.1]).log().expand(20_000, 1, 3)
     shares = torch.bincount(draw(log_p, torch.Generator().manual_seed(0)).flatten()) / 20_000
