@@ -195,6 +195,17 @@ def test_only_names_blocks_that_exist(tmp_path):
             make_run(tmp_path, only=wrong, blocks=4)
 
 
+def test_who_has_seen_all_blocks_finished_reports_and_nobody_else(tmp_path):
+    first, second = (make_run(tmp_path, only=b, blocks=2) for b in "01")
+    train(first)
+    assert not first.ready()
+    train(second)
+    assert not first.complete() and second.ready() and second.complete()
+    again = make_run(tmp_path, blocks=2, eval_only=True)
+    train(again)
+    assert again.ready() and not again.complete()
+
+
 # --- files ---
 
 

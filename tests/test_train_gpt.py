@@ -248,6 +248,41 @@ def test_only_trains_one_block_and_the_last_one_completes_the_run(small, tmp_pat
     assert code == 0 and "bits per character" in out and (tmp_path / "run" / "result.json").exists()
 
 
+def test_a_block_that_another_process_finishes_meanwhile_is_left_to_that_process(small, tmp_path, monkeypatch):
+    """Between this process's last look at the files and its end."""
+    ready, ends = train_gpt.Run.ready, []
+
+    def ready_and_then_the_other_ends(run):
+        answer = ready(run)
+        if run.only == "0":
+            ends.append(small("--out", tmp_path / "run", "--blocks", "2", "--only", "1")[0])
+            assert (tmp_path / "run" / "result.json").exists()
+        return answer
+
+    monkeypatch.setattr(train_gpt.Run, "ready", ready_and_then_the_other_ends)
+    code, _, err = small("--out", tmp_path / "run", "--blocks", "2", "--only", "0")
+    assert code == 0 and ends == [0], err
+
+
+@pytest.mark.parametrize("recipe", ["nano", "paper"])
+def test_the_bound_of_trained_blocks_and_its_shares_are_the_same_in_bfloat16(small, tmp_path, monkeypatch, recipe):
+    found = []
+
+    def score_twice(*arguments):
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                found.append(score_text(*arguments))
+        return found[0]
+
+    monkeypatch.setattr(train_gpt, "score_text", score_twice)
+    code, _, err = small("--out", tmp_path / "run", "--recipe", recipe, "--steps", "60")
+    assert code == 0, err
+    exact, rounded = (torch.tensor(metrics["nats_per_block"]) for metrics in found)
+    assert len(exact) == 4 and not torch.equal(exact, rounded)
+    torch.testing.assert_close(rounded, exact, rtol=0.01, atol=0.01 * float(exact.sum()))
+    assert float(rounded.sum()) == pytest.approx(float(exact.sum()), rel=0.01)
+
+
 BAD = {
     ("--blocks", "5"): "--blocks 5 is more than --layers 4",
     ("--blocks", "0"): "--blocks must be at least 1",

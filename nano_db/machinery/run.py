@@ -99,6 +99,7 @@ class Run:
             raise UsageError(f"--micro-batch {self.micro_batch} must divide the batch of {self.batch_size} samples")
         # Of this round; steps taken by this process so far; (loss, gradient norm) since the last look; files of `keep`:
         self.step_to_reach, self.trained, self.losses, self.kept = 0, 0, [], {}
+        self.finished = False  # whether `ready` has found all blocks at their last step, and told to evaluate them
 
     # --- the training loop, from outside to inside ---
 
@@ -178,24 +179,24 @@ class Run:
     def ready(self):
         """Whether this process shall evaluate now. Process 0 waits until all others have trained their blocks."""
         self.worker.wait_for_all()
-        alone = self.only or self.worker.ranks > 1
-        if self.worker.rank or (alone and self.unfinished()):
-            if not self.worker.rank:
-                print(f"still to train: blocks {', '.join(map(str, self.unfinished()))} of {self.folder}")
+        if self.worker.rank:
+            return False
+        steps = [self.step_of(b) for b in range(self.count)]  # looked at once: others may be training these blocks
+        unfinished = [b for b in range(self.count) if steps[b] < self.settings.steps]
+        if unfinished and (self.only or self.worker.ranks > 1):
+            print(f"still to train: blocks {', '.join(map(str, unfinished))} of {self.folder}")
             return False
         if self.trained or self.last_round:
-            step = min(self.step_of(b) for b in range(self.count))
-            print(f"after {step} steps" + (" of each network:" if self.count > 1 else ":"))
+            print(f"after {min(steps)} steps" + (" of each network:" if self.count > 1 else ":"))
+            self.finished = not unfinished
             return True
         return False
 
     def complete(self):
-        """Whether all blocks have taken all steps, and this process is to report (after --eval-only: no)."""
-        return not (self.worker.rank or self.settings.eval_only or self.unfinished())
-
-    def unfinished(self):
-        """Numbers of the blocks that still have steps to go."""
-        return [b for b in range(self.count) if self.step_of(b) < self.settings.steps]
+        """Whether this process has evaluated blocks that had taken all steps, and is to report (after --eval-only: no).
+        It goes by what `ready` saw: another process may have finished the last block since.
+        """
+        return self.finished and not self.settings.eval_only
 
     # --- files ---
 
