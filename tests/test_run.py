@@ -10,7 +10,7 @@ from conftest import same, tensors
 
 from nano_db.errors import UsageError
 from nano_db.machinery.files import read_config, read_metrics
-from nano_db.machinery.run import Run, learning_rate, make_optimizer, seed_from
+from nano_db.machinery.run import Run, ema_decay, learning_rate, make_optimizer, seed_from
 from nano_db.machinery.settings import Blocks, Training
 
 
@@ -138,10 +138,27 @@ def test_ema_is_the_moving_average_of_the_weights(tmp_path):
         state = torch.load(tmp_path / "block_0.pt", weights_only=True)
         assert state["step"] == step
         for name, tensor in state["weights"].items():
-            expected[name] = 0.9 * expected[name] + 0.1 * tensor
+            decay = step / (9 + step)  # 0.1, 0.18, ...: of the ramp, (1 + k) / (10 + k) with k steps taken before
+            expected[name] = decay * expected[name] + (1 - decay) * tensor
     trained = run.trained_block(lambda b: Regression(), 0).state_dict()
     for name in expected:
         torch.testing.assert_close(trained[name], expected[name])
+
+
+def test_the_average_of_a_short_run_is_not_of_its_first_weights(tmp_path):
+    """With a decay of 0.9999 for all of 24 steps they would be 99.8% of it."""
+    run = make_run(tmp_path, ema=0.9999, only="0")
+    first = run.build(lambda b: Regression(), 0).state_dict()
+    train(run)
+    state, shares, share = torch.load(tmp_path / "block_0.pt", weights_only=True), [], 1.0
+    for name, tensor in state["weights"].items():
+        moved = (tensor - first[name]).norm()
+        assert (state["ema"][name] - first[name]).norm() > 0.3 * moved
+    for k in range(24):
+        shares.append(ema_decay(k, run.settings))
+        share *= shares[-1]
+    assert shares == sorted(shares) and shares[0] == 0.1 and share < 1e-6
+    assert ema_decay(89, Settings(ema=0.9)) == ema_decay(10**6, Settings(ema=0.9)) == 0.9
 
 
 def test_the_learning_rate_warms_up_and_follows_a_cosine():

@@ -70,6 +70,13 @@ def learning_rate(step, settings):
     return settings.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def ema_decay(step, settings):
+    """Decay of the moving average at `step`: short at first, so that an average over few steps forgets the random first
+    weights (as in TensorFlow's ExponentialMovingAverage), then settings.ema.
+    """
+    return min(settings.ema, (1 + step) / (10 + step))
+
+
 class Run:
     """script: its name, like "gpt". settings: those of machinery/settings.py. depends_on: what else the weights depend
     on, like the data's checksum, as plain values.
@@ -317,11 +324,11 @@ class Run:
 
     def _after_step(self, b, module, optimizer, at, stop):
         """Averages; now and then a line of metrics, and one on the screen; the file. at: see _restore."""
-        at.step, self.trained = at.step + 1, self.trained + 1
         if at.ema:
             weights = module.state_dict()
             averages = [at.ema[name] for name in weights]
-            torch._foreach_lerp_(averages, list(weights.values()), 1 - self.settings.ema)  # one kernel for all
+            torch._foreach_lerp_(averages, list(weights.values()), 1 - ema_decay(at.step, self.settings))  # one kernel
+        at.step, self.trained = at.step + 1, self.trained + 1
         log_every = max(1, min(50, self.settings.steps // 10))
         save = at.step == self.step_to_reach or at.step % (5 * log_every) == 0
         # A team looks at requests to stop at fixed steps only: all its members must stop at the same one.

@@ -56,7 +56,7 @@ class Training:
     final_rate: float = training(0.1, "last learning rate, as a share of the peak", flag=False)
     weight_decay: float = training(0.01, "AdamW's, on matrices only", least=0, flag=False)
     clip: float = training(1.0, "largest norm of a block's gradient", above=0, flag=False)
-    ema: float = training(0.0, "decay of the average of the weights that is evaluated; 0: none", least=0, below=1)
+    ema: float = training(0.0, "decay of the average of the weights that is evaluated, less at first; 0: none", least=0, below=1)
     seed: int = training(0, "of everything random", least=0, below=2**31)
     device: str = training("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"), resumable=True)
     dtype: str = training("auto", "auto: bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16"))
