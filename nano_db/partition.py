@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from nano_db.errors import UsageError
+from nano_db.layers import open_gates
 from nano_db.schedule import quantiles
 
 
@@ -82,11 +83,15 @@ def parse_split(split, layers, blocks):
 def begin_with(block, network, first):
     """The weights that a block begins with if it takes the layers of a trained network from number `first` on, and what
     surrounds them: embeddings, readout. block, network: state_dicts. What the network does not have, or has in another
-    shape, stays as it is in `block`: a denoising head, say.
+    shape, stays as it is in `block`: a denoising head, say. But a layer that is modulated only in the block gets open
+    gates, for behind gates that are zero the layers taken would do nothing.
     """
     begun = {}
     for name, own in block.items():
         there = re.sub(r"^network\.layers\.(\d+)", lambda found: f"network.layers.{first + int(found[1])}", name)
         fits = there in network and network[there].shape == own.shape
         begun[name] = network[there] if fits else own
+        layer = re.fullmatch(r"(network\.layers\.\d+)\.modulation\.bias", there)
+        if layer and there not in network and f"{layer[1]}.attention.qkv.weight" in network:
+            begun[name] = open_gates(own)
     return begun

@@ -12,7 +12,7 @@ import train_gpt
 import train_vit
 from nano_db.block import DiffusionBlock, EndToEnd
 from nano_db.errors import UsageError
-from nano_db.heads import DenoisingHead, EDMHead, PosteriorHead, make_codebook
+from nano_db.heads import DenoisingHead, EDMHead, PaperHead, PosteriorHead, make_codebook
 from nano_db.machinery.conversion import checksum, network_weights
 from nano_db.machinery.files import read_config
 from nano_db.partition import begin_with
@@ -66,6 +66,41 @@ def test_of_a_denoising_head_the_readout_is_taken_and_the_rest_begins_as_always(
     torch.testing.assert_close(block.head.residual(block.features(x, z, torch.ones(1)), z, torch.ones(1)), expected)
     for name in ("head.up.weight", "head.out.weight", "head.noise_embedding.mlp.0.weight"):
         assert torch.equal(block.state_dict()[name], before[name])
+
+
+def begun(block, network, first):
+    block.load_state_dict(begin_with(block.state_dict(), network.state_dict(), first))
+    return block.network.eval()
+
+
+def test_a_gpt_of_two_streams_begins_as_the_network_it_starts_from():
+    """Its layers are modulated, and the network's are not. The noisy copy at place t stands for token t + 1: given that
+    token's own embedding as z, it finds what the network finds at place t + 1.
+    """
+    settings, codebook = train_gpt.Settings(width=16, heads=2), make_codebook(11, 16)
+    network = filled(EndToEnd(train_gpt.GPT(11, settings, 2), PosteriorHead(codebook)), 0)
+    block = DiffusionBlock(train_gpt.GPT(11, settings, 2, shows_z=True), PaperHead(codebook), LogNormal(), (0.1, 1.0))
+    two_streams = begun(block, network, 0)
+    two_streams.from_z.weight.data = torch.eye(16)
+    x = torch.randint(11, (3, 10), generator=torch.Generator().manual_seed(1))
+    z = network.network.embedding(x[:, 1:])
+    torch.testing.assert_close(two_streams(x[:, :-1], z, torch.zeros(3)), network.network(x)[:, 1:])
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_vit_that_is_shown_z_begins_as_the_layers_it_takes(first):
+    settings, codebook = train_vit.Settings(width=16, heads=2, patch=8), make_codebook(10, 16)
+    network = filled(EndToEnd(train_vit.ViT((1, 32, 32), settings, 4), PosteriorHead(codebook)), 0)
+    vit = train_vit.ViT((1, 32, 32), settings, 2, shows_z=True)
+    shown = begun(DiffusionBlock(vit, PaperHead(codebook), LogNormal(), (0.1, 1.0)), network, first)
+    shown.from_z.weight.data.zero_()
+    network.network.layers, x = network.network.layers[first : first + 2], torch.randn(3, 1, 32, 32)
+    torch.testing.assert_close(shown(x, torch.randn(3, 16), torch.zeros(3)), network.network(x))
+
+
+def test_gates_stay_closed_where_no_layer_is_taken():
+    own = {"network.layers.0.modulation.bias": torch.zeros(6)}
+    assert not begin_with(own, {"network.embedding.weight": torch.ones(3)}, 0)["network.layers.0.modulation.bias"].any()
 
 
 def test_what_has_another_shape_stays():
@@ -157,6 +192,14 @@ def test_the_network_itself_can_be_trained_further(tmp_path):
     further = network_weights(tmp_path / "further")[0]
     assert step == 24 and all((further[name] - weights[name]).abs().max() < 1.5e-3 for name in weights)  # one of AdamW
     assert any((further[name] - weights[name]).abs().max() > 1e-4 for name in weights)
+
+
+def test_a_shallow_network_too_can_be_trained_further(small, tmp_path):
+    """Of fewer layers than a run of blocks would have blocks."""
+    shallow = ("--baseline", "--layers", "2", "--samples", "0")
+    assert small(*shallow, "--out", tmp_path / "network")[0] == 0
+    code, _, err = small(*shallow, "--start-from", tmp_path / "network", "--out", tmp_path / "further")
+    assert code == 0, err
 
 
 @pytest.mark.parametrize(

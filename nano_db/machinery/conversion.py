@@ -63,6 +63,7 @@ def begin(module, b, run):
     weights, _ = network_weights(settings.start_from)
     if checksum(weights) != run.fixed["start_from_sha256"]:
         raise UsageError(f"--start-from {settings.start_from}: its weights are not those with which this run began")
-    split = split_layers(settings.layers, settings.blocks, getattr(settings, "layer_split", ""))
-    first = 0 if settings.baseline else sum(split[:b])
+    first = 0
+    if not settings.baseline:  # of which each begins with all layers
+        first = sum(split_layers(settings.layers, settings.blocks, getattr(settings, "layer_split", ""))[:b])
     module.load_state_dict(begin_with(module.state_dict(), weights, first))
