@@ -56,7 +56,7 @@ class Settings(Blocks, Training):
     guidance: float = output(2.0, "classifier-free guidance; 1: none", least=0)
     test_images: int = output(1000, "held-out images to evaluate the loss on; 0: all", least=0)
     samples: int = output(39, "images to paint for samples.png", least=0)
-    export: int = output(0, "images to paint into the folder `images` of --out, a PNG each", least=0)
+    export: int = output(0, "images to paint into the folder `images` of --out, a PNG each", least=0, once=True)
     frechet_images: int = output(500, "images to paint for frechet_small; 0: none", least=0)
     frechet_steps: int = output(300, "training steps of the classifier behind frechet_small", flag=False)
 

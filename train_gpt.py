@@ -51,8 +51,11 @@ class Settings(Discrete, Blocks, Training):
     )
     calls_per_block: int = method(4, "Euler calls of each block, a token", flag=False, resumable=True)
     eval_windows: int = output(0, "held-out windows to evaluate on; 0: all", least=0)
-    export: int = output(0, "held-out texts to write anew after their first quarter, into texts.jsonl", least=0)
-    prompt: str = output("", "what the samples continue (default: the first held-out tokens)")
+    export: int = output(0, "held-out texts to continue after their first quarter (texts.jsonl)", least=0, once=True)
+    prompt: str = output(
+        "", "what the samples continue (default: the first held-out tokens)", once=True,
+        idle=lambda settings: not settings.samples and "--samples 0",
+    )  # fmt: skip
     temperature: float = output(0.8, "of the samples; below 1 is more cautious", least=0.01)
     sample_length: int = output(500, "tokens to write", flag=False)
 

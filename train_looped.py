@@ -56,9 +56,12 @@ class Settings(Discrete, Training):
     mean_recurrence: float = method(32.0, "mean of the Poisson rate of further turns", flag=False)
     backprop_turns: int = method(8, "last turns of the loop that keep a graph", least=1, of="baseline")
     eval_windows: int = output(0, "held-out windows to evaluate on; 0: all", least=0)
-    export: int = output(0, "held-out texts to write anew after their first quarter, into texts.jsonl", least=0)
+    export: int = output(0, "held-out texts to continue after their first quarter (texts.jsonl)", least=0, once=True)
     calls: int = output(16, "K: Euler calls a token; for the baseline, turns of the loop", least=1)
-    prompt: str = output("", "what the samples continue (default: the first held-out tokens)")
+    prompt: str = output(
+        "", "what the samples continue (default: the first held-out tokens)", once=True,
+        idle=lambda settings: not settings.samples and "--samples 0",
+    )  # fmt: skip
     temperature: float = output(0.8, "of the samples; below 1 is more cautious", least=0.01)
     sample_length: int = output(300, "tokens to write", flag=False)
 

@@ -48,10 +48,13 @@ class Settings(Blocks, Training):
     layer_split: str = network("", "layers of each block, most masked first, like 3,6,3 (default: even)", of="blocks")
     schedule: str = method("linear", "visible share alpha(t)", choices=("linear", "cosine"))
     eval_windows: int = output(0, "held-out windows to evaluate on; 0: all", least=0)
-    export: int = output(0, "held-out texts to write anew after their first quarter, into texts.jsonl", least=0)
+    export: int = output(0, "held-out texts to continue after their first quarter (texts.jsonl)", least=0, once=True)
     unmask_steps: int = output(128, "steps from hidden to visible", least=1)
     temperature: float = output(0.6, "of the samples; below 1 is more cautious", least=0.01)
-    fill: str = output("", f"a text whose gaps ({GAP}) are to be filled; the samples are of it")
+    fill: str = output(
+        "", f"a text whose gaps ({GAP}) are to be filled; the samples are of it", once=True,
+        idle=lambda settings: not settings.samples and "--samples 0",
+    )  # fmt: skip
 
 
 PRESETS = {

@@ -35,7 +35,10 @@ from nano_db.stack import put_together
 @dataclass
 class Settings(Discrete, Blocks, Training):
     data: str = training("glyphs", "labelled images", choices=NAMES)
-    glyphs: int = training(18_000, "how many glyphs to draw for training", least=100)
+    glyphs: int = training(
+        18_000, "how many glyphs to draw for training", least=100,
+        idle=lambda settings: settings.data != "glyphs" and f"--data {settings.data}",
+    )  # fmt: skip
     augment: str = training("standard", "training images", choices=("none", "flip", "standard"), flag=False)
     patch: int = network(4, "side of a patch in pixels", least=1)
     positions: float = network(1.0, "size (root mean square) of the embeddings of a patch's place", least=0)

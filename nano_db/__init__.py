@@ -6,3 +6,5 @@ layers -> block (the loss: the whole method) -> stack (the blocks put together) 
 images. (codes are an option, tables that need no training.) Then a script, train_gpt.py first. machinery/ and
 laboratory/ can stay closed.
 """
+
+__version__ = "0.2.0"  # raised whenever a change moves the numbers that runs give

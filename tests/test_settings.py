@@ -1,3 +1,4 @@
+import json
 import re
 import sys
 from dataclasses import dataclass, fields
@@ -28,7 +29,7 @@ class Settings(Discrete, Training):
     hidden: int = network(1, "no user needs it", flag=False)
     sharpness: float = method(0.5, "of the head", above=0, of="blocks")
     ways: str = training("one", "to go", choices=("one", "two"))
-    words: str = output("", "to print")
+    words: str = output("", "to print", once=True, idle=lambda settings: not settings.samples and "--samples 0")
 
 
 PRESETS = {
@@ -107,6 +108,11 @@ def test_help_has_each_flag_under_its_heading_with_what_it_is_when_none_is_given
         (["--baseline", "--recipe", "paper"], "--recipe does nothing for the baseline method: drop it"),
         (["--device", "mps"], "--device mps: there is none at hand"),
         (["--eval-only", "--preset", "tiny"], "--preset does nothing with --eval-only"),
+        (["--eval-only", "--recipe", "paper"], "--recipe does nothing with --eval-only"),
+        (["--eval-only", "--compile"], "--compile does nothing with --eval-only"),
+        (["--eval-only", "--rounds", 3], "--rounds does nothing with --eval-only"),
+        (["--eval-only", "--checkpoint-activations"], "--checkpoint-activations does nothing with --eval-only"),
+        (["--words", "a", "--samples", 0], "--words does nothing with --samples 0: drop one of them"),
         (["--eval-only", "--out", "nowhere"], "nowhere holds no run"),
     ],
 )
@@ -115,6 +121,58 @@ def test_what_is_out_of_its_limits_or_does_nothing_is_refused(read, monkeypatch,
     with pytest.raises(UsageError) as error:
         read(*flags)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+@in_all_scripts
+def test_an_evaluation_alone_refuses_what_only_training_heeds(cli, tmp_path, script):
+    values = {"preset": ["tiny"], "recipe": ["nano"], "rounds": [2], "only": [1], "micro_batch": [1]}
+    refused = values.keys() & {f.name for f in fields(script.Settings)} | {"compile", "checkpoint_activations"}
+    for name in refused:
+        flag = "--" + name.replace("_", "-")
+        code, _, err = cli("--eval-only", flag, *values.get(name, []), "--out", tmp_path, main=script.main)
+        assert code == 2 and f"{flag} does nothing with --eval-only" in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize(
+    "script, flags, message",
+    [
+        (train_gpt, "--samples 0 --prompt ab", "--prompt does nothing with --samples 0"),
+        (train_looped, "--samples 0 --prompt ab", "--prompt does nothing with --samples 0"),
+        (train_mdm, "--samples 0 --fill a_", "--fill does nothing with --samples 0"),
+        (train_vit, "--data cifar10 --glyphs 200", "--glyphs does nothing with --data cifar10"),
+        (train_gpt, "--only 1 --rounds 2", "--rounds does nothing with --only"),
+    ],
+)
+def test_a_flag_that_another_one_leaves_without_effect_is_refused(cli, tmp_path, script, flags, message):
+    code, _, err = cli(*flags.split(), "--out", tmp_path / "run", main=script.main)
+    assert code == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "run").exists(), err
+
+
+def write_config(folder, **settings):
+    config = {"script": "toy", "depends_on": {}, "settings": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_an_evaluation_alone_inherits_no_flag_that_was_for_one_time(read, tmp_path):
+    write_config(tmp_path, words="a", width=5)
+    settings = read("--eval-only", "--out", tmp_path)
+    assert (settings.width, settings.words) == (5, "")
+    assert read("--eval-only", "--out", tmp_path, "--words", "b").words == "b"
+
+
+@pytest.mark.parametrize("computes, dtype", [(True, "bfloat16"), (False, "float32")])
+def test_the_dtype_is_settled_once_and_a_run_keeps_its_own_on_another_device(
+    read, tmp_path, monkeypatch, computes, dtype
+):
+    assert read("--device", "cpu", "--out", tmp_path).dtype == "float32"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: computes)
+    assert read("--device", "cuda", "--out", tmp_path).dtype == dtype
+    for own in ("float32", "bfloat16"):
+        write_config(tmp_path, dtype=own)
+        assert read("--device", "cuda", "--out", tmp_path).dtype == own
+        assert read("--device", "cpu", "--out", tmp_path).dtype == own
+    assert read("--device", "cuda", "--out", tmp_path, "--dtype", "float32").dtype == "float32"
 
 
 @in_all_scripts
@@ -147,7 +205,7 @@ def another(field, value):
 
 
 @pytest.mark.parametrize(
-    "field", [f for f in fields(RunSettings) if f.name not in ("out", "device")], ids=attrgetter("name")
+    "field", [f for f in fields(RunSettings) if f.name not in ("out", "device", "start_from")], ids=attrgetter("name")
 )
 def test_a_run_goes_on_with_other_resumable_settings_and_with_no_others(tmp_path, monkeypatch, field):
     monkeypatch.setattr("torch.nn.Module.compile", lambda self: None)

@@ -65,6 +65,13 @@ def test_painted_images_can_be_exported(dit, tmp_path):
     assert code == 2 and "holds images already" in err and len(list((tmp_path / "run" / "images").iterdir())) == 3
 
 
+def test_a_run_that_has_exported_can_be_painted_again(dit, cli, tmp_path):
+    """As the script's own documentation says."""
+    assert dit("--frechet-images", "0", "--samples", "2", "--export", "3")[0] == 0
+    code, out, err = cli("--eval-only", "--guidance", "1", "--out", tmp_path / "run", main=train_dit.main)
+    assert code == 0 and "samples-again.png" in out and len(list((tmp_path / "run" / "images").iterdir())) == 3, err
+
+
 def test_the_ema_is_what_is_evaluated(dit, tmp_path):
     flags = ("--ema", "0.5", "--frechet-images", "0", "--samples", "0")
     dit(*flags)

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import sys
 
 import pytest
@@ -227,6 +228,54 @@ def test_eval_only_takes_the_settings_of_the_run_and_continues_the_prompt(small,
     config.write_text(config.read_text().replace('"width": 16', '"width": "16"'))
     code, _, err = cli("--eval-only", "--out", tmp_path / "run")
     assert code == 2 and "width is '16'" in err
+
+
+def test_what_was_asked_for_once_is_not_asked_for_again_by_an_evaluation_alone(small, cli, tmp_path):
+    run = ("--out", tmp_path / "run")
+    code, out, err = small(*run, "--blocks", "2", "--prompt", "the dog", "--export", "2")
+    assert code == 0 and "the dog|" in out, err
+    exported = (tmp_path / "run" / "texts.jsonl").read_bytes()
+    code, out, err = cli("--eval-only", *run, "--temperature", "2")
+    assert code == 0 and "the dog|" not in out and "exported" not in out, err
+    assert (tmp_path / "run" / "texts.jsonl").read_bytes() == exported
+    small("--out", tmp_path / "two", "--blocks", "2", "--only", "1")
+    small("--out", tmp_path / "two", "--blocks", "2", "--only", "0")
+    code, out, err = cli("--eval-only", "--out", tmp_path / "two")
+    assert code == 0 and "bits per character" in out, err
+
+
+def test_a_result_says_how_it_was_evaluated(small, tmp_path):
+    """A finished run, evaluated again: its config.json stays, and says how it was evaluated first."""
+    for walk in ("averaged", "last"):
+        code, _, err = small("--out", tmp_path / "run", "--blocks", "2", "--walk", walk)
+        assert code == 0, err
+        result = json.loads((tmp_path / "run" / "result.json").read_text())
+        assert result["settings"]["walk"] == walk and result["settings"]["width"] == 16
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["walk"] == "averaged"
+
+
+def test_blocks_are_combined_though_the_same_data_and_network_lay_elsewhere(small, cli, tmp_path, text_file):
+    copy = tmp_path / "mounted"
+    copy.mkdir()
+    assert small("--baseline", "--samples", "0", "--out", tmp_path / "network")[0] == 0
+    shutil.copy(text_file, copy / "the text.txt")
+    shutil.copytree(tmp_path / "network", copy / "network")
+    here = ("--data", text_file, "--start-from", tmp_path / "network")
+    there = ("--data", copy / "the text.txt", "--start-from", f"{copy / 'network'}/")
+    for b, (name, flags) in enumerate({"a": here, "b": there}.items()):
+        code, _, err = small("--blocks", "2", "--only", b, *flags, "--out", tmp_path / name)
+        assert code == 0, err
+    shutil.copy(tmp_path / "b" / "block_1.pt", tmp_path / "a")
+    code, out, err = cli("--eval-only", "--out", tmp_path / "a")
+    assert code == 0 and "bits per character" in out, err
+    code, out, err = small("--blocks", "2", *there, "--out", tmp_path / "a")  # and the run goes on from there
+    assert code == 0 and "loss" not in out, err
+    (copy / "the text.txt").write_text("the slow brown fox jumps over the lazy dog. " * 80)
+    code, _, err = cli("--eval-only", "--out", tmp_path / "a", "--data", copy / "the text.txt")
+    assert code == 2 and "data_sha256" in err and err.count("\n") == 1, err
+    small("--baseline", "--samples", "0", "--seed", "1", "--out", tmp_path / "other")
+    code, _, err = small("--blocks", "2", *here[:2], "--start-from", tmp_path / "other", "--out", tmp_path / "a")
+    assert code == 2 and "start_from_sha256" in err and err.count("\n") == 1, err
 
 
 def test_one_window_is_evaluated_where_one_is_asked_for(small, tmp_path, heldout_windows):

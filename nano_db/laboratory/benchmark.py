@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -40,6 +40,7 @@ class Bench:
         seconds = [(state := run.load_block(b, whole=False))["seconds"] / state["step"] for b in range(run.count)]
         result = {"script": run.script, "method": settings.method, "blocks": run.count, "steps": settings.steps}
         result |= {"seed": settings.seed, "device": run.device, "versions": VERSIONS, "metrics": metrics}
+        result["settings"] = asdict(settings)  # what was evaluated: config.json has those of the run's first command
         result |= {"seconds_per_step": max(seconds), "seconds_per_step_all_blocks": sum(seconds)}
         result |= costs[settings.method]
         write_json(run.folder / "result.json", result)

@@ -77,12 +77,12 @@ def keep_record(experiment, seed, out, folder, jobs):
     """Write the JSON file of a run that has ended."""
     run = out / experiment.file(seed)
     result = read_result(run)
-    if "settings" in result:  # neighbours keep no config.json
-        settings, depends_on = result.pop("settings"), {"data_sha256": result.pop("data_sha256")}
+    settings = result.pop("settings")
+    if "data_sha256" in result:  # neighbours keep no config.json
+        depends_on = {"data_sha256": result.pop("data_sha256")}
         del result["command"]
     else:
-        config = read_config(run)
-        settings, depends_on = config["settings"], config["depends_on"]
+        depends_on = read_config(run)["depends_on"]
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
     machine = {"cpu": (names or [platform.machine()])[0], "cores": os.cpu_count(), "jobs at a time": jobs}
     if result["device"] == "cpu":

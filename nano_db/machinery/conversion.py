@@ -30,11 +30,14 @@ def checksum(weights):
 
 
 def start_checksum(settings, script, depends_on):
-    """The checksum of the network to start from. Of a run that has begun it stands in its config.json; else it is made
-    here. Raises UsageError for a run that is not finished, not end to end, or of another script, network or data.
+    """The checksum of the network to start from. If the run has begun with the same --start-from, it stands in its
+    config.json, and the network may be gone; else it is made here. Raises UsageError for a network whose run is not
+    finished, not end to end, or of another script, network or data.
     """
     if (Path(settings.out) / "config.json").exists():
-        return read_config(settings.out)["depends_on"].get("start_from_sha256")
+        config = read_config(settings.out)
+        if config["settings"].get("start_from") == settings.start_from:
+            return config["depends_on"].get("start_from_sha256")
     folder, flag = Path(settings.start_from), f"--start-from {settings.start_from}"
     if not (folder / "config.json").exists():
         raise UsageError(f"{flag}: that folder holds no run (no config.json)")

@@ -30,6 +30,7 @@ except ImportError:  # Windows
     fcntl = None
 
 FORMAT = "nano_db block 1"
+PATHS = {"data": "data_sha256", "start_from": "start_from_sha256"}  # settings that say where, and checksums of what
 CONTENT = {
     "block": int,
     "step": int,
@@ -117,8 +118,9 @@ def _load(path, whole, mend):
 
 
 def differences(there, here):
-    """In words, the settings of `here` that `there` has otherwise."""
-    return [f"{k} {there.get(k)!r} there, {v!r} here" for k, v in here.items() if there.get(k) != v]
+    """In words, the settings of `here` that `there` has otherwise. Paths may differ: the checksums decide."""
+    alike = [path for path, checksum in PATHS.items() if there.get(checksum) == here.get(checksum)]
+    return [f"{k} {there.get(k)!r} there, {v!r} here" for k, v in here.items() if there.get(k) != v and k not in alike]
 
 
 def identity(config):

@@ -27,6 +27,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from nano_db import __version__
 from nano_db.errors import UsageError, is_out_of_memory
 from nano_db.layers import checkpoint_layers, show_in_parts
 from nano_db.machinery.conversion import begin, start_checksum
@@ -45,7 +46,8 @@ from nano_db.machinery.files import (
 from nano_db.machinery.workers import Team, Worker, join
 
 OUT_OF_MEMORY = "try more --blocks (`python -m nano_db.laboratory.plan` says how many), --micro-batch or --batch-size"
-VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+VERSIONS = {"nano_db": __version__, "python": platform.python_version(), "torch": torch.__version__}
+VERSIONS |= {"numpy": np.__version__}
 
 
 def seed_from(*numbers):
@@ -87,8 +89,7 @@ class Run:
     def __init__(self, script, settings, **depends_on):
         self.script, self.settings, self.device, self.depends_on = script, settings, settings.device, depends_on
         self.folder = Path(settings.out)
-        auto = settings.dtype == "auto" and settings.device == "cuda" and torch.cuda.is_bf16_supported(False)
-        self.autocast = torch.autocast(settings.device, torch.bfloat16, auto or settings.dtype == "bfloat16")
+        self.autocast = torch.autocast(settings.device, torch.bfloat16, settings.dtype == "bfloat16")
         self.count = getattr(settings, "ensemble" if settings.baseline else "blocks", 1)
         if getattr(settings, "start_from", ""):
             depends_on["start_from_sha256"] = start_checksum(settings, script, depends_on)
@@ -120,7 +121,8 @@ class Run:
                 write_atomically(path, partial(torch.save, state))
         settings, alone = self.settings, self.only or self.worker.ranks > 1 or self.settings.eval_only
         if not (self.worker.rank or settings.eval_only):
-            print(f"preset {settings.preset} on {self.device}: {self.count} x {settings.steps} steps")
+            where = f"{self.device}, {settings.dtype}"
+            print(f"preset {settings.preset} on {where}: {self.count} x {settings.steps} steps")
         rounds = 1 if alone else settings.rounds
         with ExitStack() as locks:
             for b in () if self.team.place or settings.eval_only else self.mine:

@@ -11,6 +11,7 @@ import math
 import operator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -27,16 +28,21 @@ LIMITS = (
 PRESETS = ("auto", "tiny", "laptop", "gpu", "paper")
 
 
-def option(group, default, help, choices=None, least=None, below=None, above=None, of=None, flag=True, resumable=False):
+def option(
+    group, default, help, choices=None, least=None, below=None, above=None,
+    of=None, flag=True, resumable=False, trains=False, once=False, idle=lambda settings: "",
+):  # fmt: skip
     """A dataclass field, and the flag made from it, under the heading `group` of --help.
 
     choices, least (>=), above (>) and below (<) limit the value. of: "blocks" or "baseline", the one method that heeds
     it. flag=False: presets and recipes set it, no flag does. resumable: it may change between runs in one output
-    folder, because the trained weights do not depend on it.
+    folder, because the trained weights do not depend on it. trains: nor does an evaluation, so --eval-only refuses it.
+    once: it is for one command, and --eval-only does not inherit it. idle: a function of all settings that names the
+    flag with which this one does nothing, if there is such a flag.
     """
-    limits = {"choices": choices, "least": least, "below": below, "above": above}
-    about = {"group": group, "help": help, "of": of, "flag": flag, "resumable": resumable or group == "output"}
-    return field(default=default, metadata=about | limits)
+    about = {"group": group, "help": help, "choices": choices, "least": least, "below": below, "above": above}
+    about |= {"of": of, "flag": flag, "resumable": resumable or trains or group == "output"}
+    return field(default=default, metadata=about | {"trains": trains, "once": once, "idle": idle})
 
 
 method, network, training, output = (partial(option, group) for group in ("method", "network", "training", "output"))
@@ -46,23 +52,28 @@ method, network, training, output = (partial(option, group) for group in ("metho
 class Training:
     """What every script has."""
 
-    preset: str = training("auto", "scale; auto: gpu on CUDA, else laptop", choices=PRESETS, resumable=True)
+    preset: str = training("auto", "scale; auto: gpu on CUDA, else laptop", choices=PRESETS, trains=True)
     baseline: bool = method(False, "train the same network end to end with backpropagation instead")
     steps: int = training(1000, "steps of each block (or of the baseline)", least=1)
-    rounds: int = training(1, "turns of the blocks; the run is evaluated after each", least=1, resumable=True)
+    rounds: int = training(
+        1, "turns of the blocks; the run is evaluated after each", least=1, trains=True,
+        idle=lambda settings: getattr(settings, "only", "") and "--only",
+    )  # fmt: skip
     batch_size: int = training(32, "samples a step", least=1)
     learning_rate: float = training(1e-3, "peak of AdamW's learning rate", above=0)
     warmup: int = training(50, "steps of linear warm-up, before the cosine", least=0)
     final_rate: float = training(0.1, "last learning rate, as a share of the peak", flag=False)
     weight_decay: float = training(0.01, "AdamW's, on matrices only", least=0, flag=False)
     clip: float = training(1.0, "largest norm of a block's gradient", above=0, flag=False)
-    ema: float = training(0.0, "decay of the average of the weights that is evaluated, less at first; 0: none", least=0, below=1)
+    ema: float = training(0.0, "decay of the average of the weights that is evaluated; 0: none", least=0, below=1)
     seed: int = training(0, "of everything random", least=0, below=2**31)
     device: str = training("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"), resumable=True)
-    dtype: str = training("auto", "auto: bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16"))
-    compile: bool = training(False, "torch.compile the network", resumable=True)
+    dtype: str = training(
+        "auto", "auto: the run's own, at first bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16")
+    )
+    compile: bool = training(False, "torch.compile the network", trains=True)
     checkpoint_activations: bool = training(
-        False, "keep only a layer's input for the backward pass, and evaluate the layer again there", resumable=True
+        False, "keep only a layer's input for the backward pass, and evaluate the layer again there", trains=True
     )
     out: str = output("", "folder of the run (default: out/<script>-<method>)")
     eval_only: bool = output(False, "no training: evaluate and sample what the folder holds")
@@ -82,19 +93,19 @@ class Blocks:
     ensemble: int = method(1, "baselines trained independently and averaged (a control)", least=1, of="baseline")
     layers: int = network(8, "transformer layers in all", least=1)
     micro_batch: int = training(
-        0, "samples that the network sees at a time, twice, to save memory; 0: the batch", least=0, resumable=True
+        0, "samples that the network sees at a time, twice, to save memory; 0: the batch", least=0, trains=True
     )
     start_from: str = training("", "begin with the layers of a finished end-to-end run: the folder of that run")
-    only: str = training("", "train these blocks alone, like 2 or 0,3; evaluate when all are there", resumable=True)
+    only: str = training(
+        "", "train these blocks alone, like 2 or 0,3; evaluate when all are there", trains=True, once=True
+    )
 
 
 @dataclass
 class Discrete:
     """What scripts have besides whose blocks denoise a label or a token."""
 
-    recipe: str = method(
-        "nano", "bundle of options: ours, or the paper's", ("nano", "paper"), of="blocks", resumable=True
-    )
+    recipe: str = method("nano", "bundle of options: ours, or the paper's", ("nano", "paper"), of="blocks", trains=True)
     noise: str = method("nano", "noise levels", ("nano", "paper", "information"), of="blocks")
     loss_weight: str = method("none", "weight of the loss over sigma", choices=("none", "edm"), of="blocks")
 
@@ -105,7 +116,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_settings(script, settings_class, presets, recipes=None, description=None):
-    """The command line as checked settings, `device` being the one to use. Raises UsageError where it cannot.
+    """The command line as checked settings, `device` and `dtype` being those to use. Raises UsageError where it cannot.
 
     presets, recipes: {name: {field: value}}. A preset may have a twin of the name "<preset>-baseline", with what
     differs there. With --eval-only the settings saved in the run's folder take the place of preset and recipe.
@@ -123,7 +134,7 @@ def read_settings(script, settings_class, presets, recipes=None, description=Non
                 text += f" (default {value})" if value != "" else ""
                 form = {"type": kind, "choices": about["choices"]}
                 form["metavar"] = None if about["choices"] else kind.__name__
-            groups[about["group"]].add_argument("--" + f.name.replace("_", "-"), help=text, **form)
+            groups[about["group"]].add_argument(flag_of(f), help=text, **form)
     given = vars(parser.parse_args())
     at_hand = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if given.setdefault("device", "auto") == "auto":
@@ -132,8 +143,9 @@ def read_settings(script, settings_class, presets, recipes=None, description=Non
         raise UsageError(f"--device {given['device']}: there is none at hand; use --device cpu (or auto)")
     given.setdefault("out", f"out/{script}-{'baseline' if given.get('baseline') else 'blocks'}")
     if given.get("eval_only"):
-        if useless := [name for name in ("preset", "recipe") if name in given]:
-            raise UsageError(f"--{useless[0]} does nothing with --eval-only, which keeps the run's settings: drop it")
+        for f in dataclasses.fields(settings_class):
+            if f.name in given and f.metadata["trains"]:
+                raise UsageError(f"{flag_of(f)} does nothing with --eval-only, which trains nothing: drop it")
         bundle = stored_settings(script, settings_class, given["out"])
     else:
         preset = given.pop("preset", "auto")
@@ -146,11 +158,29 @@ def read_settings(script, settings_class, presets, recipes=None, description=Non
             bundle |= recipes[given.get("recipe", settings_class.recipe)]
     settings = settings_class(**{**bundle, **given})
     validate(settings, given)
+    if settings.dtype == "auto":
+        settings.dtype = usual_dtype(settings)
     return settings
 
 
+def usual_dtype(settings):
+    """What --dtype auto means: the dtype of the run in the folder, else one that suits the device. So a run that has
+    begun on a CPU goes on in float32 on a GPU.
+    """
+    if (Path(settings.out) / "config.json").exists():
+        kept = read_config(settings.out)["settings"].get("dtype")
+        if kept in ("float32", "bfloat16"):
+            return kept
+    computes = settings.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if computes else "float32"
+
+
+def flag_of(field):
+    return "--" + field.name.replace("_", "-")
+
+
 def stored_settings(script, settings_class, folder):
-    """The settings in a run's config.json that the class knows, if each has its field's type."""
+    """The settings in a run's config.json that the class knows and that are not for one time, if each has its type."""
     config, kept = read_config(folder), {}
     if config["script"] != script:
         raise UsageError(f"{folder} holds no run of train_{script}.py: name the folder of one with --out")
@@ -158,7 +188,8 @@ def stored_settings(script, settings_class, folder):
         value = config["settings"].get(f.name, f.default)
         if not isinstance(value, type(f.default)) and not (isinstance(f.default, float) and isinstance(value, int)):
             raise UsageError(f"the config.json of that run is damaged: {f.name} is {value!r}")
-        kept[f.name] = value
+        if not f.metadata["once"]:
+            kept[f.name] = value
     return kept
 
 
@@ -166,7 +197,7 @@ def validate(settings, given=()):
     """Raise UsageError for a value out of its limits, or for a flag among `given` that the method does not heed."""
     method = "baseline" if settings.baseline else "blocks"
     for f in dataclasses.fields(settings):
-        value, flag, about = getattr(settings, f.name), "--" + f.name.replace("_", "-"), f.metadata
+        value, flag, about = getattr(settings, f.name), flag_of(f), f.metadata
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{flag} must be a finite number, not {value}")
         for limit, words, fits in LIMITS:
@@ -176,3 +207,5 @@ def validate(settings, given=()):
             raise UsageError(f"{flag} must be one of {', '.join(map(str, about['choices']))}, not {value}")
         if f.name in given and about["of"] not in (None, method):
             raise UsageError(f"{flag} does nothing for the {method} method: drop it")
+        if f.name in given and (other := about["idle"](settings)):
+            raise UsageError(f"{flag} does nothing with {other}: drop one of them")
