@@ -26,10 +26,10 @@ from nano_db.laboratory.frechet import FEATURES, FrechetSmall
 from nano_db.layers import Layer, NoiseEmbedding, rms_norm
 from nano_db.machinery.run import OneAtATime, Run, command, make_optimizer
 from nano_db.machinery.settings import Blocks, Training, method, network, output, read_settings, training
-from nano_db.partition import make_partition, split_layers
-from nano_db.schedule import LogNormal, equal_mass_grid
+from nano_db.partition import make_partition, sampling_grid, split_layers
+from nano_db.schedule import LogNormal
 
-PAINT_BATCH = 250  # images painted at a time
+PAINT_BATCH, PAINT_TOGETHER = 250, 5000  # images that a block sees at a time; images on their way at a time
 
 
 @dataclass
@@ -90,7 +90,6 @@ class DiT(nn.Module):
 
     def __init__(self, shape, classes, settings, layers):
         super().__init__()
-        self.null_label, self.label_dropout = classes, settings.label_dropout
         self.patch, width = settings.patch, settings.width
         pixels = shape[0] * settings.patch**2
         self.embedding = nn.Linear(pixels, width)
@@ -107,8 +106,6 @@ class DiT(nn.Module):
 
     def forward(self, x, z, c_noise):
         """x (B,) labels, z (B, C, H, W) scaled noisy images, c_noise (B,)."""
-        if self.training:  # some labels are not told: so one network learns both terms of classifier-free guidance
-            x = torch.where(torch.rand(len(x), device=x.device) < self.label_dropout, self.null_label, x)
         h = self.embedding(patchify(z, self.patch)) + self.positions  # (B, T, width)
         cond = self.noise_embedding(c_noise) + self.label_embedding(x)  # (B, width)
         for layer in self.layers:
@@ -117,44 +114,56 @@ class DiT(nn.Module):
         return unpatchify(self.output(rms_norm(h) * (1 + scale) + shift), self.patch, z.shape[2])
 
 
-def paint(stack, count, noise, settings, first=0):
+def drop_labels(labels, share, null_label):
+    """In training some labels are not told: so one network learns both terms of classifier-free guidance. (B,)"""
+    return torch.where(torch.rand(len(labels), device=labels.device) < share, null_label, labels)
+
+
+def paint(stack, count, sigmas, settings, first=0):
     """Walk to `count` images, of each class in turn, numbered from `first`. Yields the States (sampler.py)."""
     generator = torch.Generator().manual_seed(settings.seed + first)
     labels = torch.arange(first, first + count, device=settings.device) % stack.null_label
-    return stack.walk(labels, equal_mass_grid(noise, settings.calls), settings.guidance, generator)
+    return stack.walk(labels, sigmas, settings.guidance, generator)
 
 
-def paint_many(stack, count, noise, settings):
-    """Yield (first, images (B, C, H, W)), PAINT_BATCH at a time: a walk's states are forgotten as it goes on."""
-    for first in range(0, count, PAINT_BATCH):
-        for state in paint(stack, min(PAINT_BATCH, count - first), noise, settings, first):
-            z = state.z
-        yield first, z.clamp(-1, 1).cpu()
+def paint_many(stack, count, sigmas, settings):
+    """Yield (first, images (B, C, H, W)), PAINT_BATCH at a time. PAINT_TOGETHER images take each step together, so that
+    a block is needed, and its file read, once for all of them. States are forgotten as the walk goes on.
+    """
+    for begin in range(0, count, PAINT_TOGETHER):
+        end = min(begin + PAINT_TOGETHER, count)
+        firsts = range(begin, end, PAINT_BATCH)
+        walks = [paint(stack, min(PAINT_BATCH, end - first), sigmas, settings, first) for first in firsts]
+        for states in zip(*walks, strict=True):
+            last = [state.z for state in states]
+        yield from ((first, z.clamp(-1, 1).cpu()) for first, z in zip(firsts, last, strict=True))
 
 
-def score_and_paint(stack, images, noise, settings, run):
-    """The held-out EDM loss and frechet_small, as metrics; samples.png, and images to export."""
+def score_and_paint(stack, images, noise, sigmas, settings, run):
+    """The held-out EDM loss and frechet_small, as metrics; samples.png, and images to export. sigmas: of the walk."""
     batches = list(images.test_batches(250, settings.test_images, settings.device))
-    with run.autocast:
+    with run.autocast:  # as in training
         metrics = edm_loss(stack, batches, noise, settings.sigma_data, seed=settings.seed)
     print(f"EDM loss {metrics['edm_loss']:.4f}, by block", *(f"{p:.4f}" for p in metrics["edm_loss_by_block"]))
     if settings.frechet_images:
         frechet = FrechetSmall(images, settings.frechet_images, settings.frechet_steps, settings.device)
         with run.autocast:  # of the blocks, and not of the classifier that judges them
-            painted = torch.cat([images for _, images in paint_many(stack, settings.frechet_images, noise, settings)])
+            painted = torch.cat([images for _, images in paint_many(stack, settings.frechet_images, sigmas, settings)])
         metrics |= {"frechet_small": frechet(painted), "frechet_small_real": frechet.floor}
         print(f"frechet_small {metrics['frechet_small']:.4f} (real images: {frechet.floor:.4f})")
     if settings.samples:
         from nano_db.laboratory.plots import draw_images  # matplotlib is slow to import
 
-        owners = [stack.partition.route(float(sigma)) for sigma in equal_mass_grid(noise, settings.calls)[:-1]]
+        owners = [stack.partition.route(float(sigma)) for sigma in sigmas[:-1]]
         names = [images.classes[i % len(images.classes)] for i in range(settings.samples)]
-        states = list(paint(stack, settings.samples, noise, settings))
+        with run.autocast:
+            states = list(paint(stack, settings.samples, sigmas, settings))
         draw_images(run.picture(), states, owners, names, settings.sigma_data)
-    for first, painted in paint_many(stack, settings.export if run.last_round else 0, noise, settings):
-        from nano_db.laboratory.plots import save_images
+    with run.autocast:
+        for first, painted in paint_many(stack, settings.export if run.last_round else 0, sigmas, settings):
+            from nano_db.laboratory.plots import save_images
 
-        save_images(run.folder / "images", painted, first)
+            save_images(run.folder / "images", painted, first)
     return metrics
 
 
@@ -171,6 +180,7 @@ def main():
     blocks = 1 if settings.baseline else settings.blocks
     partition = make_partition(noise, blocks, settings.partition, settings.overlap)
     layers = split_layers(settings.layers, blocks, settings.layer_split)
+    sigmas = sampling_grid(noise, partition, settings.calls)
 
     def make_block(b, layers=layers, partition=partition):
         network, span = DiT(shape, classes, settings, layers[b]), partition.training_range(b)
@@ -186,7 +196,7 @@ def main():
 
     def batch():
         y, labels = images.batch(run.batch_size, settings.augment, device)
-        return labels, y
+        return drop_labels(labels, settings.label_dropout, classes), y
 
     make = make_baseline if settings.baseline else make_block
     run = Run("dit", settings, data_sha256=images.sha256, edges=[round(edge, 5) for edge in partition.edges])
@@ -195,7 +205,7 @@ def main():
         make_block,
         make_baseline,
         batch,
-        lambda networks, count: list(paint(put_together(networks), count, noise, settings)),
+        lambda networks, count: list(paint(put_together(networks), count, sigmas, settings)),
     )
 
     for _ in run.rounds():
@@ -216,7 +226,7 @@ def main():
         if run.ready():  # all blocks are there
             # One block at a time is enough in memory; but networks that are averaged are asked together.
             trained = run.trained_blocks(make) if settings.ensemble > 1 else OneAtATime(run, make)
-            metrics = score_and_paint(put_together(trained), images, noise, settings, run)
+            metrics = score_and_paint(put_together(trained), images, noise, sigmas, settings, run)
             run.log_evaluation(metrics)
             del trained
     if run.complete():

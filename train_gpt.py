@@ -28,8 +28,8 @@ from nano_db.language import continue_prompt, generate, score_text, writer
 from nano_db.layers import Layer, NoiseEmbedding, causal_mask, rms_norm, rotary_angles
 from nano_db.machinery.run import Run, command, make_optimizer
 from nano_db.machinery.settings import Blocks, Discrete, Training, method, network, output, read_settings, training
-from nano_db.partition import make_partition, split_layers
-from nano_db.schedule import Information, LogNormal, equal_mass_grid
+from nano_db.partition import make_partition, sampling_grid, split_layers
+from nano_db.schedule import Information, LogNormal
 from nano_db.stack import put_together
 
 
@@ -70,7 +70,7 @@ PRESETS = {
     ),
     "paper": dict(
         layers=12, width=768, heads=12, seq_len=256, batch_size=256, steps=100_000, warmup=2500, learning_rate=3e-4,
-        tokenizer="gpt2",
+        tokenizer="gpt2", data="",  # LM1B or OpenWebText, which --data has to name
     ),
 }  # fmt: skip
 RECIPES = {
@@ -142,7 +142,8 @@ def main():
     noise = NOISE.get(settings.noise) or Information(text.frequencies(), codebook, seed=settings.seed)
     blocks = 1 if settings.baseline else settings.blocks
     partition = make_partition(noise, blocks, settings.partition, settings.overlap)
-    layers, calls = split_layers(settings.layers, blocks), settings.calls_per_block * blocks
+    layers = split_layers(settings.layers, blocks)
+    sigmas = sampling_grid(noise, partition, settings.calls_per_block * blocks)
     average = settings.walk == "averaged"
 
     def make_block(b):
@@ -157,7 +158,7 @@ def main():
     def write(networks, count):  # the cost of a sample is measured by 16 tokens
         first = torch.zeros(count, 1, dtype=torch.long, device=device)
         model = put_together(networks, partition, average)
-        return generate(model, first, 16, settings.seq_len, equal_mass_grid(noise, calls))
+        return generate(model, first, 16, settings.seq_len, sigmas)
 
     run = Run("gpt", settings, data_sha256=text.sha256, edges=[round(edge, 5) for edge in partition.edges])
     if settings.codebook == "data":
@@ -185,14 +186,13 @@ def main():
             del block, optimizer, loss  # of this block nothing is in memory while the next one trains
         if run.ready():  # all blocks are there
             model = put_together(run.trained_blocks(make), partition, average)
-            with run.autocast:
+            with run.autocast:  # as in training
                 metrics = score_text(model, text, settings.seq_len, settings.eval_windows, settings.seed, device)
-            print(f"{metrics['bits_per_char']:.4f} bits per character", "" if settings.baseline else "(bound)")
-            print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
-            run.log_evaluation(metrics)
-            grid = equal_mass_grid(noise, calls)
-            run.keep_samples(continue_prompt(model, text, settings, grid))
-            export_texts(run, text, writer(model, settings, grid))
+                print(f"{metrics['bits_per_char']:.4f} bits per character", "" if settings.baseline else "(bound)")
+                print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
+                run.log_evaluation(metrics)
+                run.keep_samples(continue_prompt(model, text, settings, sigmas))
+                export_texts(run, text, writer(model, settings, sigmas))
             del model  # all blocks at once: the next round has no room for them
     if run.complete():
         bench.report(metrics, "bits_per_char", "bits per character")

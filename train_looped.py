@@ -78,7 +78,8 @@ PRESETS = {
     "gpu-baseline": dict(steps=800, warmup=40, calls=32),
     "paper": dict(
         width=512, heads=8, seq_len=256, batch_size=256, steps=100_000, warmup=2500, learning_rate=3e-4,
-        tokenizer="gpt2", checkpoint_activations=True,  # else 16 GiB (Huginn: 59)
+        tokenizer="gpt2", data="",  # LM1B or OpenWebText, which --data has to name
+        checkpoint_activations=True,  # else 16 GiB (Huginn: 59)
     ),
 }  # fmt: skip
 
@@ -162,7 +163,8 @@ class Huginn(nn.Module):
 
     def features(self, x, turns, cache=None, generator=None):
         """The coda's features after `turns` turns of the loop; only the last settings.backprop_turns keep a graph."""
-        s = math.sqrt(2 / 5) * torch.randn(*x.shape, self.settings.width, generator=generator)
+        device = generator.device if generator else x.device
+        s = math.sqrt(2 / 5) * torch.randn(*x.shape, self.settings.width, generator=generator, device=device)
         e, how = self.network.context(x, cache)
         s = s.to(e)
         for i in range(turns):
@@ -209,10 +211,11 @@ def quality_by_calls(model, text, settings, noise):
         for x, y in batches:
             if settings.baseline:
                 log_p = model.networks[0].log_p(x, turns=k)
-                nats -= float(log_p.gather(-1, y[..., None]).cpu().double().mean())
+                found = -float(log_p.gather(-1, y[..., None]).cpu().double().mean())
             else:
-                nats += nats_of_walk(model.posterior(x), y, model.codebook, equal_mass_grid(noise, k), generator)
-        bits[str(k)] = text.bits_per_character(nats / len(batches))
+                found = nats_of_walk(model.posterior(x), y, model.codebook, equal_mass_grid(noise, k), generator)
+            nats += y.numel() * found  # the last batch may be smaller
+        bits[str(k)] = text.bits_per_character(nats / sum(y.numel() for _, y in batches))
     return bits
 
 
@@ -261,18 +264,18 @@ def main():
             del block, optimizer, loss  # of this block nothing is in memory while the next one trains
         if run.ready():  # all blocks are there
             model = put_together(run.trained_blocks(make), make_partition(noise, 1))
-            with run.autocast:
+            with run.autocast:  # as in training
                 metrics = score_text(model, text, settings.seq_len, settings.eval_windows, settings.seed, device)
                 metrics["bits_per_char_by_calls"] = by_calls = quality_by_calls(model, text, settings, noise)
-            metrics["layer_evaluations"] = layers = layer_evaluations(settings)
-            kind = f"after {settings.calls} turns" if settings.baseline else "(bound)"
-            print(f"{metrics['bits_per_char']:.4f} bits per character {kind}")
-            print("bits per character by K:", *(f"{k}: {bits:.4f}" for k, bits in by_calls.items()))
-            print(f"layers evaluated a step: {layers['forward']:g} forward, {layers['backward']:g} backward")
-            run.log_evaluation(metrics)
-            grid = equal_mass_grid(noise, settings.calls)
-            run.keep_samples(continue_prompt(model, text, settings, grid))
-            export_texts(run, text, writer(model, settings, grid))
+                metrics["layer_evaluations"] = layers = layer_evaluations(settings)
+                kind = f"after {settings.calls} turns" if settings.baseline else "(bound)"
+                print(f"{metrics['bits_per_char']:.4f} bits per character {kind}")
+                print("bits per character by K:", *(f"{k}: {bits:.4f}" for k, bits in by_calls.items()))
+                print(f"layers evaluated a step: {layers['forward']:g} forward, {layers['backward']:g} backward")
+                run.log_evaluation(metrics)
+                sigmas = equal_mass_grid(noise, settings.calls)
+                run.keep_samples(continue_prompt(model, text, settings, sigmas))
+                export_texts(run, text, writer(model, settings, sigmas))
             del model
     if run.complete():
         bench.report(metrics, "bits_per_char", "bits per character")

@@ -104,6 +104,8 @@ def encode_fill(text, settings):
     """The text of --fill as tokens (T,), gaps as mask tokens; the rest of the length is hidden, too."""
     if len(settings.fill) > settings.seq_len:
         raise UsageError(f"--fill has {len(settings.fill)} characters, but the network reads {settings.seq_len}")
+    if settings.fill and GAP not in settings.fill:
+        raise UsageError(f"--fill has no gap to fill: write {GAP} in the place of each character to be found")
     mask = text.tokenizer.classes
     tokens = torch.full((settings.seq_len,), mask)
     for i, character in enumerate(settings.fill):
@@ -191,16 +193,16 @@ def main():
             model = [average(trained)] if settings.baseline else trained
             windows = text.heldout_batches(32, settings.seq_len, device, settings.eval_windows)
             generator = torch.Generator().manual_seed(settings.seed)
-            with run.autocast:
+            with run.autocast:  # as in training
                 nats = score_masked(model, (x for x, _ in windows), math.ceil(48 / blocks), generator)
-            total = float(nats.sum())
-            metrics = {"bits_per_char": text.bits_per_character(total), "nats_per_token": total}
-            metrics["nats_per_block"] = nats.tolist()
-            print(f"{metrics['bits_per_char']:.4f} bits per character (bound)")
-            print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
-            run.log_evaluation(metrics)
-            run.keep_samples(uncover(model, text, settings, device) if settings.samples else [])
-            export_texts(run, text, writer(model, settings))
+                total = float(nats.sum())
+                metrics = {"bits_per_char": text.bits_per_character(total), "nats_per_token": total}
+                metrics["nats_per_block"] = nats.tolist()
+                print(f"{metrics['bits_per_char']:.4f} bits per character (bound)")
+                print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
+                run.log_evaluation(metrics)
+                run.keep_samples(uncover(model, text, settings, device) if settings.samples else [])
+                export_texts(run, text, writer(model, settings))
             del trained, model  # all blocks at once: the next round has no room for them
     if run.complete():
         bench.report(metrics, "bits_per_char", "bits per character")

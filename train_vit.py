@@ -27,8 +27,8 @@ from nano_db.laboratory.benchmark import Bench
 from nano_db.layers import Layer, NoiseEmbedding, rms_norm
 from nano_db.machinery.run import Run, command, make_optimizer
 from nano_db.machinery.settings import Blocks, Discrete, Training, method, network, output, read_settings, training
-from nano_db.partition import make_partition, split_layers
-from nano_db.schedule import Information, LogNormal, equal_mass_grid
+from nano_db.partition import make_partition, sampling_grid, split_layers
+from nano_db.schedule import Information, LogNormal
 from nano_db.stack import put_together
 
 
@@ -123,11 +123,11 @@ class ViT(nn.Module):
         return h[:, 0] if self.readout == "token" else h.mean(1)
 
 
-def score_and_draw(model, images, grid, settings, run):
+def score_and_draw(model, images, sigmas, settings, run):
     """The accuracies, as metrics; and samples.png."""
     batches = images.test_batches(256, settings.test_images, settings.device)
     with run.autocast:
-        metrics, log_p, labels = score_images(model, batches, grid, settings.walks, settings.seed)
+        metrics, log_p, labels = score_images(model, batches, sigmas, settings.walks, settings.seed)
     for name, shares in metrics.items():
         print(name.replace("_", " "), *(f"{share:.4f}" for share in torch.tensor(shares).view(-1)))
     if settings.samples:
@@ -150,7 +150,8 @@ def main():
     noise = NOISE.get(settings.noise) or Information(equal, codebook, 0.2, 20.0, seed=settings.seed)
     blocks = 1 if settings.baseline else settings.blocks
     partition = make_partition(noise, blocks, settings.partition, settings.overlap)
-    layers, calls = split_layers(settings.layers, blocks), settings.calls_per_block * blocks
+    layers = split_layers(settings.layers, blocks)
+    sigmas = sampling_grid(noise, partition, settings.calls_per_block * blocks)
     average = settings.walk == "averaged"
 
     def make_block(b):
@@ -164,7 +165,7 @@ def main():
 
     def name_some(networks, count):  # the cost of a sample is measured by these
         x, _ = next(images.test_batches(count, count, device))
-        return classify(put_together(networks, partition, average), x, equal_mass_grid(noise, calls))
+        return classify(put_together(networks, partition, average), x, sigmas)
 
     make = make_baseline if settings.baseline else make_block
     run = Run("vit", settings, data_sha256=images.sha256, edges=[round(edge, 5) for edge in partition.edges])
@@ -188,7 +189,7 @@ def main():
             del block, optimizer, loss  # of this block nothing is in memory while the next one trains
         if run.ready():  # all blocks are there
             model = put_together(run.trained_blocks(make), partition, average)
-            run.log_evaluation(metrics := score_and_draw(model, images, equal_mass_grid(noise, calls), settings, run))
+            run.log_evaluation(metrics := score_and_draw(model, images, sigmas, settings, run))
             del model  # all blocks at once: the next round has no room for them
     if run.complete():
         bench.report(metrics, "accuracy", "share of test images named right")

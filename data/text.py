@@ -128,6 +128,11 @@ def load_text(name="pydocs", tokenizer="char", folder="data/cache", seq_len=1, e
     Raises UsageError for an unknown name, a file that cannot be read, or a text in which fewer than `export` windows
     of seq_len tokens are held out, or none.
     """
+    if not name:
+        raise UsageError(
+            "--preset paper needs --data: the path of a UTF-8 text, such as the paper's LM1B or OpenWebText "
+            f"(or one of {', '.join(TEXTS)})"
+        )
     text = TEXTS[name](folder) if name in TEXTS else _read_file(name)
     cut = text8.TRAIN if name == "text8" else len(text) * 9 // 10
     text = text[: text8.TRAIN + text8.VALIDATION] if name == "text8" else text

@@ -157,6 +157,7 @@ def unmask(blocks, x, steps, temperature=1.0, generator=None):
         t = block.schedule.time(alpha).float().to(x.device).expand(len(x))
         log_p = (block.network(x, t).float() / temperature).log_softmax(-1)
         chance = torch.rand(x.shape, dtype=torch.float64, generator=generator)
-        revealed = (x == classes) & (chance < (alpha_next - alpha) / (1 - alpha)).to(x.device)
+        share = (alpha_next - alpha) / (1 - alpha) if alpha < 1 else 1.0  # 1: nothing was hidden from the start
+        revealed = (x == classes) & (chance < share).to(x.device)
         x = torch.where(revealed, draw(log_p, generator), x)
         yield alpha_next, x

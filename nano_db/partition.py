@@ -58,6 +58,24 @@ def make_partition(noise, blocks, kind="probability", overlap=0.0):
     return Partition((noise.sigma_max, *inner, noise.sigma_min), overlap)
 
 
+def sampling_grid(noise, partition, calls):
+    """Where a sampler calls the blocks: `calls` descending levels, then 0. (calls + 1,) float64
+
+    The calls are shared out evenly (what is over goes to the first blocks). Those of a block are in its own interval, the
+    first at its top edge, with equal masses of p_noise between them. So each block is asked, whatever the edges are.
+    """
+    if calls < partition.blocks:
+        raise UsageError(f"--calls {calls}: each of the {partition.blocks} blocks needs at least one call")
+    parts = []
+    for b in range(partition.blocks):
+        (low, high), count = partition.interval(b), calls // partition.blocks + (b < calls % partition.blocks)
+        steps = torch.arange(count, dtype=torch.float64)
+        sigmas = noise.inverse_cdf((noise.cdf(high) * (count - steps) + noise.cdf(low) * steps) / count)
+        sigmas[0] = high  # to the last bit, too
+        parts.append(sigmas)
+    return torch.cat([*parts, torch.zeros(1, dtype=torch.float64)])
+
+
 def split_layers(layers, blocks, split=""):
     """Layers of each block, noisiest first: as even as possible (what is over goes first), or as `split` says."""
     if blocks > layers:

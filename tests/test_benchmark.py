@@ -1,6 +1,7 @@
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +25,7 @@ def test_layer_evaluations_are_counted_a_sample():
                 layer(torch.zeros(count, 3, 8))
 
     assert count_layers(networks, lambda: sample(networks, 5)) == 15
-    cost = Bench(SimpleNamespace(device="cpu"), None, None, None, sample)._cost_of_use(networks)
+    cost = Bench(SimpleNamespace(device="cpu", autocast=nullcontext()), None, None, None, sample)._cost_of_use(networks)
     assert cost["layer_evaluations"] == 3
     assert cost["weights"] == 2 * 12 * 8 * 8 * 4, "of the larger network: two layers of 12 d^2 weights"
     assert cost["seconds"] > 0

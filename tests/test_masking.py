@@ -149,6 +149,12 @@ def test_what_is_visible_never_changes_and_reveals_keep_pace():
     assert (x != 5).all()
 
 
+def test_a_text_without_masks_stays_as_it_is():
+    x = torch.randint(5, (3, 7))
+    for _, after in unmask(unigram_blocks(torch.full((5,), 0.2), 2), x, 4):
+        assert torch.equal(after, x)
+
+
 def test_each_block_is_called_for_its_own_interval():
     blocks = unigram_blocks(torch.full((3,), 1 / 3), 3)
     for _ in unmask(blocks, torch.full((1, 4), 3), 6):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nano_db.errors import UsageError
-from nano_db.partition import Partition, make_partition, split_layers
+from nano_db.partition import Partition, make_partition, sampling_grid, split_layers
 from nano_db.schedule import LogNormal, equal_mass_grid, sample_sigma
 
 # Interior edges of the paper's constants, by hand from exp(-1.2 + 1.2 * Phi^-1(q)).
@@ -46,6 +46,35 @@ def test_each_block_is_called_equally_often_and_first_at_its_own_top_edge():
         owners = partition.route(calls).tolist()
         assert owners == [b for b in range(blocks) for _ in range(5)]
         assert [calls[5 * b].item() for b in range(blocks)] == list(partition.edges[:-1])
+
+
+@pytest.mark.parametrize("kind", ["probability", "uniform"])
+@pytest.mark.parametrize("blocks, calls", [(1, 5), (3, 3), (3, 7), (4, 16), (12, 50)])
+def test_a_sampling_grid_calls_each_block_evenly_and_first_at_its_top_edge(kind, blocks, calls):
+    for noise in (LogNormal(), LogNormal(1.0, 0.8, 0.2, 20.0)):
+        partition = make_partition(noise, blocks, kind)
+        grid = sampling_grid(noise, partition, calls)
+        assert len(grid) == calls + 1 and grid[-1] == 0 and (grid.diff() < 0).all()
+        owners = partition.route(grid[:-1])
+        counts = torch.bincount(owners, minlength=blocks)
+        assert counts.min() >= 1 and counts.max() - counts.min() <= 1 and (counts.diff() <= 0).all()
+        for b in range(blocks):
+            mine = grid[:-1][owners == b]
+            assert mine[0] == partition.edges[b]
+            mass = noise.cdf(torch.cat([mine, torch.tensor(partition.edges[b + 1 : b + 2])])).diff()
+            torch.testing.assert_close(mass, mass[:1].expand(len(mass)), rtol=1e-6, atol=1e-9)
+
+
+def test_with_equal_probability_a_sampling_grid_is_the_grid_of_equal_mass():
+    noise = LogNormal(0.3, 0.8, 0.05, 20.0)
+    for blocks in (1, 2, 4):
+        grid, partition = equal_mass_grid(noise, 16), make_partition(noise, blocks)
+        torch.testing.assert_close(sampling_grid(noise, partition, 16), grid, rtol=1e-12, atol=0)
+
+
+def test_fewer_calls_than_blocks_are_refused():
+    with pytest.raises(UsageError, match="--calls 2: each of the 3 blocks needs at least one call"):
+        sampling_grid(LogNormal(), make_partition(LogNormal(), 3), 2)
 
 
 def test_overlap_stretches_both_ends_inside_the_whole_range():

@@ -1,6 +1,7 @@
 import os
 import resource
 import signal
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -53,6 +54,7 @@ def train(run, make=lambda b: Regression(), batch=lambda: [torch.randn(16, 4)], 
                 optimizer.step()
                 optimizer.zero_grad()
                 run.record(loss, norm)
+            del module, optimizer, loss
         if r == rounds:
             break
     return trained
@@ -203,6 +205,37 @@ def test_compile_leaves_the_names_of_the_weights(tmp_path, monkeypatch):
     train(make_run(tmp_path, compile=True, only="0"))
     weights = torch.load(tmp_path / "block_0.pt", weights_only=True)["weights"]
     assert len(compiled) == 1 and not any("_orig_mod" in name for name in weights)
+
+
+def test_a_compiled_network_is_freed_before_the_next_is_built(tmp_path, monkeypatch):
+    """It refers to itself, so that `del` does not free it. TorchDynamo's own backend needs no C++ compiler."""
+    compile, built = nn.Module.compile, []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile(self, backend="eager"))
+
+    def make(b):
+        assert not [b for b, weights in built if weights() is not None]
+        module = Regression()
+        built.append((b, weakref.ref(module.network[0].weight)))
+        return module
+
+    run = make_run(tmp_path, compile=True, rounds=2)
+    train(run, make)
+    assert len(built) == 6
+    run.trained_block(make, 0)
+
+
+def test_the_first_weights_and_the_steps_draw_from_streams_of_their_own(tmp_path):
+    draws = []
+    run = make_run(tmp_path, only="0")
+    run.build(lambda b: draws.append(torch.randn(100)) or Regression(), 0)
+    train(run, batch=lambda: draws.append(torch.randn(100)) or [torch.randn(16, 4)])
+    first, *steps = draws
+    assert len(steps) == 24 and not any(torch.isin(first, draw).any() for draw in steps)
+
+
+def test_a_block_that_is_named_twice_is_trained_once(tmp_path):
+    assert train(make_run(tmp_path, only="1,1")) == [1]
+    assert make_run(tmp_path, only="2,0,2").mine == [2, 0]
 
 
 def test_only_names_blocks_that_exist(tmp_path):

@@ -7,7 +7,7 @@ import torch
 import train_dit
 from nano_db.block import DiffusionBlock
 from nano_db.heads import EDMHead
-from nano_db.machinery.run import OneAtATime
+from nano_db.machinery.run import OneAtATime, Run
 from nano_db.sampler import State
 from nano_db.schedule import LogNormal
 
@@ -88,28 +88,56 @@ def test_only_one_block_is_in_memory_at_a_time():
     class Run:
         count, built = 3, []
 
-        def trained_block(self, make, b):
-            self.built.append(b)
+        def trained_block(self, make, b, whole):
+            self.built.append((b, whole))
             return make(b)
 
     blocks = OneAtATime(Run(), "block {}".format)
     assert [blocks[b] for b in (0, 0, 1, 1, 1, 2)] == [f"block {b}" for b in (0, 0, 1, 1, 1, 2)]
-    assert Run.built == [0, 1, 2] and len(blocks) == 3
+    assert Run.built == [(0, True), (1, True), (2, True)] and len(blocks) == 3
     assert list(blocks) == ["block 0", "block 1", "block 2"]
+    assert Run.built[3:] == [(0, False), (1, False), (2, False)], (
+        "verified once, then no more than the weights are read"
+    )
 
 
-def test_a_share_of_the_labels_is_dropped_in_training_and_only_there():
-    settings = train_dit.Settings(width=16, heads=2, patch=8, label_dropout=0.3)
+def test_a_block_is_read_once_for_all_images_that_are_painted(dit, tmp_path, monkeypatch):
+    """And weights that are read without the rest of the file are the same."""
+    loads, trained_block = [], Run.trained_block
+
+    def recorded(run, make, b, whole=True):
+        block = trained_block(run, make, b, whole)
+        loads.append((b, whole, [p.detach().clone() for p in block.parameters()]))
+        return block
+
+    monkeypatch.setattr(Run, "trained_block", recorded)
+    monkeypatch.setattr(train_dit, "PAINT_BATCH", 10)
+    code, _, err = dit("--samples", "0", "--ema", "0.5")
+    assert code == 0, err
+    # once for the held-out loss, once for the 66 images of frechet_small
+    assert [(b, whole) for b, whole, _ in loads] == [(b, whole) for whole in (True, False) for b in range(3)]
+    for (_, _, whole), (_, _, mapped) in zip(loads[:3], loads[3:], strict=True):
+        assert all(map(torch.equal, whole, mapped))
+
+
+def test_a_share_of_the_labels_is_dropped_in_the_batch_and_nowhere_else(dit, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    labels = torch.arange(1000) % 10
+    dropped = train_dit.drop_labels(labels, 0.3, 10)
+    assert 250 < (dropped == 10).sum() < 350 and ((dropped == 10) | (dropped == labels)).all()
+
+    settings = train_dit.Settings(width=16, heads=2, patch=8)
     network, seen = train_dit.DiT((1, 32, 32), 10, settings, 1), []
     network.label_embedding.register_forward_hook(lambda module, given, result: seen.extend(given[0].tolist()))
     block = DiffusionBlock(network, EDMHead(), LogNormal(), (0.002, 80.0))
-    labels, y = torch.arange(1000) % 10, torch.randn(1000, 1, 32, 32)
-    torch.manual_seed(0)
-    block.train().loss(labels, y)
-    assert 250 < sum(label == 10 for label in seen) < 350 and all(label in (10, i % 10) for i, label in enumerate(seen))
-    seen.clear()
-    block.eval()(labels, y, 1.0)
-    assert seen == labels.tolist()
+    block.train().loss(labels, torch.randn(1000, 1, 32, 32))
+    assert seen == labels.tolist(), "a network draws nothing: checkpointed or not, it sees the same labels"
+
+    loss, told = DiffusionBlock.loss, []
+    monkeypatch.setattr(DiffusionBlock, "loss", lambda self, x, y: told.extend(x.tolist()) or loss(self, x, y))
+    code, _, err = dit("--batch-size", "64", "--only", "0")
+    null = max(told)
+    assert code == 0 and 0.03 < sum(label == null for label in told) / len(told) < 0.2, err
 
 
 def test_an_untrained_network_answers_c_skip_z():
@@ -126,6 +154,7 @@ def test_an_untrained_network_answers_c_skip_z():
         (("--frechet-images", "300"), "at most half"),
         (("--recipe", "nano"), "unrecognized"),
         (("--calls", "0"), "at least 1"),
+        (("--calls", "2"), "--calls 2: each of the 3 blocks needs at least one call"),
         (("--width", "18"), "multiple of 4"),
         (("--p-mean", "50"), "no mass"),
         (("--layer-split", "1,1"), "must name 3 blocks"),
@@ -150,7 +179,9 @@ def test_across_batches_images_are_of_each_class_in_turn(monkeypatch):
             yield State(0.0, (labels / 10).view(-1, 1, 1, 1), None)
 
     monkeypatch.setattr(train_dit, "PAINT_BATCH", 4)
+    monkeypatch.setattr(train_dit, "PAINT_TOGETHER", 8)
     settings = train_dit.Settings(device="cpu", calls=2)
-    parts = list(train_dit.paint_many(Stack(), 6, LogNormal(), settings))
-    assert [first for first, _ in parts] == [0, 4]
-    assert torch.cat([images for _, images in parts]).mul(10).round().flatten().tolist() == [0, 1, 2, 0, 1, 2]
+    parts = list(train_dit.paint_many(Stack(), 10, None, settings))
+    assert [first for first, _ in parts] == [0, 4, 8]
+    labels = [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+    assert torch.cat([images for _, images in parts]).mul(10).round().flatten().tolist() == labels

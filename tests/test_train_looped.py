@@ -1,9 +1,11 @@
 import json
 from dataclasses import replace
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_looped
 from nano_db.block import DiffusionBlock
@@ -111,6 +113,33 @@ def test_the_control_takes_as_many_turns_as_it_is_told(batch):
     control = make(baseline=True, turns=1)
     assert turns_of(control, lambda: control.loss(*batch).backward()) == [True]
     assert layer_evaluations(Settings(baseline=True, turns=1)) == {"forward": 8, "backward": 8}
+
+
+class NotOnCPU(TorchDispatchMode):
+    """Refuses results of more than a few numbers on the CPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        assert not (torch.is_tensor(result) and result.device.type == "cpu" and result.numel() > 8), function
+        return result
+
+
+def test_a_training_step_draws_the_random_state_where_the_network_is(batch):
+    """The device "meta" stands in for a GPU: it has shapes, and no numbers."""
+    baseline, (x, y) = make(baseline=True).to("meta"), (tensor.to("meta") for tensor in batch)
+    with NotOnCPU():
+        baseline.loss(x, y).backward()
+
+
+def test_in_the_quality_by_calls_every_window_weighs_the_same():
+    """Four windows in a batch, and one in the last. The network knows which letter follows which, and no more."""
+    torch.manual_seed(0)
+    table, x, y = torch.randn(CLASSES, CLASSES).log_softmax(-1), *torch.randint(CLASSES, (2, 5, T))
+    batches = [(x[:4], y[:4]), (x[4:], y[4:])]
+    text = SimpleNamespace(heldout_batches=lambda *_: batches, bits_per_character=lambda nats: nats)
+    model = SimpleNamespace(networks=[SimpleNamespace(log_p=lambda x, turns: table[x])])
+    found = train_looped.quality_by_calls(model, text, Settings(baseline=True), NOISE)
+    assert found == {str(k): pytest.approx(-float(table[x, y].mean())) for k in train_looped.K_VALUES}
 
 
 class BuiltError(Exception):

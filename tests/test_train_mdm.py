@@ -54,13 +54,18 @@ def test_fill_keeps_the_text_and_fills_the_gaps(mdm, cli, tmp_path):
     assert code == 0, err
     filled = out.strip().splitlines()[-1]
     assert filled.startswith("the ") and filled.endswith(" of") and len(filled) == 11 and "_" not in filled
+    whole = "the brown fox i_"  # as long as the network reads
+    code, out, err = cli("--eval-only", "--fill", whole, "--out", tmp_path / "run", main=train_mdm.main)
+    assert code == 0 and out.strip().splitlines()[-1].startswith(whole[:-1]), err
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("--fill", "x" * 17), "the network reads 16"),
-        (("--fill", "Ä"), "'Ä'"),
+        (("--fill", "_" * 17), "the network reads 16"),
+        (("--fill", "Ä_"), "'Ä'"),
+        (("--fill", "the dog"), "--fill has no gap to fill: write _"),
+        (("--fill", "the brown fox is"), "--fill has no gap to fill: write _"),  # as long as the network reads
         (("--blocks", "4"), "more than --layers 3"),
         (("--recipe", "paper"), "unrecognized"),
         (("--unmask-steps", "0"), "at least 1"),

@@ -39,6 +39,14 @@ def test_a_run_scores_draws_and_resumes(vit, tmp_path, flags):
     assert code == 0 and "loss" not in out and result_of(tmp_path)["metrics"] == metrics
 
 
+def test_with_uniform_edges_too_each_block_is_asked(vit, tmp_path):
+    """By the equal masses of the whole range, one call a block, the last block was never asked."""
+    code, _, err = vit("--partition", "uniform", "--samples", "0")
+    metrics = result_of(tmp_path)["metrics"]
+    assert code == 0 and len(metrics["accuracy_walk_after_each_block"]) == 3, err
+    assert len(metrics["accuracy_noise_free_after_each_block"]) == 3
+
+
 def make_vit(shows_z):
     """With values in all weights, zero-initialised ones, too."""
     torch.manual_seed(0)

@@ -88,9 +88,10 @@ class Bench:
         more than one at a time need not be in memory.
         """
         networks = [network.eval() for network in networks]
-        evaluations = count_layers(networks, lambda: self.sample(networks, 1))
-        self.sample(networks, count)  # to warm up
-        seconds = statistics.median(self.seconds_of(lambda: self.sample(networks, count)) for _ in range(3)) / count
+        with self.run.autocast:
+            evaluations = count_layers(networks, lambda: self.sample(networks, 1))
+            self.sample(networks, count)  # to warm up
+            seconds = statistics.median(self.seconds_of(lambda: self.sample(networks, count)) for _ in range(3)) / count
         weights = max(sum(t.nbytes for t in (*network.parameters(), *network.buffers())) for network in networks)
         return {"layer_evaluations": evaluations, "seconds": seconds, "weights": weights}
 

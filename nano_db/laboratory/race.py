@@ -85,7 +85,8 @@ def race(bench, pairs):
             take_step(bench, module.train(), optimizers[module], b, step)
 
     def sample(modules, step):
-        bench.sample([module.eval() for module in modules], 16)
+        with run.autocast:
+            bench.sample([module.eval() for module in modules], 16)
 
     def in_pairs(label, work):
         sides = [partial(work, blocks), partial(work, baseline)]

@@ -8,6 +8,7 @@ Every step draws all its randomness from (seed, block, step). So neither the ord
 interruption, nor training a block alone elsewhere can change its weights: bit for bit on a CPU.
 """
 
+import gc
 import hashlib
 import json
 import math
@@ -53,6 +54,13 @@ VERSIONS |= {"numpy": np.__version__}
 def seed_from(*numbers):
     """Seed torch's generators from whole numbers below 2^32. Zeros at the end do not count, else all tuples differ."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+
+def seed_first_weights(seed, b):
+    """Seed torch's generators for the first weights of block b. Its steps draw from other streams: those of (seed, b,
+    step, place in the team).
+    """
+    seed_from(seed, b, 0, 0, 1)
 
 
 def make_optimizer(module, settings):
@@ -141,7 +149,9 @@ class Run:
 
     def build(self, make, b):
         """Block b = make(b) with its first weights, which depend on the seed and b alone, on the device."""
-        seed_from(self.settings.seed, b)
+        if self.settings.compile:
+            gc.collect()  # a compiled network refers to itself: the block before is still there
+        seed_first_weights(self.settings.seed, b)
         module = make(b).to(self.device)
         if self.settings.checkpoint_activations:
             checkpoint_layers(module)
@@ -224,11 +234,14 @@ class Run:
         self.depends_on[f"{name}_sha256"] = self.fixed[f"{name}_sha256"] = checksum
         return tensors
 
-    def trained_block(self, make, b):
-        """Block b as its file has it, for evaluation: with the moving average of its weights, where there is one."""
+    def trained_block(self, make, b, whole=True):
+        """Block b as its file has it, for evaluation: with the moving average of its weights, where there is one.
+
+        whole=False: of the file these weights alone are read, and not verified, as in read_block.
+        """
         if not self.paths[b].exists():
             raise UsageError(f"{self.paths[b]} is missing: block {b} has not been trained yet")
-        state, module = self.load_block(b), self.build(make, b)
+        state, module = self.load_block(b, whole), self.build(make, b)
         self._fill(module.load_state_dict, state["ema"] or state["weights"], b)
         return module.eval()
 
@@ -375,10 +388,13 @@ class Run:
 
 
 class OneAtATime(Sequence):
-    """The trained blocks of a run as a list that holds one of them in memory at a time: the last that was asked for."""
+    """The trained blocks of a run as a list that holds one of them in memory at a time: the last that was asked for.
+
+    A file is verified as a whole when its block is first asked for; then its weights alone are read.
+    """
 
     def __init__(self, run, make):
-        self.run, self.make, self.held, self.block = run, make, None, None
+        self.run, self.make, self.held, self.block, self.verified = run, make, None, None, set()
 
     def __len__(self):
         return self.run.count
@@ -388,7 +404,8 @@ class OneAtATime(Sequence):
             raise IndexError(b)
         if b != self.held:
             self.held, self.block = None, None  # free the one before first
-            self.held, self.block = b, self.run.trained_block(self.make, b)
+            self.held, self.block = b, self.run.trained_block(self.make, b, whole=b not in self.verified)
+            self.verified.add(b)
         return self.block
 
 
@@ -418,7 +435,7 @@ def chosen_blocks(only, count):
     wrong = [b for b in chosen if not 0 <= b < count]
     if wrong:
         raise UsageError(f"--only {only}: there is no block {wrong[0]}; blocks are numbered 0 to {count - 1}")
-    return chosen
+    return list(dict.fromkeys(chosen))
 
 
 def _load_moments(optimizer, state):
