@@ -1,7 +1,6 @@
 import json
 import shutil
 import sys
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -18,14 +17,18 @@ from nano_db.layers import Layer
 
 def test_layer_evaluations_are_counted_a_sample():
     networks = [torch.nn.ModuleList([Layer(8, 2), Layer(8, 2)]), torch.nn.ModuleList([Layer(8, 2)])]
+    run, rounded = SimpleNamespace(device="cpu", autocast=torch.autocast("cpu", torch.bfloat16)), []
 
     def sample(networks, count):
+        rounded.append(torch.is_autocast_enabled("cpu"))
         for network in networks:
             for layer in network:
                 layer(torch.zeros(count, 3, 8))
 
     assert count_layers(networks, lambda: sample(networks, 5)) == 15
-    cost = Bench(SimpleNamespace(device="cpu", autocast=nullcontext()), None, None, None, sample)._cost_of_use(networks)
+    rounded.clear()
+    cost = Bench(run, None, None, None, sample)._cost_of_use(networks)
+    assert rounded == [True] * 5, "as the run computes: once to count, once to warm up, three times by the clock"
     assert cost["layer_evaluations"] == 3
     assert cost["weights"] == 2 * 12 * 8 * 8 * 4, "of the larger network: two layers of 12 d^2 weights"
     assert cost["seconds"] > 0

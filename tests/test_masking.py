@@ -102,6 +102,31 @@ def test_the_training_loss_is_the_mean_of_the_bound_over_the_blocks_own_interval
         assert float(losses.mean()) == pytest.approx(-float(p.log()[x].mean()), rel=0.02)
 
 
+class SurerWithTime(nn.Module):
+    """Its guess depends on the time, as a network's does on what is visible: -ln p of letter 0 is softplus(-4 t)."""
+
+    def forward(self, x, t):
+        logits = torch.zeros(*x.shape, 2)
+        logits[..., 0] = 4 * t[:, None]
+        return logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("least, most", [(0.0, 1.0), (0.0, 1 / 3), (1 / 3, 2 / 3)])
+def test_the_training_loss_weighs_times_so_that_equal_visible_shares_count_the_same(kind, least, most):
+    """By -alpha'(t): a mean over t alone would be another one, for the cosine schedule."""
+    schedule = MaskSchedule(kind)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        loss = MaskedBlock(SurerWithTime(), schedule, 2, (least, most)).loss(torch.zeros(4000, 64, dtype=torch.long))
+    alpha = least + (most - least) * (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    expected = torch.nn.functional.softplus(-4 * schedule.time(alpha)).mean()
+    assert float(loss) == pytest.approx(float(expected), rel=0.01)
+    t = torch.linspace(float(schedule.time(most)), float(schedule.time(least)), 10_000, dtype=torch.float64)
+    unweighted = torch.nn.functional.softplus(-4 * t).mean()
+    assert kind == "linear" or abs(float(unweighted / expected) - 1) > 0.015, "and the test can tell"
+
+
 class Bigram(nn.Module):
     """The exact p(hidden | visible) of two-letter texts with a known joint distribution P (V, V)."""
 

@@ -33,6 +33,12 @@ def test_what_is_planned_is_what_a_true_step_takes(monkeypatch, script, more):
         assert planned[blocks, checkpointed] == bench.costs(make, blocks)["memory_bytes"]
 
 
+def test_preset_paper_is_planned_without_its_text():
+    small = ["--tokenizer", "char", "--layers", "1", "--width", "24", "--seq-len", "8", "--batch-size", "2"]
+    plans = list(plan.plans("gpt", ["--preset", "paper", "--device", "cpu", *small]))
+    assert [blocks for blocks, _, _ in plans] == [1, 1] and all(count["total"] > 0 for _, _, count in plans)
+
+
 def test_the_least_number_of_blocks_that_fits_is_named(monkeypatch, capsys):
     counts = {(1, False): 900, (1, True): 700, (2, False): 500, (2, True): 400, (3, False): 300, (3, True): 200}
 

@@ -170,6 +170,26 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine():
     assert rates[60] == pytest.approx(1.1) and rates[110] == pytest.approx(0.2)
 
 
+def test_weight_decay_shrinks_matrices_and_no_vectors():
+    """A step with gradients of zero: all that moves a weight is its decay."""
+    module, settings = nn.Linear(3, 2), Settings(learning_rate=0.1, weight_decay=0.5)
+    before = [p.detach().clone() for p in (module.weight, module.bias)]
+    optimizer = make_optimizer(module, settings)
+    for p in module.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close(module.weight.data, (1 - 0.1 * 0.5) * before[0])
+    assert torch.equal(module.bias.data, before[1])
+
+
+def test_a_trained_block_is_in_evaluation_mode(tmp_path):
+    run = make_run(tmp_path, only="0")
+    train(run)
+    block, x = run.trained_block(lambda b: Regression(), 0), torch.randn(64, 4)
+    assert torch.equal(block.loss(x), block.loss(x)), "no dropout"
+    assert not any(module.training for module in block.modules())
+
+
 def test_the_rate_of_each_step_reaches_the_optimizer(tmp_path):
     run, seen = make_run(tmp_path, only="0"), []
     for _ in run.rounds():

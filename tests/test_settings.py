@@ -148,6 +148,15 @@ def test_a_flag_that_another_one_leaves_without_effect_is_refused(cli, tmp_path,
     assert code == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "run").exists(), err
 
 
+@pytest.mark.parametrize("script", [train_gpt, train_looped], ids=attrgetter("__name__"))
+def test_preset_paper_does_not_train_on_another_text_than_the_papers_unasked(cli, text_file, tmp_path, script):
+    code, _, err = cli("--preset", "paper", "--out", tmp_path / "run", main=script.main)
+    assert code == 2 and err.count("\n") == 1 and not (tmp_path / "run").exists(), err
+    assert "--preset paper needs --data" in err and "LM1B or OpenWebText" in err
+    sys.argv = ["train.py", "--preset", "paper", "--data", text_file]
+    assert read_settings("x", script.Settings, script.PRESETS, script.RECIPES).data == text_file
+
+
 def write_config(folder, **settings):
     config = {"script": "toy", "depends_on": {}, "settings": settings}
     (folder / "config.json").write_text(json.dumps(config))

@@ -181,6 +181,17 @@ def test_both_methods_start_from_weights_of_the_same_scale():
     assert min(huginn.values()) == pytest.approx(usual / (2 * depth) ** 0.5, rel=0.1), "of the output projections"
 
 
+@pytest.mark.parametrize("baseline", [False, True])
+def test_the_state_keeps_unit_size_however_often_the_loop_turns(batch, baseline):
+    network, cond = make(baseline).network, None if baseline else torch.randn(2, max(8, WIDTH // 6))
+    e, how = network.context(batch[0])
+    s = 100 * torch.randn(2, T, WIDTH)
+    for _ in range(20):
+        s = network.turn(s, e, how, cond)
+    torch.testing.assert_close(s.square().mean(-1).sqrt(), torch.ones(2, T))
+    torch.testing.assert_close(e.square().mean(-1).sqrt(), torch.ones(2, T)), "the prelude's, too"
+
+
 def test_one_call_of_the_walk_is_one_call_of_the_network(batch):
     block = make().eval()
     stack = Stack([block], make_partition(NOISE, 1))

@@ -1,0 +1,180 @@
+"""What the five scripts have in common, as they do it: gradients that are clipped, evaluations in the numbers of the
+training and without dropout, losses with the weights that are asked for.
+"""
+
+import json
+import sys
+from operator import attrgetter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import SMALL
+
+import train_dit
+import train_gpt
+import train_looped
+import train_mdm
+import train_vit
+from data.images import load_images
+from data.text import load_text
+from nano_db.block import DiffusionBlock
+from nano_db.classify import score_images
+from nano_db.heads import HEADS, make_codebook
+from nano_db.laboratory.benchmark import Bench
+from nano_db.language import score_text
+from nano_db.layers import Layer
+from nano_db.machinery.files import read_block, read_metrics
+from nano_db.machinery.settings import read_settings
+from nano_db.partition import make_partition, sampling_grid, split_layers
+from nano_db.stack import Stack
+
+SCRIPTS = [train_dit, train_gpt, train_looped, train_mdm, train_vit]
+in_all_scripts = pytest.mark.parametrize("script", SCRIPTS, ids=attrgetter("__name__"))
+IMAGES = ["--preset", "tiny", "--layers", "3", "--steps", "6", "--warmup", "2", "--device", "cpu"]
+LOOPED = ["--preset", "tiny", "--width", "16", "--seq-len", "8", "--steps", "6", "--warmup", "2", "--device", "cpu"]
+FEW = ["--eval-windows", "8"]  # of the held-out text
+
+
+@pytest.fixture
+def tiny(cli, text_file, tmp_path):
+    """tiny(script, *flags) runs a script in a second, in the folder `run`: (exit code, stdout, stderr)."""
+
+    def run(script, *flags):
+        usual = {
+            train_dit: [*IMAGES, "--calls", "3", "--frechet-images", "0"],
+            train_vit: [*IMAGES, "--glyphs", "180"],
+            train_looped: [*LOOPED, "--calls", "2", "--data", text_file, *FEW],
+            train_mdm: [*SMALL, "--data", text_file, *FEW],
+            train_gpt: [*SMALL, "--data", text_file, *FEW],
+        }
+        return cli(*usual[script], "--out", tmp_path / "run", *flags, main=script.main)
+
+    return run
+
+
+def set_preset(monkeypatch, script, **values):
+    monkeypatch.setitem(script.PRESETS, "tiny", {**script.PRESETS["tiny"], **values})
+
+
+@in_all_scripts
+@pytest.mark.parametrize("more", [(), ("--baseline",)], ids=["blocks", "baseline"])
+def test_the_optimizer_sees_gradients_no_longer_than_the_clip(tiny, monkeypatch, script, more):
+    set_preset(monkeypatch, script, clip=0.02)
+    seen, make = [], script.make_optimizer
+
+    def recorded(module, settings):
+        optimizer = make(module, settings)
+        step = optimizer.step
+
+        def look_and_step():
+            seen.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).norm())
+            step()
+
+        optimizer.step = look_and_step
+        return optimizer
+
+    monkeypatch.setattr(script, "make_optimizer", recorded)
+    only = () if script is train_looped or more else ("--only", "0")
+    code, _, err = tiny(script, *more, *only, "--samples", "0")
+    assert code == 0, err
+    assert seen and max(seen) <= 0.02 * (1 + 1e-5), "clipped"
+    assert max(seen) > 0.02 * 0.999, "and there was something to clip"
+
+
+@in_all_scripts
+def test_an_evaluation_is_computed_as_training_is_and_without_dropout(tiny, monkeypatch, script):
+    """Scores, samples and exports: of all forward passes that keep no graph, bfloat16 and no layer in training mode."""
+    if script is not train_looped:
+        set_preset(monkeypatch, script, dropout=0.5)
+    seen, forward = [], Layer.forward
+
+    def recorded(self, *given, **named):
+        if not torch.is_grad_enabled():
+            seen.append((torch.is_autocast_enabled("cpu"), self.training))
+        return forward(self, *given, **named)
+
+    monkeypatch.setattr(Layer, "forward", recorded)
+    monkeypatch.setattr(Bench, "report", lambda *_: None)  # in which training steps are counted again
+    export = () if script is train_vit else ("--export", "2")
+    code, _, err = tiny(script, "--dtype", "bfloat16", *export, "--samples", "2")
+    assert code == 0 and len(seen) >= 3, err
+    assert set(seen) == {(True, False)}
+
+
+@pytest.mark.parametrize("script", [train_gpt, train_vit, train_looped], ids=attrgetter("__name__"))
+def test_a_weighted_loss_reaches_the_training(tiny, tmp_path, script):
+    """EDM's weight is at least 1 / sigma_data^2 = 4. The first step has the same weights and noise either way."""
+    logged = []
+    for weight in ("none", "edm"):
+        out = tmp_path / weight
+        code, _, err = tiny(script, "--loss-weight", weight, "--steps", "1", "--samples", "0", "--out", out)
+        assert code == 0, err
+        logged.append({r["block"]: r["loss"] for r in read_metrics(out, "train")})
+    none, edm = logged
+    assert none.keys() == edm.keys() and all(edm[b] > 4 * none[b] for b in none)
+
+
+# --- the headline recipe ---
+
+
+def settings_of(monkeypatch, script, out):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--eval-only", "--out", str(out)])
+    return read_settings(script.__name__[6:], script.Settings, script.PRESETS, script.RECIPES)
+
+
+def stack_by_hand(settings, out, classes, make_network, noise, average):
+    """The blocks of a finished run, read from their files without the help of the script."""
+    codebook = make_codebook(classes, settings.width, settings.seed)
+    partition, blocks = make_partition(noise, settings.blocks), []
+    for b, layers in enumerate(split_layers(settings.layers, settings.blocks)):
+        span = make_partition(noise, settings.blocks, overlap=settings.overlap).training_range(b)
+        block = DiffusionBlock(make_network(layers), HEADS[settings.head](codebook), noise, span)
+        block.load_state_dict(read_block(out / f"block_{b}.pt")["weights"])
+        blocks.append(block.eval())
+    return Stack(blocks, partition, average), sampling_grid(noise, partition, settings.calls_per_block * len(blocks))
+
+
+def metrics_of(out):
+    return json.loads((out / "result.json").read_text())["metrics"]
+
+
+@pytest.mark.parametrize("walk", ["averaged", "last"])
+def test_a_gpt_is_scored_by_the_walk_that_is_asked_for(tiny, tmp_path, text_file, monkeypatch, walk):
+    """All blocks together or the block at work alone, by default the former; in evaluation mode."""
+    set_preset(monkeypatch, train_gpt, dropout=0.5)
+    code, _, err = tiny(train_gpt, *(("--walk", "last") if walk == "last" else ()), "--learning-rate", "0.03")
+    assert code == 0, err
+    out, text = tmp_path / "run", load_text(text_file, seq_len=8)
+    settings, classes = settings_of(monkeypatch, train_gpt, out), text.tokenizer.classes
+    bits = {}
+    for name in ("averaged", "last"):
+        make = lambda layers: train_gpt.GPT(classes, settings, layers)  # noqa: E731
+        stack, _ = stack_by_hand(settings, out, classes, make, train_gpt.NOISE["nano"], name == "averaged")
+        bits[name] = score_text(stack, text, 8, 8, settings.seed)["bits_per_char"]
+    assert metrics_of(out)["bits_per_char"] == pytest.approx(bits[walk], rel=1e-5)
+    assert abs(bits["averaged"] / bits["last"] - 1) > 1e-3, "and the test can tell"
+
+
+@pytest.mark.parametrize("walk", ["averaged", "last"])
+def test_a_vit_is_scored_by_the_walk_that_is_asked_for(tiny, tmp_path, monkeypatch, walk):
+    set_preset(monkeypatch, train_vit, dropout=0.5)
+    scored = SimpleNamespace(log_p=None)
+
+    def score(*arguments):
+        metrics, scored.log_p, labels = score_images(*arguments)
+        return metrics, scored.log_p, labels
+
+    monkeypatch.setattr(train_vit, "score_images", score)
+    flags = ("--samples", "0", "--learning-rate", "0.03", *(("--walk", "last") if walk == "last" else ()))
+    code, _, err = tiny(train_vit, *flags)
+    assert code == 0, err
+    out, images = tmp_path / "run", load_images("glyphs", count=180)
+    settings, log_p = settings_of(monkeypatch, train_vit, out), {}
+    for name in ("averaged", "last"):
+        make = lambda layers: train_vit.ViT(images.shape, settings, layers)  # noqa: E731
+        noise, average = train_vit.NOISE["nano"], name == "averaged"
+        stack, grid = stack_by_hand(settings, out, len(images.classes), make, noise, average)
+        _, log_p[name], _ = score_images(stack, images.test_batches(256), grid, settings.walks, settings.seed)
+    torch.testing.assert_close(scored.log_p, log_p[walk])
+    assert (log_p["averaged"] - log_p["last"]).abs().max() > 1e-3, "and the test can tell"
