@@ -61,8 +61,8 @@ def make_partition(noise, blocks, kind="probability", overlap=0.0):
 def sampling_grid(noise, partition, calls):
     """Where a sampler calls the blocks: `calls` descending levels, then 0. (calls + 1,) float64
 
-    The calls are shared out evenly (what is over goes to the first blocks). Those of a block lie in its own interval, the
-    first at its top edge, at equal masses of p_noise. So each block is asked, whatever the edges are.
+    The calls are shared out evenly; what is over goes to the first blocks. Those of a block lie in its own interval,
+    the first at its top edge, at equal masses of p_noise. So each block is asked, whatever the edges are.
     """
     if calls < partition.blocks:
         raise UsageError(f"--calls {calls}: each of the {partition.blocks} blocks needs at least one call")
