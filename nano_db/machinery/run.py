@@ -202,7 +202,8 @@ class Run:
             return False
         steps = [self.step_of(b) for b in range(self.count)]  # looked at once: others may be training these blocks
         unfinished = [b for b in range(self.count) if steps[b] < self.settings.steps]
-        if unfinished and (self.only or self.worker.ranks > 1):
+        lacking = self.settings.eval_only and 0 in steps
+        if unfinished and (self.only or self.worker.ranks > 1 or lacking):
             print(f"still to train: blocks {', '.join(map(str, unfinished))} of {self.folder}")
             return False
         if self.trained or self.last_round:
