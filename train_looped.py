@@ -62,7 +62,10 @@ class Settings(Discrete, Training):
         "", "what the samples continue (default: the first held-out tokens)", once=True,
         idle=lambda settings: not settings.samples and "--samples 0",
     )  # fmt: skip
-    temperature: float = output(0.8, "of the samples; below 1 is more cautious", least=0.01)
+    temperature: float = output(
+        0.8, "of the samples; below 1 is more cautious", least=0.01,
+        idle=lambda settings: not (settings.samples or settings.export) and "--samples 0",
+    )  # fmt: skip
     sample_length: int = output(300, "tokens to write", flag=False)
 
 
