@@ -13,6 +13,7 @@ from nano_db.errors import UsageError
 from nano_db.machinery.files import read_config, read_metrics
 from nano_db.machinery.run import Run, ema_decay, learning_rate, make_optimizer, seed_from
 from nano_db.machinery.settings import Blocks, Training
+from nano_db.machinery.workers import Team
 
 
 class Regression(nn.Module):
@@ -251,6 +252,16 @@ def test_the_first_weights_and_the_steps_draw_from_streams_of_their_own(tmp_path
     train(run, batch=lambda: draws.append(torch.randn(100)) or [torch.randn(16, 4)])
     first, *steps = draws
     assert len(steps) == 24 and not any(torch.isin(first, draw).any() for draw in steps)
+
+
+def test_each_member_of_a_team_draws_a_batch_of_its_own(tmp_path):
+    draws = []
+    for place in (0, 1, 0):
+        run = make_run(tmp_path / str(len(draws)), only="0", steps=2)
+        run.team = Team(place)  # of size 1, so that it waits for nobody
+        train(run, batch=lambda: draws.append(torch.randn(16, 4)) or draws[-1:])
+    assert len(draws) == 6 and all(map(torch.equal, draws[:2], draws[4:]))
+    assert not any(torch.isin(mine, his).any() for mine in draws[:2] for his in draws[2:4])
 
 
 def test_a_block_that_is_named_twice_is_trained_once(tmp_path):
