@@ -37,8 +37,16 @@ FEW = ["--eval-windows", "8"]  # of the held-out text
 
 
 @pytest.fixture
-def tiny(cli, text_file, tmp_path):
+def no_report(monkeypatch):
+    """Leaves out what a run's end costs: training steps of all networks, to count bytes, and samples by the clock."""
+    monkeypatch.setattr(Bench, "report", lambda *_: None)
+
+
+@pytest.fixture
+def tiny(cli, text_file, tmp_path, monkeypatch):
     """tiny(script, *flags) runs a script in a second, in the folder `run`: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(train_looped, "K_VALUES", (1, 2))
+    set_preset(monkeypatch, train_gpt, sample_length=5)
 
     def run(script, *flags):
         usual = {
@@ -59,6 +67,7 @@ def set_preset(monkeypatch, script, **values):
 
 @in_all_scripts
 @pytest.mark.parametrize("more", [(), ("--baseline",)], ids=["blocks", "baseline"])
+@pytest.mark.usefixtures("no_report")
 def test_the_optimizer_sees_gradients_no_longer_than_the_clip(tiny, monkeypatch, script, more):
     set_preset(monkeypatch, script, clip=0.02)
     seen, make = [], script.make_optimizer
@@ -83,6 +92,7 @@ def test_the_optimizer_sees_gradients_no_longer_than_the_clip(tiny, monkeypatch,
 
 
 @in_all_scripts
+@pytest.mark.usefixtures("no_report")
 def test_an_evaluation_is_computed_as_training_is_and_without_dropout(tiny, monkeypatch, script):
     """Scores, samples and exports: of all forward passes that keep no graph, bfloat16 and no layer in training mode."""
     if script is not train_looped:
@@ -95,7 +105,6 @@ def test_an_evaluation_is_computed_as_training_is_and_without_dropout(tiny, monk
         return forward(self, *given, **named)
 
     monkeypatch.setattr(Layer, "forward", recorded)
-    monkeypatch.setattr(Bench, "report", lambda *_: None)  # in which training steps are counted again
     export = () if script is train_vit else ("--export", "2")
     code, _, err = tiny(script, "--dtype", "bfloat16", *export, "--samples", "2")
     assert code == 0 and len(seen) >= 3, err
@@ -103,6 +112,7 @@ def test_an_evaluation_is_computed_as_training_is_and_without_dropout(tiny, monk
 
 
 @pytest.mark.parametrize("script", [train_gpt, train_vit, train_looped], ids=attrgetter("__name__"))
+@pytest.mark.usefixtures("no_report")
 def test_a_weighted_loss_reaches_the_training(tiny, tmp_path, script):
     """EDM's weight is at least 1 / sigma_data^2 = 4. The first step has the same weights and noise either way."""
     logged = []
@@ -143,7 +153,8 @@ def metrics_of(out):
 def test_a_gpt_is_scored_by_the_walk_that_is_asked_for(tiny, tmp_path, text_file, monkeypatch, walk):
     """All blocks together or the block at work alone, by default the former; in evaluation mode."""
     set_preset(monkeypatch, train_gpt, dropout=0.5)
-    code, _, err = tiny(train_gpt, *(("--walk", "last") if walk == "last" else ()), "--learning-rate", "0.03")
+    flags = ("--samples", "0", "--learning-rate", "0.03", *(("--walk", "last") if walk == "last" else ()))
+    code, _, err = tiny(train_gpt, *flags)
     assert code == 0, err
     out, text = tmp_path / "run", load_text(text_file, seq_len=8)
     settings, classes = settings_of(monkeypatch, train_gpt, out), text.tokenizer.classes

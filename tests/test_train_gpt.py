@@ -324,7 +324,7 @@ def test_the_bound_of_trained_blocks_and_its_shares_are_the_same_in_bfloat16(sma
         return found[0]
 
     monkeypatch.setattr(train_gpt, "score_text", score_twice)
-    code, _, err = small("--out", tmp_path / "run", "--recipe", recipe, "--steps", "60")
+    code, _, err = small("--out", tmp_path / "run", "--recipe", recipe, "--steps", "60", "--eval-windows", "16")
     assert code == 0, err
     exact, rounded = (torch.tensor(metrics["nats_per_block"]) for metrics in found)
     assert len(exact) == 4 and not torch.equal(exact, rounded)
