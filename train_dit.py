@@ -22,6 +22,7 @@ from nano_db.errors import UsageError
 from nano_db.heads import EDMHead
 from nano_db.images import ImageStack, MeanDenoiser, edm_loss, patch_positions, patchify, unpatchify
 from nano_db.laboratory.benchmark import Bench
+from nano_db.laboratory.export import refuse_old_images
 from nano_db.laboratory.frechet import FEATURES, FrechetSmall
 from nano_db.layers import Layer, NoiseEmbedding, rms_norm
 from nano_db.machinery.run import OneAtATime, Run, command, make_optimizer
@@ -200,6 +201,8 @@ def main():
 
     make = make_baseline if settings.baseline else make_block
     run = Run("dit", settings, data_sha256=images.sha256, edges=[round(edge, 5) for edge in partition.edges])
+    if settings.export:
+        refuse_old_images(run.folder / "images")  # now, not after the training
     bench = Bench(
         run,
         make_block,

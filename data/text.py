@@ -86,7 +86,7 @@ class GPT2Tokenizer:
 @dataclass
 class Text:
     """train, heldout: tokens, in the smallest integers that hold them. characters_per_token: of the held-out text.
-    sha256: of the whole text.
+    sha256: of the whole text (of text8 also of where it is cut).
     """
 
     train: torch.Tensor
@@ -146,8 +146,10 @@ def load_text(name="pydocs", tokenizer="char", folder="data/cache", seq_len=1, e
         raise UsageError(f"--data {name}: {len(heldout)} held-out tokens are too few for --seq-len {seq_len}")
     if export > (windows := (len(heldout) - 1) // seq_len):
         raise UsageError(f"--export {export}: the held-out text has only {windows} windows of {seq_len} tokens")
-    sha256 = hashlib.sha256(text.encode()).hexdigest()
-    return Text(train, heldout, tokens, (len(text) - cut) / len(heldout), sha256)
+    sha256 = hashlib.sha256(text.encode())
+    if name == "text8":  # a file of these very characters would be cut elsewhere
+        sha256.update(f"cut at {cut}".encode())
+    return Text(train, heldout, tokens, (len(text) - cut) / len(heldout), sha256.hexdigest())
 
 
 def _read_file(name):

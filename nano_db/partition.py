@@ -72,7 +72,7 @@ def sampling_grid(noise, partition, calls):
         steps = torch.arange(count, dtype=torch.float64)
         sigmas = noise.inverse_cdf((noise.cdf(high) * (count - steps) + noise.cdf(low) * steps) / count)
         sigmas[0] = high  # to the last bit, too
-        parts.append(sigmas)
+        parts.append(sigmas.clamp(low, high))  # far out in a tail, where the cdf is flat, its inverse is not sure
     return torch.cat([*parts, torch.zeros(1, dtype=torch.float64)])
 
 

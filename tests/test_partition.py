@@ -65,6 +65,15 @@ def test_a_sampling_grid_calls_each_block_evenly_and_first_at_its_top_edge(kind,
             torch.testing.assert_close(mass, mass[:1].expand(len(mass)), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("p_mean", [-11.0, 10.0])
+def test_a_sampling_grid_never_rises_even_far_out_in_a_tail(p_mean):
+    """Where a block has next to no mass, the inverse of the cdf is anywhere."""
+    noise = LogNormal(p_mean, 1.2, 0.002, 80.0)
+    partition = make_partition(noise, 4, "uniform")
+    grid = sampling_grid(noise, partition, 8)
+    assert (grid.diff() <= 0).all() and set(partition.edges[:-1]) <= set(grid.tolist())
+
+
 def test_with_equal_probability_a_sampling_grid_is_the_grid_of_equal_mass():
     noise = LogNormal(0.3, 0.8, 0.05, 20.0)
     for blocks in (1, 2, 4):

@@ -39,6 +39,19 @@ def test_preset_paper_is_planned_without_its_text():
     assert [blocks for blocks, _, _ in plans] == [1, 1] and all(count["total"] > 0 for _, _, count in plans)
 
 
+@pytest.mark.parametrize("form", ["--data={}", "--data {}"])
+def test_a_text_that_is_named_is_the_one_that_is_planned_for(text_file, form):
+    usual = [*THIN[:2], "--layers", "1", "--device", "cpu"]
+    flags = [*usual, *form.format(text_file).split()]
+    manual, named = ([count["weights"] for _, _, count in plan.plans("gpt", some)] for some in (usual, flags))
+    assert max(named) < min(manual), "fewer characters, a smaller table"
+
+
+def test_more_blocks_than_calls_are_planned_for():
+    dit = ["--preset", "tiny", "--layers", "13", "--width", "8", "--device", "cpu"]
+    assert max(blocks for blocks, _, _ in plan.plans("dit", dit)) == 13  # preset tiny makes 12 calls
+
+
 def test_the_least_number_of_blocks_that_fits_is_named(monkeypatch, capsys):
     counts = {(1, False): 900, (1, True): 700, (2, False): 500, (2, True): 400, (3, False): 300, (3, True): 200}
 

@@ -1,8 +1,11 @@
 import json
+import os
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from test_memory import PeakBytes
 
 import train_dit
 from nano_db.block import DiffusionBlock
@@ -63,6 +66,8 @@ def test_painted_images_can_be_exported(dit, tmp_path):
     assert plt.imread(paths[1]).shape[:2] == (32, 32)
     code, _, err = dit("--frechet-images", "0", "--samples", "0", "--export", "2")
     assert code == 2 and "holds images already" in err and len(list((tmp_path / "run" / "images").iterdir())) == 3
+    code, out, err = dit("--export", "2")
+    assert code == 2 and "EDM loss" not in out, "it is refused at once, not after all has been evaluated"
 
 
 def test_a_run_that_has_exported_can_be_painted_again(dit, cli, tmp_path):
@@ -84,21 +89,35 @@ def test_the_ema_is_what_is_evaluated(dit, tmp_path):
     assert result_of(tmp_path)["metrics"]["edm_loss"] != before
 
 
-def test_only_one_block_is_in_memory_at_a_time():
+def test_only_one_block_is_in_memory_at_a_time(tmp_path):
     class Run:
-        count, built = 3, []
+        count, built, paths = 3, [], [tmp_path / f"block_{b}.pt" for b in range(3)]
 
         def trained_block(self, make, b, whole):
             self.built.append((b, whole))
             return make(b)
 
+    for path in Run.paths:
+        path.write_text("")
     blocks = OneAtATime(Run(), "block {}".format)
     assert [blocks[b] for b in (0, 0, 1, 1, 1, 2)] == [f"block {b}" for b in (0, 0, 1, 1, 1, 2)]
     assert Run.built == [(0, True), (1, True), (2, True)] and len(blocks) == 3
     assert list(blocks) == ["block 0", "block 1", "block 2"]
-    assert Run.built[3:] == [(0, False), (1, False), (2, False)], (
-        "verified once, then no more than the weights are read"
-    )
+    assert Run.built[3:] == [(0, False), (1, False), (2, False)], "verified once, then the weights alone are read"
+    os.utime(Run.paths[0], ns=(0, 0))
+    assert blocks[0] == "block 0" and Run.built[6:] == [(0, True)], "another file, which is verified, too"
+
+
+def test_nor_do_copies_in_bfloat16_of_earlier_blocks_stay_in_memory(tmp_path):
+    """Autocast keeps a copy of each weight that it has cast, until it ends."""
+    run = SimpleNamespace(paths=[tmp_path / "block_0.pt", tmp_path / "block_1.pt"], count=2)
+    run.trained_block = lambda make, b, whole: torch.nn.Linear(500, 500, bias=False)
+    blocks, x, held = OneAtATime(run, None), torch.randn(1, 500), []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), PeakBytes() as tensors:
+        for b in (0, 1, 0, 1):
+            blocks[b](x)
+            held.append(tensors.now)
+    assert max(held) < 1.5 * held[0], "the copies of one block, however many have been asked"
 
 
 def test_a_block_is_read_once_for_all_images_that_are_painted(dit, tmp_path, monkeypatch):

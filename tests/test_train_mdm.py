@@ -112,4 +112,7 @@ def test_text8_is_split_ninety_to_five(tmp_path, monkeypatch):
         monkeypatch.setattr(text8, name, value)
     (tmp_path / "text8").write_bytes(content)
     text = load_text("text8", folder=tmp_path, seq_len=4)
+    (tmp_path / "file").write_bytes(content[:570])  # the same characters, cut after nine tenths
+    file = load_text(str(tmp_path / "file"), seq_len=4)
+    assert len(file.train) == 513 and file.sha256 != text.sha256
     assert (len(text.train), len(text.heldout)) == (540, 30) and text.train.dtype == torch.uint8

@@ -493,8 +493,8 @@ def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch, capsy
 
 def test_blocks_that_are_missing_are_named_and_complete_ones_evaluated(small, cli, tmp_path):
     small("--out", tmp_path / "run", "--only", "0,1,3")
-    code, out, _ = cli("--eval-only", "--out", tmp_path / "run")
-    assert code == 0 and "still to train: blocks 2 of" in out and "bits" not in out
+    code, out, err = cli("--eval-only", "--out", tmp_path / "run")
+    assert code == 2 and "still to train: blocks 2 of" in err and err.count("\n") == 1 and "bits" not in out
     small("--out", tmp_path / "run", "--only", "2")
     code, out, _ = cli("--eval-only", "--out", tmp_path / "run", "--prompt", "the fox")
     assert code == 0 and "bits per character" in out and "the fox|" in out and "still to train" not in out

@@ -1,11 +1,18 @@
-"""Held-out texts written anew, for judges of quality that are not among the requirements (docs/judging.md)."""
+"""What is exported for judges of quality that are not among the requirements (docs/judging.md)."""
 
 import json
 
+from nano_db.errors import UsageError
 from nano_db.language import EVALUATION_BATCH
 from nano_db.machinery.files import write_text
 
 SHOWN = 0.25  # the share of a text that is kept as its prompt
+
+
+def refuse_old_images(folder):
+    """Raise UsageError where the folder holds anything: images of two walks must not be mixed."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"{folder} holds images already: move it away, or they would be mixed with the new ones")
 
 
 def export_texts(run, text, write):

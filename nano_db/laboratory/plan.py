@@ -23,6 +23,8 @@ from nano_db.machinery.run import command, make_optimizer
 from nano_db.machinery.settings import Parser
 
 UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+# Of no account for a training step: the text, which preset paper does not name, and the calls, enough for all blocks.
+NOT_COUNTED = {"gpt": ["--data", "pydocs"], "looped": ["--data", "pydocs"], "dit": ["--calls", "1000"]}
 CHOSEN_HERE = ("--blocks", "--baseline", "--layer-split", "--checkpoint-activations", "--ensemble", "--only")
 
 
@@ -52,8 +54,7 @@ def plans(script, flags):
     whose largest block has as many layers, the least.
     """
     module = module_of(script)
-    if script in ("gpt", "looped") and "--data" not in flags:  # preset paper names no text; any will do to count bytes
-        flags = [*flags, "--data", "pydocs"]
+    flags = [*NOT_COUNTED.get(script, ()), *flags]
     slow = {"load_text", "load_images", "neighbour_codes"} & vars(module).keys()
     loaders = {name: cache(vars(module)[name]) for name in slow}
 

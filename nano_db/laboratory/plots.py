@@ -100,14 +100,12 @@ def draw_images(path, states, owners, names, sigma_data, walks=3, columns=13):
 def save_images(folder, images, first):
     """Images (B, C, H, W) in [-1, 1] as <folder>/00000.png and so on, numbered from `first`.
 
-    Raises UsageError where the folder cannot be made, or holds images already: two walks must not be mixed.
+    Raises UsageError where the folder cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot make the folder {folder} ({error.strerror}): move away what is there") from error
-    if first == 0 and any(folder.iterdir()):
-        raise UsageError(f"{folder} holds images already: move it away, or they would be mixed with the new ones")
     for i, image in enumerate(images, first):
         pixels = _pixels(image.expand(3, -1, -1).cpu())
         write_atomically(folder / f"{i:05}.png", lambda file, pixels=pixels: plt.imsave(file, pixels, format="png"))

@@ -103,6 +103,8 @@ class Run:
             depends_on["start_from_sha256"] = start_checksum(settings, script, depends_on)
         fixed = {f.name: getattr(settings, f.name) for f in fields(settings) if not f.metadata["resumable"]}
         self.fixed = {**fixed, "script": script, **depends_on}  # what a block's file must agree with
+        if not settings.eval_only:  # other versions train other weights, but all can be evaluated
+            self.fixed["version"] = __version__
         self.paths = [self.folder / f"block_{b}.pt" for b in range(self.count)]
         self.only, self.worker, self.team = getattr(settings, "only", ""), Worker(), Team()
         self.mine = chosen_blocks(self.only, self.count) if self.only else list(range(self.count))
@@ -202,9 +204,11 @@ class Run:
             return False
         steps = [self.step_of(b) for b in range(self.count)]  # looked at once: others may be training these blocks
         unfinished = [b for b in range(self.count) if steps[b] < self.settings.steps]
-        lacking = self.settings.eval_only and 0 in steps
-        if unfinished and (self.only or self.worker.ranks > 1 or lacking):
-            print(f"still to train: blocks {', '.join(map(str, unfinished))} of {self.folder}")
+        to_train = f"still to train: blocks {', '.join(map(str, unfinished))} of {self.folder}"
+        if self.settings.eval_only and 0 in steps:
+            raise UsageError(f"{to_train}; an evaluation needs all of them")
+        if unfinished and (self.only or self.worker.ranks > 1):
+            print(to_train)
             return False
         if self.trained or self.last_round:
             print(f"after {min(steps)} steps" + (" of each network:" if self.count > 1 else ":"))
@@ -405,8 +409,11 @@ class OneAtATime(Sequence):
             raise IndexError(b)
         if b != self.held:
             self.held, self.block = None, None  # free the one before first
-            self.held, self.block = b, self.run.trained_block(self.make, b, whole=b not in self.verified)
-            self.verified.add(b)
+            torch.clear_autocast_cache()  # which keeps weights in bfloat16, also of modules that are gone
+            path = self.run.paths[b]
+            file = (b, path.stat().st_mtime_ns) if path.exists() else None  # that it is missing is said below
+            self.held, self.block = b, self.run.trained_block(self.make, b, whole=file not in self.verified)
+            self.verified.add(file)
         return self.block
 
 
