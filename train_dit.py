@@ -33,6 +33,12 @@ from nano_db.schedule import LogNormal
 PAINT_BATCH, PAINT_TOGETHER = 250, 5000  # images that a block sees at a time; images on their way at a time
 
 
+def paints_nothing(settings):
+    """The flags of an evaluation alone that is to paint nothing."""
+    nothing = settings.eval_only and not (settings.samples or settings.frechet_images or settings.export)
+    return nothing and "--samples 0 --frechet-images 0"
+
+
 @dataclass
 class Settings(Blocks, Training):
     data: str = training("glyphs", "labelled images", choices=NAMES)
@@ -53,8 +59,8 @@ class Settings(Blocks, Training):
     sigma_min: float = method(0.002, "least noise level", flag=False)
     sigma_max: float = method(80.0, "greatest noise level", flag=False)
     sigma_data: float = method(0.5, "standard deviation of clean pixels (EDM)", above=0)
-    calls: int = output(50, "Euler steps of the walk from noise to image", least=1)
-    guidance: float = output(2.0, "classifier-free guidance; 1: none", least=0)
+    calls: int = output(50, "Euler steps of the walk from noise to image", least=1, idle=paints_nothing)
+    guidance: float = output(2.0, "classifier-free guidance; 1: none", least=0, idle=paints_nothing)
     test_images: int = output(1000, "held-out images to evaluate the loss on; 0: all", least=0)
     samples: int = output(39, "images to paint for samples.png", least=0)
     export: int = output(0, "images to paint into the folder `images` of --out, a PNG each", least=0, once=True)

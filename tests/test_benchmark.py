@@ -70,8 +70,14 @@ def race_of(monkeypatch, capsys):
     return run
 
 
-def test_a_race_prints_ratios_and_costs_and_leaves_no_file(race_of, text_file, tmp_path):
-    out = race_of("gpt", "--pairs", 2, *SMALL, "--data", text_file, "--out", tmp_path / "run")
+def test_a_race_prints_ratios_and_costs_and_leaves_no_file(race_of, text_file, tmp_path, monkeypatch):
+    rounded, generate = [], train_gpt.generate
+    monkeypatch.setattr(
+        train_gpt, "generate", lambda *a: rounded.append(torch.is_autocast_enabled("cpu")) or generate(*a)
+    )
+    flags = ("--data", text_file, "--dtype", "bfloat16", "--out", tmp_path / "run")
+    out = race_of("gpt", "--pairs", 2, *SMALL, *flags)
+    assert rounded and all(rounded), "samples are computed as in training"
     assert out.count("ratio in pairs") == 2 and not (tmp_path / "run").exists()
     lines = [line.split() for line in out.splitlines()]
     total = next(line for line in lines if line and line[0] == "total")

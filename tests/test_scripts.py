@@ -68,19 +68,23 @@ def set_preset(monkeypatch, script, **values):
 @in_all_scripts
 @pytest.mark.parametrize("more", [(), ("--baseline",)], ids=["blocks", "baseline"])
 @pytest.mark.usefixtures("no_report")
-def test_the_optimizer_sees_gradients_no_longer_than_the_clip(tiny, monkeypatch, script, more):
+def test_the_optimizer_sees_the_gradient_of_this_step_alone_no_longer_than_the_clip(tiny, monkeypatch, script, more):
     set_preset(monkeypatch, script, clip=0.02)
     seen, make = [], script.make_optimizer
 
     def recorded(module, settings):
-        optimizer = make(module, settings)
+        optimizer, loss = make(module, settings), module.loss
         step = optimizer.step
+
+        def looked_at_before(*batch):
+            assert not any(p.grad.any() for p in module.parameters() if p.grad is not None), "of the step before"
+            return loss(*batch)
 
         def look_and_step():
             seen.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).norm())
             step()
 
-        optimizer.step = look_and_step
+        module.loss, optimizer.step = looked_at_before, look_and_step
         return optimizer
 
     monkeypatch.setattr(script, "make_optimizer", recorded)
@@ -123,6 +127,33 @@ def test_a_weighted_loss_reaches_the_training(tiny, tmp_path, script):
         logged.append({r["block"]: r["loss"] for r in read_metrics(out, "train")})
     none, edm = logged
     assert none.keys() == edm.keys() and all(edm[b] > 4 * none[b] for b in none)
+
+
+def test_a_dit_trains_on_edms_weighted_error(tiny, tmp_path):
+    """At the start F = 0, and the weighted error is near 1 at all noise levels. Without the weight that of the last block
+    would be below its sigma^2, 0.03.
+    """
+    code, _, err = tiny(train_dit, "--steps", "1", "--samples", "0", "--sigma-data", "0.9")
+    losses = [record["loss"] for record in read_metrics(tmp_path / "run", "train")]
+    assert code == 0 and len(losses) == 3 and all(0.3 < loss < 3 for loss in losses), err
+
+
+@pytest.mark.parametrize("script, sampling", [(train_gpt, "continue_prompt"), (train_dit, "paint")])
+@pytest.mark.usefixtures("no_report")
+def test_with_uniform_edges_each_block_is_called_equally_often(tiny, monkeypatch, script, sampling):
+    """Where the intervals do not hold the same mass. (A ViT: test_train_vit.py.)"""
+    sample, counts = getattr(script, sampling), []
+
+    def recorded(stack, *more, **named):
+        (sigmas,) = (value for value in more if torch.is_tensor(value))
+        counts.append(torch.bincount(stack.partition.route(sigmas[:-1])).tolist())
+        return sample(stack, *more, **named)
+
+    monkeypatch.setattr(script, sampling, recorded)
+    calls = ("--calls", "12") if script is train_dit else ("--noise", "paper")
+    code, _, err = tiny(script, "--partition", "uniform", "--samples", "1", *calls)
+    assert code == 0 and counts, err
+    assert all(found == [4] * len(found) and len(found) >= 3 for found in counts)
 
 
 # --- the headline recipe ---

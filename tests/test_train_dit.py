@@ -77,6 +77,16 @@ def test_a_run_that_has_exported_can_be_painted_again(dit, cli, tmp_path):
     assert code == 0 and "samples-again.png" in out and len(list((tmp_path / "run" / "images").iterdir())) == 3, err
 
 
+def test_an_evaluation_alone_that_paints_nothing_refuses_to_be_told_how(dit, cli, tmp_path):
+    assert dit("--frechet-images", "0", "--samples", "0", "--guidance", "1")[0] == 0  # a sample's cost depends on it
+    evaluate = ("--eval-only", "--out", tmp_path / "run")
+    for flag in ("--guidance", "--calls"):
+        code, _, err = cli(*evaluate, flag, "9", main=train_dit.main)
+        assert code == 2 and f"{flag} does nothing with --samples 0 --frechet-images 0" in err and err.count("\n") == 1
+    code, _, err = cli(*evaluate, "--calls", "9", "--export", "1", main=train_dit.main)
+    assert code == 0, err
+
+
 def test_the_ema_is_what_is_evaluated(dit, tmp_path):
     flags = ("--ema", "0.5", "--frechet-images", "0", "--samples", "0")
     dit(*flags)

@@ -313,8 +313,9 @@ def test_a_block_that_another_process_finishes_meanwhile_is_left_to_that_process
     assert code == 0 and ends == [0], err
 
 
-@pytest.mark.parametrize("recipe", ["nano", "paper"])
-def test_the_bound_of_trained_blocks_and_its_shares_are_the_same_in_bfloat16(small, tmp_path, monkeypatch, recipe):
+@pytest.mark.parametrize("flags", [(), ("--recipe", "paper"), ("--noise", "paper")], ids=["nano", "paper", "both"])
+def test_the_bound_of_trained_blocks_and_its_shares_are_the_same_in_bfloat16(small, tmp_path, monkeypatch, flags):
+    """The third, our head at the paper's low noise levels, is where a rounded product p @ E would count most."""
     found = []
 
     def score_twice(*arguments):
@@ -324,11 +325,11 @@ def test_the_bound_of_trained_blocks_and_its_shares_are_the_same_in_bfloat16(sma
         return found[0]
 
     monkeypatch.setattr(train_gpt, "score_text", score_twice)
-    code, _, err = small("--out", tmp_path / "run", "--recipe", recipe, "--steps", "60", "--eval-windows", "16")
+    code, _, err = small("--out", tmp_path / "run", *flags, "--steps", "60", "--eval-windows", "16")
     assert code == 0, err
     exact, rounded = (torch.tensor(metrics["nats_per_block"]) for metrics in found)
     assert len(exact) == 4 and not torch.equal(exact, rounded)
-    torch.testing.assert_close(rounded, exact, rtol=0.01, atol=0.01 * float(exact.sum()))
+    torch.testing.assert_close(rounded, exact, rtol=0.01, atol=0.001 * float(exact.sum()))
     assert float(rounded.sum()) == pytest.approx(float(exact.sum()), rel=0.01)
 
 
