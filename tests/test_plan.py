@@ -2,6 +2,7 @@ import sys
 
 import pytest
 
+import train_dit
 from nano_db.errors import UsageError
 from nano_db.laboratory import plan
 from nano_db.laboratory.race import bench_of
@@ -47,9 +48,9 @@ def test_a_text_that_is_named_is_the_one_that_is_planned_for(text_file, form):
     assert max(named) < min(manual), "fewer characters, a smaller table"
 
 
-def test_more_blocks_than_calls_are_planned_for():
-    dit = ["--preset", "tiny", "--layers", "13", "--width", "8", "--device", "cpu"]
-    assert max(blocks for blocks, _, _ in plan.plans("dit", dit)) == 13  # preset tiny makes 12 calls
+def test_more_blocks_than_calls_are_planned_for(monkeypatch):
+    monkeypatch.setitem(train_dit.PRESETS, "tiny", {**train_dit.PRESETS["tiny"], "calls": 2})
+    assert max(blocks for blocks, _, _ in plan.plans("dit", THIN)) == 3
 
 
 def test_the_least_number_of_blocks_that_fits_is_named(monkeypatch, capsys):

@@ -130,8 +130,8 @@ def test_a_weighted_loss_reaches_the_training(tiny, tmp_path, script):
 
 
 def test_a_dit_trains_on_edms_weighted_error(tiny, tmp_path):
-    """At the start F = 0, and the weighted error is near 1 at all noise levels. Without the weight that of the last block
-    would be below its sigma^2, 0.03.
+    """At the start F = 0, and the weighted error is near 1 at all noise levels. Without its weight that of the last
+    block would be below sigma^2, 0.03.
     """
     code, _, err = tiny(train_dit, "--steps", "1", "--samples", "0", "--sigma-data", "0.9")
     losses = [record["loss"] for record in read_metrics(tmp_path / "run", "train")]
