@@ -58,14 +58,8 @@ class Settings(Discrete, Training):
     eval_windows: int = output(0, "held-out windows to evaluate on; 0: all", least=0)
     export: int = output(0, "held-out texts to continue after their first quarter (texts.jsonl)", least=0, once=True)
     calls: int = output(16, "K: Euler calls a token; for the baseline, turns of the loop", least=1)
-    prompt: str = output(
-        "", "what the samples continue (default: the first held-out tokens)", once=True,
-        idle=lambda settings: not settings.samples and "--samples 0",
-    )  # fmt: skip
-    temperature: float = output(
-        0.8, "of the samples; below 1 is more cautious", least=0.01,
-        idle=lambda settings: not (settings.samples or settings.export) and "--samples 0",
-    )  # fmt: skip
+    prompt: str = output("", "what samples continue (default: the first held-out tokens)", once=True, needs="samples")
+    temperature: float = output(0.8, "of the samples; below 1 is more cautious", least=0.01, needs="samples export")
     sample_length: int = output(300, "tokens to write", flag=False)
 
 

@@ -49,18 +49,9 @@ class Settings(Blocks, Training):
     schedule: str = method("linear", "visible share alpha(t)", choices=("linear", "cosine"))
     eval_windows: int = output(0, "held-out windows to evaluate on; 0: all", least=0)
     export: int = output(0, "held-out texts to continue after their first quarter (texts.jsonl)", least=0, once=True)
-    unmask_steps: int = output(
-        128, "steps from hidden to visible", least=1,
-        idle=lambda settings: not (settings.samples or settings.export) and "--samples 0",
-    )  # fmt: skip
-    temperature: float = output(
-        0.6, "of the samples; below 1 is more cautious", least=0.01,
-        idle=lambda settings: not (settings.samples or settings.export) and "--samples 0",
-    )  # fmt: skip
-    fill: str = output(
-        "", f"a text whose gaps ({GAP}) are to be filled; the samples are of it", once=True,
-        idle=lambda settings: not settings.samples and "--samples 0",
-    )  # fmt: skip
+    unmask_steps: int = output(128, "steps from hidden to visible", least=1, needs="samples export")
+    temperature: float = output(0.6, "of the samples; below 1 is more cautious", least=0.01, needs="samples export")
+    fill: str = output("", f"a text whose gaps ({GAP}) the samples are to fill", once=True, needs="samples")
 
 
 PRESETS = {

@@ -29,7 +29,7 @@ class Settings(Discrete, Training):
     hidden: int = network(1, "no user needs it", flag=False)
     sharpness: float = method(0.5, "of the head", above=0, of="blocks")
     ways: str = training("one", "to go", choices=("one", "two"))
-    words: str = output("", "to print", once=True, idle=lambda settings: not settings.samples and "--samples 0")
+    words: str = output("", "to print", once=True, needs="samples")
 
 
 PRESETS = {

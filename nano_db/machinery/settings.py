@@ -30,19 +30,20 @@ PRESETS = ("auto", "tiny", "laptop", "gpu", "paper")
 
 def option(
     group, default, help, choices=None, least=None, below=None, above=None,
-    of=None, flag=True, resumable=False, trains=False, once=False, idle=lambda settings: "",
+    of=None, flag=True, resumable=False, trains=False, once=False, needs="", idle=lambda settings: "",
 ):  # fmt: skip
     """A dataclass field, and the flag made from it, under the heading `group` of --help.
 
     choices, least (>=), above (>) and below (<) limit the value. of: "blocks" or "baseline", the one method that heeds
     it. flag=False: presets and recipes set it, no flag does. resumable: it may change between runs in one output
     folder, because the trained weights do not depend on it. trains: nor does an evaluation, so --eval-only refuses it.
-    once: it is for one command, and --eval-only does not inherit it. idle: a function of all settings that names the
-    flag with which this one does nothing, if there is such a flag.
+    once: it is for one command, and --eval-only does not inherit it. needs: names of settings, of which at least one
+    must be set, or this one does nothing. idle: what else may leave it without effect, a function of all settings that
+    names the flag which does so.
     """
     about = {"group": group, "help": help, "choices": choices, "least": least, "below": below, "above": above}
     about |= {"of": of, "flag": flag, "resumable": resumable or trains or group == "output"}
-    return field(default=default, metadata=about | {"trains": trains, "once": once, "idle": idle})
+    return field(default=default, metadata=about | {"trains": trains, "once": once, "needs": needs, "idle": idle})
 
 
 method, network, training, output = (partial(option, group) for group in ("method", "network", "training", "output"))
@@ -207,5 +208,8 @@ def validate(settings, given=()):
             raise UsageError(f"{flag} must be one of {', '.join(map(str, about['choices']))}, not {value}")
         if f.name in given and about["of"] not in (None, method):
             raise UsageError(f"{flag} does nothing for the {method} method: drop it")
-        if f.name in given and (other := about["idle"](settings)):
+        needed, other = about["needs"].split(), about["idle"](settings)
+        if needed and not any(getattr(settings, name) for name in needed):
+            other = f"--{needed[0]} 0"
+        if f.name in given and other:
             raise UsageError(f"{flag} does nothing with {other}: drop one of them")
