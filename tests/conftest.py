@@ -63,7 +63,7 @@ def cli(monkeypatch, capsys, request):
     monkeypatch.setattr(glyphs, "make", draw_glyphs_once)
     if not request.node.get_closest_marker("whole"):
         monkeypatch.setattr(plots, "draw_curves", lambda *_: None)
-        monkeypatch.setattr(Bench, "seconds_of", lambda *_: 1.0)
+        monkeypatch.setattr(Bench, "_cost_of_use", lambda *_: {"layer_evaluations": 0, "seconds": 1.0, "weights": 0})
 
     def run(*flags, main=train_gpt.main):
         monkeypatch.setattr(sys, "argv", ["train_gpt.py", *map(str, flags)])

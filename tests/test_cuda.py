@@ -70,6 +70,7 @@ def test_the_loss_of_a_step_is_that_of_the_cpu_in_float32(monkeypatch, script, m
 
 
 @needs_cuda
+@pytest.mark.whole
 @pytest.mark.parametrize("script, method", ALL)
 @pytest.mark.parametrize("more", [("--dtype", "float32"), ("--compile",)], ids=["float32", "compiled"])
 def test_a_tiny_run_on_a_gpu_reports_the_allocator(cli, tmp_path, script, method, more):

@@ -144,7 +144,6 @@ def test_an_evaluation_alone_refuses_what_only_training_heeds(cli, tmp_path, scr
         (train_mdm, "--samples 0 --temperature 1", "--temperature does nothing with --samples 0"),
         (train_mdm, "--samples 0 --unmask-steps 9", "--unmask-steps does nothing with --samples 0"),
         (train_vit, "--data cifar10 --glyphs 200", "--glyphs does nothing with --data cifar10"),
-        (train_gpt, "--only 1 --rounds 2", "--rounds does nothing with --only"),
     ],
 )
 def test_a_flag_that_another_one_leaves_without_effect_is_refused(cli, tmp_path, script, flags, message):

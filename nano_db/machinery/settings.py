@@ -56,10 +56,7 @@ class Training:
     preset: str = training("auto", "scale; auto: gpu on CUDA, else laptop", choices=PRESETS, trains=True)
     baseline: bool = method(False, "train the same network end to end with backpropagation instead")
     steps: int = training(1000, "steps of each block (or of the baseline)", least=1)
-    rounds: int = training(
-        1, "turns of the blocks; the run is evaluated after each", least=1, trains=True,
-        idle=lambda settings: getattr(settings, "only", "") and "--only",
-    )  # fmt: skip
+    rounds: int = training(1, "turns of the blocks; the run is evaluated after each", least=1, trains=True)
     batch_size: int = training(32, "samples a step", least=1)
     learning_rate: float = training(1e-3, "peak of AdamW's learning rate", above=0)
     warmup: int = training(50, "steps of linear warm-up, before the cosine", least=0)
