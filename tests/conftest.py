@@ -77,6 +77,16 @@ def cli(monkeypatch, capsys, request):
     return run
 
 
+cost_of_use = Bench._cost_of_use
+
+
+@pytest.fixture
+def real_costs(cli, monkeypatch):
+    """For tests that look at what a sample costs in layers, but not in seconds."""
+    monkeypatch.setattr(Bench, "_cost_of_use", cost_of_use)
+    monkeypatch.setattr(Bench, "seconds_of", lambda *_: 1.0)
+
+
 @pytest.fixture
 def small(cli, text_file, monkeypatch):
     """The same, with the settings and text of a run that takes a second, and with short samples by few calls."""

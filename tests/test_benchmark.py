@@ -34,7 +34,7 @@ def test_layer_evaluations_are_counted_a_sample():
     assert cost["seconds"] > 0
 
 
-@pytest.mark.whole
+@pytest.mark.usefixtures("real_costs")
 def test_what_writing_sixteen_tokens_costs_in_layers(small, cli, text_file, tmp_path, monkeypatch):
     """By hand: a cached token passes each layer once a call. The trunks of the nano recipe are asked once, however many
     calls the walk makes; networks that are shown z are asked at each call, one block at a time.

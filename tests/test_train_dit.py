@@ -48,7 +48,7 @@ def test_a_run_scores_paints_and_resumes(dit, tmp_path, flags):
     assert code == 0 and "loss 0" not in out and result_of(tmp_path)["metrics"] == metrics
 
 
-@pytest.mark.whole
+@pytest.mark.usefixtures("real_costs")
 def test_three_blocks_evaluate_a_third_of_the_layers(dit, tmp_path):
     quick = ("--frechet-images", "0", "--samples", "0")
     dit("--guidance", "1", *quick)
