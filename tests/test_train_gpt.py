@@ -182,11 +182,10 @@ def test_blocks_share_no_trainable_tensor(head, walk):
 # --- the command ---
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--rounds", "2"),
+        pytest.param(("--rounds", "2"), marks=pytest.mark.whole),
         ("--recipe", "paper"),
         ("--noise", "information", "--partition", "uniform"),
         ("--head", "posterior", "--walk", "last"),
@@ -204,8 +203,8 @@ def test_a_run_leaves_all_its_files_and_resumes_to_the_same_result(small, tmp_pa
         "config.json",
         "metrics.jsonl",
         "metrics_0.jsonl",
-        "curves.png",
         "samples.txt",
+        *(["curves.png"] if "--rounds" in flags else []),
         *(f"block_{b}.pt" for b in range(result["blocks"])),
     ):
         assert (tmp_path / "run" / name).stat().st_size > 0
