@@ -35,7 +35,7 @@ def test_scores_of_rotary_positions_depend_on_the_distance_and_on_nothing_else()
         diagonal = scores.diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand(len(diagonal)), rtol=0, atol=1e-5)
     torch.testing.assert_close(rotated_scores(q, k, offset=100), scores, rtol=0, atol=1e-4)
-    torch.testing.assert_close(scores.diagonal(), (q @ k).expand(T)), "at distance 0 nothing is turned"
+    torch.testing.assert_close(scores.diagonal(), (q @ k).expand(T))  # at distance 0 nothing is turned
     by_distance = torch.stack([scores.diagonal(distance)[0] for distance in range(1 - T, T)])
     assert torch.pdist(by_distance[:, None]).min() > 1e-4, "and they do depend on it"
 

@@ -189,7 +189,7 @@ def test_the_state_keeps_unit_size_however_often_the_loop_turns(batch, baseline)
     for _ in range(20):
         s = network.turn(s, e, how, cond)
     torch.testing.assert_close(s.square().mean(-1).sqrt(), torch.ones(2, T))
-    torch.testing.assert_close(e.square().mean(-1).sqrt(), torch.ones(2, T)), "the prelude's, too"
+    torch.testing.assert_close(e.square().mean(-1).sqrt(), torch.ones(2, T))  # what the prelude makes, too
 
 
 def test_one_call_of_the_walk_is_one_call_of_the_network(batch):

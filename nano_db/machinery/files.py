@@ -5,7 +5,7 @@
     block_<b>.pt       weights, optimizer state, step and settings of one block
     metrics_<b>.jsonl  a line per logging interval of block b
     metrics.jsonl      a line per evaluation
-    result.json        the figures at the end
+    result.json        the figures at the end, and the settings they were evaluated with
 
 Every file but the metrics is written aside, flushed to the disk and renamed: whatever happens to the process, the file
 that stands there is whole. Every file is verified before it is read, and no code in it is ever run.

@@ -47,8 +47,12 @@ from nano_db.machinery.files import (
 from nano_db.machinery.workers import Team, Worker, join
 
 OUT_OF_MEMORY = "try more --blocks (`python -m nano_db.laboratory.plan` says how many), --micro-batch or --batch-size"
-VERSIONS = {"nano_db": __version__, "python": platform.python_version(), "torch": torch.__version__}
-VERSIONS |= {"numpy": np.__version__}
+VERSIONS = {
+    "nano_db": __version__,
+    "python": platform.python_version(),
+    "torch": torch.__version__,
+    "numpy": np.__version__,
+}
 
 
 def seed_from(*numbers):
