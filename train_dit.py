@@ -24,7 +24,7 @@ from nano_db.images import ImageStack, MeanDenoiser, edm_loss, patch_positions, 
 from nano_db.laboratory.benchmark import Bench
 from nano_db.laboratory.export import refuse_old_images
 from nano_db.laboratory.frechet import FEATURES, FrechetSmall
-from nano_db.layers import Layer, NoiseEmbedding, rms_norm
+from nano_db.layers import Layer, NoiseEmbedding, layer_norm
 from nano_db.machinery.run import OneAtATime, Run, command, make_optimizer
 from nano_db.machinery.settings import Blocks, Training, method, network, output, read_settings, training
 from nano_db.partition import make_partition, sampling_grid, split_layers
@@ -118,7 +118,7 @@ class DiT(nn.Module):
         for layer in self.layers:
             h = layer(h, cond=cond)
         shift, scale = self.modulation(F.silu(cond))[:, None].chunk(2, dim=-1)
-        return unpatchify(self.output(rms_norm(h) * (1 + scale) + shift), self.patch, z.shape[2])
+        return unpatchify(self.output(layer_norm(h) * (1 + scale) + shift), self.patch, z.shape[2])
 
 
 def drop_labels(labels, share, null_label):

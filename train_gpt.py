@@ -25,7 +25,7 @@ from nano_db.heads import HEADS, PosteriorHead, make_codebook
 from nano_db.laboratory.benchmark import Bench
 from nano_db.laboratory.export import export_texts
 from nano_db.language import continue_prompt, generate, score_text, writer
-from nano_db.layers import Layer, NoiseEmbedding, causal_mask, rms_norm, rotary_angles
+from nano_db.layers import Layer, NoiseEmbedding, causal_mask, layer_norm, rotary_angles
 from nano_db.machinery.run import Run, command, make_optimizer
 from nano_db.machinery.settings import Blocks, Discrete, Training, method, network, output, read_settings, training
 from nano_db.partition import make_partition, sampling_grid, split_layers
@@ -117,7 +117,7 @@ class GPT(nn.Module):
         for i, layer in enumerate(self.layers):
             remember = None if cache is None else partial(cache.extend, i, keep=T)
             h = layer(h, rotary, cond, mask, causal, remember)
-        return rms_norm(h[:, -T:])
+        return layer_norm(h[:, -T:])
 
 
 def two_stream_mask(T, past, device):

@@ -30,7 +30,7 @@ from nano_db.heads import HEADS, PosteriorHead, cross_entropy, make_codebook
 from nano_db.laboratory.benchmark import Bench
 from nano_db.laboratory.export import export_texts
 from nano_db.language import EVALUATION_BATCH, continue_prompt, generate, score_text, writer
-from nano_db.layers import Layer, NoiseEmbedding, causal_mask, rms_norm, rotary_angles
+from nano_db.layers import Layer, NoiseEmbedding, causal_mask, layer_norm, rotary_angles
 from nano_db.likelihood import nats_of_walk
 from nano_db.machinery.run import Run, command, make_optimizer
 from nano_db.machinery.settings import Discrete, Training, method, network, output, read_settings, training
@@ -135,7 +135,7 @@ class Looped(nn.Module):
     def forward(self, x, z, c_noise, cache=None):
         e, how = self.context(x, cache)
         s = self.turn(z, e, how, self.noise_embedding(c_noise))
-        return rms_norm(self.apply_layers(self.coda, s, how))
+        return layer_norm(self.apply_layers(self.coda, s, how))
 
 
 def huginn_init(module, width, depth):
@@ -167,7 +167,7 @@ class Huginn(nn.Module):
         for i in range(turns):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= turns - self.settings.backprop_turns):
                 s = self.network.turn(s, e, how)
-        return rms_norm(self.network.apply_layers(self.network.coda, s, how))
+        return layer_norm(self.network.apply_layers(self.network.coda, s, how))
 
     def log_p(self, x, cache=None, turns=None):
         """ln p(y | x) (B, T, V) after `turns` turns (default: settings.calls), always from the same random state."""

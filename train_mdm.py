@@ -20,7 +20,7 @@ from data.text import load_text
 from nano_db.errors import UsageError
 from nano_db.laboratory.benchmark import Bench
 from nano_db.laboratory.export import export_texts
-from nano_db.layers import Layer, NoiseEmbedding, rms_norm, rotary_angles
+from nano_db.layers import Layer, NoiseEmbedding, layer_norm, rotary_angles
 from nano_db.machinery.run import Run, command, make_optimizer
 from nano_db.machinery.settings import Blocks, Training, method, network, output, read_settings, training
 from nano_db.masking import (
@@ -94,7 +94,7 @@ class Unmasker(nn.Module):
         rotary = rotary_angles(torch.arange(x.shape[1], device=x.device), self.head_width)
         for layer in self.layers:
             h = layer(h, rotary, cond)
-        return self.readout(rms_norm(h))
+        return self.readout(layer_norm(h))
 
 
 def encode_fill(text, settings):

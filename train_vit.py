@@ -24,7 +24,7 @@ from nano_db.errors import UsageError
 from nano_db.heads import HEADS, PosteriorHead, make_codebook
 from nano_db.images import patch_positions, patchify
 from nano_db.laboratory.benchmark import Bench
-from nano_db.layers import Layer, NoiseEmbedding, rms_norm
+from nano_db.layers import Layer, NoiseEmbedding, layer_norm
 from nano_db.machinery.run import Run, command, make_optimizer
 from nano_db.machinery.settings import Blocks, Discrete, Training, method, network, output, read_settings, training
 from nano_db.partition import make_partition, sampling_grid, split_layers
@@ -119,7 +119,7 @@ class ViT(nn.Module):
         h = torch.cat([label, patches], dim=1)
         for layer in self.layers:
             h = layer(h, cond=cond)
-        h = rms_norm(h)
+        h = layer_norm(h)
         return h[:, 0] if self.readout == "token" else h.mean(1)
 
 

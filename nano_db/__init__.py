@@ -7,4 +7,4 @@ images. (codes are an option, tables that need no training.) Then a script, trai
 laboratory/ can stay closed.
 """
 
-__version__ = "0.2.0"  # raised whenever a change moves the numbers that runs give
+__version__ = "0.3.0"  # raised whenever a change moves the numbers that runs give

@@ -16,23 +16,22 @@ from torch.utils.checkpoint import checkpoint
 from nano_db.errors import UsageError
 
 
-def rms_norm(h):
-    """RMSNorm (Zhang & Sennrich 2019) over the features, without weights."""
-    return F.rms_norm(h, h.shape[-1:])
+def layer_norm(h):
+    """LayerNorm (Ba et al. 2016) over the features, without weights, as in DiT: one kernel, on CPUs too."""
+    return F.layer_norm(h, h.shape[-1:])
 
 
 def rotary_angles(positions, head_width, base=10_000.0):
-    """Cosines and sines of rotary position embedding (Su et al. 2021): two (T, head_width / 2) tensors."""
+    """Cosines and sines of rotary position embedding (Su et al. 2021): two (T, head_width) tensors for `rotate`."""
     frequencies = base ** (-torch.arange(0, head_width, 2, device=positions.device) / head_width)
-    angles = positions[:, None] * frequencies
-    return angles.cos(), angles.sin()
+    angles = positions[:, None] * frequencies  # (T, head_width / 2)
+    return torch.cat([angles.cos(), angles.cos()], dim=-1), torch.cat([-angles.sin(), angles.sin()], dim=-1)
 
 
 def rotate(heads, rotary):
-    """Turn pairs of channels of (B, H, T, head_width) by their position's angles."""
+    """Turn each pair of channels (i, i + head_width / 2) of (B, H, T, head_width) by its position's angle."""
     cos, sin = (part.to(heads.dtype) for part in rotary)
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, dims=-1), sin)
 
 
 def causal_mask(T, past, device):
@@ -88,7 +87,7 @@ class Layer(nn.Module):
 
     def __init__(self, width, heads, cond_width=0, dropout=0.0, sandwich=False):
         super().__init__()
-        self.norm_sum = rms_norm if sandwich else nn.Identity()
+        self.norm_sum = layer_norm if sandwich else nn.Identity()
         self.attention = Attention(width, heads)
         up, down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
         self.mlp = nn.Sequential(up, nn.GELU(), down)
@@ -107,11 +106,11 @@ class Layer(nn.Module):
         """
         attend = (rotary, mask, causal, remember)
         if self.modulation is None:
-            h = self.norm_sum(h + self.dropout(self.attention(rms_norm(h), *attend)))
-            return self.norm_sum(h + self.dropout(self.mlp(rms_norm(h))))
+            h = self.norm_sum(h + self.dropout(self.attention(layer_norm(h), *attend)))
+            return self.norm_sum(h + self.dropout(self.mlp(layer_norm(h))))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(cond))[:, None].chunk(6, dim=-1)
-        h = self.norm_sum(h + gate_a * self.dropout(self.attention(rms_norm(h) * (1 + scale_a) + shift_a, *attend)))
-        return self.norm_sum(h + gate_m * self.dropout(self.mlp(rms_norm(h) * (1 + scale_m) + shift_m)))
+        h = self.norm_sum(h + gate_a * self.dropout(self.attention(layer_norm(h) * (1 + scale_a) + shift_a, *attend)))
+        return self.norm_sum(h + gate_m * self.dropout(self.mlp(layer_norm(h) * (1 + scale_m) + shift_m)))
 
 
 def open_gates(bias):

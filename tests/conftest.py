@@ -1,4 +1,5 @@
 import functools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,14 @@ torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait
 # A run of a second: 4 blocks of a layer each on a file of a few thousand characters. It saves every 5 steps.
 SMALL = ["--preset", "tiny", "--layers", "4", "--width", "16", "--seq-len", "8", "--steps", "12", "--warmup", "2"]
 SMALL += ["--device", "cpu"]
+
+
+def pytest_configure(config):
+    """Hide GPUs, unless test_cuda.py is asked for by its name: the tests are those of a CPU, and many fork this process,
+    which the threads that PyTorch starts for a GPU do not survive.
+    """
+    if not any("test_cuda" in argument for argument in config.args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def tensors(folder, b):

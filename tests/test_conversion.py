@@ -62,7 +62,7 @@ def test_of_a_denoising_head_the_readout_is_taken_and_the_rest_begins_as_always(
     rotary = train_gpt.rotary_angles(torch.arange(10), 8)
     for i in (2, 3):
         h = network.network.layers[i](h, rotary, causal=True)
-    expected = network.head.readout(train_gpt.rms_norm(h))
+    expected = network.head.readout(train_gpt.layer_norm(h))
     torch.testing.assert_close(block.head.residual(block.features(x, z, torch.ones(1)), z, torch.ones(1)), expected)
     for name in ("head.up.weight", "head.out.weight", "head.noise_embedding.mlp.0.weight"):
         assert torch.equal(block.state_dict()[name], before[name])

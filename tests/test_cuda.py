@@ -1,4 +1,7 @@
-"""Every script on a GPU, against the CPU; skipped where there is none. bfloat16 against float32 is tested anywhere."""
+"""Every script on a GPU, against the CPU: `python -m pytest tests/test_cuda.py` on a machine that has one.
+
+In a run of all tests, and without a GPU, only bfloat16 against float32 on the CPU is tested.
+"""
 
 import json
 import re
@@ -17,7 +20,9 @@ from data import glyphs
 from nano_db.laboratory.race import bench_of
 from nano_db.machinery.run import seed_from
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device, or this file was not asked for by its name"
+)
 SCRIPTS = {"dit": train_dit, "gpt": train_gpt, "looped": train_looped, "mdm": train_mdm, "vit": train_vit}
 METHODS = {"blocks": (), "paper": ("--recipe", "paper"), "baseline": ("--baseline",)}
 ALL = [(s, m) for s in SCRIPTS for m in METHODS if m != "paper" or s in ("gpt", "looped", "vit")]  # those with recipes

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nano_db.layers import Layer, open_gates, rms_norm, rotary_angles, rotate
+from nano_db.layers import Layer, open_gates, layer_norm, rotary_angles, rotate
 
 WIDTH, HEADS, T = 16, 2, 6
 
@@ -43,14 +43,15 @@ def test_scores_of_rotary_positions_depend_on_the_distance_and_on_nothing_else()
 def test_the_angles_are_those_of_the_paper():
     """Su et al. 2021: channel pair i of a head of width d turns by position * base^(-2 i / d)."""
     cos, sin = rotary_angles(torch.tensor([0, 3]), 8, base=100.0)
-    for i in range(4):
+    for i in range(4):  # channels i and i + 4: each is turned towards the other
         angle = torch.tensor(3.0) * 100.0 ** (-2 * i / 8)
-        torch.testing.assert_close(torch.stack([cos[1, i], sin[1, i]]), torch.stack([angle.cos(), angle.sin()]))
+        torch.testing.assert_close(cos[1, [i, i + 4]], angle.cos().expand(2))
+        torch.testing.assert_close(sin[1, [i, i + 4]], angle.sin() * torch.tensor([-1.0, 1.0]))
     assert (cos[0] == 1).all() and (sin[0] == 0).all()
     pair = torch.zeros(1, 1, 2, 8)
     pair[..., 1] = 1.0  # of channels 1 and 5
     turned = rotate(pair, (cos, sin))[0, 0, 1]
-    torch.testing.assert_close(turned[[1, 5]], torch.stack([cos[1, 1], sin[1, 1]]))
+    torch.testing.assert_close(turned[[1, 5]], torch.stack([cos[1, 1], sin[1, 5]]))
     assert not turned[[0, 2, 3, 4, 6, 7]].any()
 
 
@@ -73,9 +74,9 @@ def test_a_modulated_layer_is_its_formula():
     found = layer(h, cond=cond)
     for i in range(2):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = layer.modulation(F.silu(cond[i])).chunk(6)
-        read = rms_norm(h[i : i + 1]) * (1 + scale_a) + shift_a
+        read = layer_norm(h[i : i + 1]) * (1 + scale_a) + shift_a
         after = h[i : i + 1] + gate_a * layer.attention(read, None, None, False, None)
-        after = after + gate_m * layer.mlp(rms_norm(after) * (1 + scale_m) + shift_m)
+        after = after + gate_m * layer.mlp(layer_norm(after) * (1 + scale_m) + shift_m)
         torch.testing.assert_close(found[i : i + 1], after)
 
 

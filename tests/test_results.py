@@ -498,9 +498,7 @@ def test_committed_results_are_those_of_todays_presets():
 
 
 def test_no_table_mixes_rows_of_versions_whose_numbers_differ():
-    """Records that do not name their version are of 0.1.0. In 0.2.0 all numbers moved: moving averages have a ramp, and
-    first weights a random stream of their own. Tables of 0.1.0 stay until they are made anew, each as a whole.
-    """
+    """Records that do not name their version are of 0.1.0, and their tables stay until they are made anew as a whole."""
     versions = {}
     for folder in [ROOT / "results" / scale for scale in SCALES]:
         for experiment, records in summary.read_records(folder, folder.name)[0].items():
@@ -520,7 +518,7 @@ def test_the_version_is_the_same_everywhere(path):
 def test_committed_summaries_are_those_of_their_files():
     folders = [path for path in (ROOT / "results").glob("*") if path.is_dir()]
     assert {path.name for path in folders} <= {*SCALES, "codebook"}
-    folders = [path for path in folders if path.name in SCALES]
+    folders = [path for path in folders if path.name in SCALES and any(path.glob("*.json"))]
     for folder in folders:
         found, stale = summary.read_records(folder, folder.name)
         assert (folder / "summary.md").read_text() == summary.summary(found, folder.name), folder

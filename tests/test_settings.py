@@ -180,7 +180,7 @@ def test_the_dtype_is_settled_once_and_a_run_keeps_its_own_on_another_device(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: computes)
     assert read("--device", "cuda", "--out", tmp_path).dtype == dtype
-    for own in ("float32", "bfloat16", "auto"):  # the last: of version 0.1.0, which did not settle it
+    for own in ("float32", "bfloat16"):
         write_config(tmp_path, dtype=own)
         assert read("--device", "cuda", "--out", tmp_path).dtype == own
         assert read("--device", "cpu", "--out", tmp_path).dtype == own

@@ -126,7 +126,7 @@ def differences(there, here):
 def identity(config):
     """What the weights depend on, by name, as a config.json says it (and other settings, too)."""
     versions = config.get("versions")
-    version = versions.get("nano_db", "0.1.0") if isinstance(versions, dict) else None  # 0.1.0 did not say
+    version = versions.get("nano_db") if isinstance(versions, dict) else None
     return {**config["settings"], "script": config["script"], "version": version, **config["depends_on"]}
 
 

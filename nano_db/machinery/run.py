@@ -106,9 +106,12 @@ class Run:
         if getattr(settings, "start_from", ""):
             depends_on["start_from_sha256"] = start_checksum(settings, script, depends_on)
         fixed = {f.name: getattr(settings, f.name) for f in fields(settings) if not f.metadata["resumable"]}
-        self.fixed = {**fixed, "script": script, **depends_on}  # what a block's file must agree with
-        if not settings.eval_only:  # other versions train other weights, but all can be evaluated
-            self.fixed["version"] = __version__
+        self.fixed = {
+            **fixed,
+            "script": script,
+            "version": __version__,
+            **depends_on,
+        }  # for a block's file to agree with
         self.paths = [self.folder / f"block_{b}.pt" for b in range(self.count)]
         self.only, self.worker, self.team = getattr(settings, "only", ""), Worker(), Team()
         self.mine = chosen_blocks(self.only, self.count) if self.only else list(range(self.count))

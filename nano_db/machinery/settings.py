@@ -167,7 +167,7 @@ def usual_dtype(settings):
     """
     if (Path(settings.out) / "config.json").exists():
         kept = read_config(settings.out)["settings"].get("dtype")
-        if kept in ("auto", "float32", "bfloat16"):  # "auto": of version 0.1.0, which did not settle it
+        if kept in ("float32", "bfloat16"):
             return kept
     computes = settings.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bfloat16" if computes else "float32"

@@ -22,7 +22,7 @@ from data.images import load_images
 from nano_db.heads import make_codebook
 from nano_db.images import patch_positions, patchify
 from nano_db.laboratory.neighbours.shared import progress, read_arguments, report, share_right, start, whole
-from nano_db.layers import Layer, rms_norm
+from nano_db.layers import Layer
 from nano_db.machinery.memory import training_bytes
 from nano_db.machinery.run import learning_rate, make_optimizer, seed_from
 
@@ -71,7 +71,7 @@ class DenseLayer(nn.Module):
         self.linear = nn.Linear(inputs, width)
 
     def forward(self, h):
-        return F.relu(self.linear(rms_norm(h)))
+        return F.relu(self.linear(F.rms_norm(h, h.shape[-1:])))
 
     def goodness(self, h):
         return SHARPNESS * (h.square().mean(-1) - 1)  # (B,)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from data.images import load_images
 from nano_db.images import patch_positions, patchify
 from nano_db.laboratory.neighbours.shared import progress, read_arguments, report, share_right, start, whole
-from nano_db.layers import Layer, rms_norm
+from nano_db.layers import Layer, layer_norm
 from nano_db.machinery.memory import training_bytes
 from nano_db.machinery.run import learning_rate, make_optimizer, seed_from
 from nano_db.partition import split_layers
@@ -54,7 +54,7 @@ class GreedyBlock(nn.Module):
 
     def scores(self, h):
         """h: images, or what the block before makes of them, (B, 1 + T, width). Logits (B, V)."""
-        return self.readout(rms_norm(self.look_ahead(self.own(h)))[:, 0])
+        return self.readout(layer_norm(self.look_ahead(self.own(h)))[:, 0])
 
     def loss(self, h, y):
         return F.cross_entropy(self.scores(h), y)
