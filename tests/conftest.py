@@ -24,7 +24,7 @@ SMALL += ["--device", "cpu"]
 
 
 def pytest_configure(config):
-    """Hide GPUs, unless test_cuda.py is asked for by its name: the tests are those of a CPU, and many fork this process,
+    """Hide GPUs, unless test_cuda.py is asked for by name: the tests are those of a CPU, and many fork this process,
     which the threads that PyTorch starts for a GPU do not survive.
     """
     if not any("test_cuda" in argument for argument in config.args):

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nano_db.layers import Layer, open_gates, layer_norm, rotary_angles, rotate
+from nano_db.layers import Layer, layer_norm, open_gates, rotary_angles, rotate
 
 WIDTH, HEADS, T = 16, 2, 6
 

@@ -498,7 +498,7 @@ def test_committed_results_are_those_of_todays_presets():
 
 
 def test_no_table_mixes_rows_of_versions_whose_numbers_differ():
-    """Records that do not name their version are of 0.1.0, and their tables stay until they are made anew as a whole."""
+    """Records that do not name their version are of 0.1.0, and their tables stay until made anew as a whole."""
     versions = {}
     for folder in [ROOT / "results" / scale for scale in SCALES]:
         for experiment, records in summary.read_records(folder, folder.name)[0].items():
