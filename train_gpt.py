@@ -2,59 +2,51 @@
 
     python train_gpt.py --blocks 4                         # 13 minutes on one CPU core, no network needed
     python train_gpt.py --baseline                         # the same network, end to end
-    python train_gpt.py --eval-only --prompt "The "        # write with what was trained
+    python train_gpt.py --eval-only --prompt "The "        # sample from what was trained
     python train_gpt.py --recipe paper --out out/paper     # the paper's own choices
 
 Each block is a small GPT with L/B of the layers. Its target is the next token, as a point on the unit sphere with noise
-on it (heads.py), at the noise levels that the block owns (partition.py). Its loss is `DiffusionBlock.loss` (block.py).
-A trained stack writes a token by walking from pure noise to a code vector, handed from block to block on the way
-(sampler.py). What it is worth is measured in bits per character, by a bound (likelihood.py).
+added (heads.py), at the noise levels that the block owns (partition.py). Its loss is `DiffusionBlock.loss` (block.py).
+A trained stack samples a token by walking from pure noise to a target embedding, handed from block to block on the way
+(sampler.py). We evaluate it with an upper bound on bits per character (likelihood.py).
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn as nn
 
 from data.text import load_text
 from nano_db.block import DiffusionBlock, EndToEnd
-from nano_db.codes import neighbour_codes, with_codes
 from nano_db.errors import UsageError
-from nano_db.heads import HEADS, PosteriorHead, make_codebook
-from nano_db.laboratory.benchmark import Bench
-from nano_db.laboratory.export import export_texts
-from nano_db.language import continue_prompt, generate, score_text, writer
-from nano_db.layers import Layer, NoiseEmbedding, causal_mask, layer_norm, rotary_angles
-from nano_db.machinery.run import Run, command, make_optimizer
-from nano_db.machinery.settings import Blocks, Discrete, Training, method, network, output, read_settings, training
-from nano_db.partition import make_partition, sampling_grid, split_layers
-from nano_db.schedule import Information, LogNormal
-from nano_db.stack import put_together
+from nano_db.heads import HEADS, PosteriorHead, make_target_embeddings
+from nano_db.language import generate, score_text
+from nano_db.layers import Layer, NoiseEmbedding, causal_mask, rms_norm, rotary_angles
+from nano_db.partition import KINDS, make_partition, sampling_grid, split_layers
+from nano_db.schedule import LogNormal
+from nano_db.stack import PREDICT, assemble
+from nano_db.trainer.report import continue_prompt, export_texts, keep_samples, report
+from nano_db.trainer.run import Run, command, make_optimizer
+from nano_db.trainer.settings import Blocks, Discrete, Training, method, network, output, read_settings, training
 
 
 @dataclass
 class Settings(Discrete, Blocks, Training):
     data: str = training("pydocs", "text: pydocs, shakespeare, text8, or the path of a UTF-8 file")
-    tokenizer: str = training("char", "characters, words, or GPT-2's byte pairs", choices=("char", "word", "gpt2"))
-    seq_len: int = network(128, "tokens of context", least=2)
-    width: int = network(128, "features of a token", least=2)
+    tokenizer: str = training("char", "characters, or GPT-2's byte pairs", choices=("char", "gpt2"))
+    seq_len: int = network(128, "tokens of context", at_least=2)
+    width: int = network(128, "features of a token", at_least=2)
     heads: int = network(4, "attention heads", flag=False)
     dropout: float = network(0.0, "on both residual branches", flag=False)
-    partition: str = method(
-        "probability", "edges of equal mass, or uniform in ln sigma", ("probability", "uniform"), of="blocks"
-    )
-    codebook: str = method("random", "random: tables are learned; data: codes (codes.py)", ("random", "data"))
+    partition: str = method("probability", "edges of equal probability, or uniform in ln sigma", KINDS, flag=False)
     head: str = method("denoising", "output head (heads.py)", choices=tuple(HEADS), of="blocks")
-    walk: str = method(
-        "averaged", "who answers: the block at work, or all so far", ("last", "averaged"), of="blocks", resumable=True
-    )
-    calls_per_block: int = method(4, "Euler calls of each block, a token", flag=False, resumable=True)
-    eval_windows: int = output(0, "held-out windows to evaluate on; 0: all", least=0)
-    export: int = output(0, "held-out texts to continue after their first quarter (texts.jsonl)", least=0, once=True)
+    predict: str = method("averaged", "the active block, or all so far", PREDICT, of="blocks", resumable=True)
+    sampling_steps_per_block: int = method(4, "Euler steps of each block, per token", flag=False, resumable=True)
+    eval_windows: int = output(0, "held-out windows to evaluate on; 0: all", at_least=0)
+    export: int = output(0, "held-out texts to continue after their first quarter (texts.jsonl)", at_least=0, once=True)
     prompt: str = output("", "what samples continue (default: the first held-out tokens)", once=True, needs="samples")
-    temperature: float = output(0.8, "of the samples; below 1 is more cautious", least=0.01, needs="samples export")
-    sample_length: int = output(500, "tokens to write", flag=False)
+    temperature: float = output(0.8, "of the samples; below 1 is more cautious", at_least=0.01, needs="samples export")
+    sample_length: int = output(500, "tokens to sample", flag=False)
 
 
 PRESETS = {
@@ -71,8 +63,8 @@ PRESETS = {
     ),
 }  # fmt: skip
 RECIPES = {
-    "nano": dict(head="denoising", walk="averaged", loss_weight="none", noise="nano"),
-    "paper": dict(head="paper", walk="last", loss_weight="edm", noise="paper"),
+    "nano": dict(head="denoising", predict="averaged", loss_weight="none", noise="nano"),
+    "paper": dict(head="paper", predict="active", loss_weight="edm", noise="paper"),
 }
 NOISE = {
     # Where z alone names the token (for 65 characters below sigma = 0.35) there is nothing to learn of the text: ours
@@ -103,7 +95,7 @@ class GPT(nn.Module):
 
     def forward(self, x, z=None, c_noise=None, cache=None):
         """x (B, T) tokens; of two streams also z (B, T, width), scaled noisy targets, and c_noise (B,)."""
-        T, past = x.shape[1], cache.length if cache else 0
+        T, past = x.shape[1], cache.begin(x.shape[1]) if cache else 0
         positions = torch.arange(past, past + T, device=x.device)
         h = self.embedding(x)  # (B, T, width)
         cond, causal = None, past == 0 and T > 1
@@ -111,13 +103,12 @@ class GPT(nn.Module):
         if z is not None:
             cond = self.noise_embedding(c_noise)
             h = torch.cat([h, self.from_z(z)], dim=1)  # (B, 2T, width)
-            positions = torch.cat([positions, positions + 1])  # the noisy token stands where it will be written
+            positions = torch.cat([positions, positions + 1])  # the noisy token stands where its clean one will
             causal, mask = False, two_stream_mask(T, past, x.device)
         rotary = rotary_angles(positions, self.head_width)
-        for i, layer in enumerate(self.layers):
-            remember = None if cache is None else partial(cache.extend, i, keep=T)
-            h = layer(h, rotary, cond, mask, causal, remember)
-        return layer_norm(h[:, -T:])
+        for layer in self.layers:
+            h = layer(h, rotary, cond, mask, causal, cache)
+        return rms_norm(h[:, -T:])
 
 
 def two_stream_mask(T, past, device):
@@ -126,52 +117,76 @@ def two_stream_mask(T, past, device):
     return torch.cat([torch.cat([clean, torch.zeros_like(itself)], 1), torch.cat([clean, itself], 1)])
 
 
-def main():
-    settings = read_settings("gpt", Settings, PRESETS, RECIPES, __doc__)
-    if settings.walk == "averaged" and settings.head != "denoising":
-        raise UsageError("--walk averaged needs --head denoising: take --walk last")
+def prepare(settings):
+    """What every block knows without being told: the text, and which noise levels are whose."""
+    if settings.predict == "averaged" and settings.head != "denoising":
+        raise UsageError("--predict averaged needs --head denoising: take --predict active")
     text = load_text(settings.data, settings.tokenizer, seq_len=settings.seq_len, export=settings.export)
     text.tokenizer.encode(settings.prompt)  # a character that is not in the data: say so now, not after the training
-    classes, device = text.tokenizer.classes, settings.device
+    return text, noise_levels(settings)
 
-    # What every block knows without being told: the code vectors, the noise levels, and who owns which.
-    codebook = make_codebook(classes, settings.width, settings.seed)
-    noise = NOISE.get(settings.noise) or Information(text.frequencies(), codebook, seed=settings.seed)
+
+def noise_levels(settings):
+    """Which noise levels are whose: a Partition."""
     blocks = 1 if settings.baseline else settings.blocks
-    partition = make_partition(noise, blocks, settings.partition, settings.overlap)
-    layers = split_layers(settings.layers, blocks)
-    sigmas = sampling_grid(noise, partition, settings.calls_per_block * blocks)
-    average = settings.walk == "averaged"
+    return make_partition(NOISE[settings.noise], blocks, settings.partition, settings.overlap)
 
-    def make_block(b):
-        head = HEADS[settings.head]
-        network = GPT(classes, settings, layers[b], shows_z=not head.sees_z)
-        span = partition.training_range(b)
-        return DiffusionBlock(network, head(codebook), noise, span, loss_weight=settings.loss_weight)
 
-    def make_baseline(b):
-        return EndToEnd(GPT(classes, settings, settings.layers), PosteriorHead(codebook))
+def build(b, settings, text, partition):
+    """Block b; with --baseline the whole network."""
+    classes = text.tokenizer.classes
+    target_embeddings = make_target_embeddings(classes, settings.width, settings.seed)
+    if settings.baseline:
+        return EndToEnd(GPT(classes, settings, settings.layers), PosteriorHead(target_embeddings))
+    head = HEADS[settings.head]
+    layers = split_layers(settings.layers, settings.blocks)[b]
+    network = GPT(classes, settings, layers, shows_z=not head.sees_z)
+    span = partition.training_range(b)
+    return DiffusionBlock(network, head(target_embeddings), partition.noise, span, settings.loss_weight)
 
-    def write(networks, count):  # the cost of a sample is measured by 16 tokens
-        first = torch.zeros(count, 1, dtype=torch.long, device=device)
-        model = put_together(networks, partition, average)
-        return generate(model, first, 16, settings.seq_len, sigmas)
 
+def batch(size, settings, text, partition):
+    """Random tokens x, and those that follow them, y: (size, T) each."""
+    return text.batch(size, settings.seq_len, settings.device)
+
+
+def complete(tokens, length, generator, settings, model, partition):
+    """Continue tokens (n, m) by `length`."""
+    sigmas = sampling_grid(partition, settings.sampling_steps_per_block * partition.blocks)
+    return generate(model, tokens, length, settings.seq_len, sigmas, settings.temperature, generator)
+
+
+def sample(networks, count, settings, text, partition):
+    """Sixteen tokens: what a sample costs is measured by them."""
+    model = assemble(networks, partition, settings.predict)
+    first = torch.zeros(count, 1, dtype=torch.long, device=settings.device)
+    return complete(first, 16, None, settings, model, partition)
+
+
+def evaluate(run, networks, text, partition):
+    """The score on held-out text, as metrics; samples.txt, and texts to export."""
+    settings = run.settings
+    model = assemble(networks, partition, settings.predict)
+    with run.autocast:  # as in training
+        metrics = score_text(model, text, settings.seq_len, settings.eval_windows, settings.seed, settings.device)
+        print(f"{metrics['bits_per_char']:.4f} bits per character", "" if settings.baseline else "(upper bound)")
+        print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
+        keep_samples(run, continue_prompt(text, complete, settings, model, partition))
+        export_texts(run, text, complete, model, partition)
+    return metrics
+
+
+def main():
+    settings = read_settings("gpt", Settings, PRESETS, RECIPES, __doc__)
+    text, partition = prepare(settings)
     run = Run("gpt", settings, data_sha256=text.sha256, edges=[round(edge, 5) for edge in partition.edges])
-    if settings.codebook == "data":
-        codes = run.keep("codes", lambda: neighbour_codes(text.train, classes, settings.width, settings.seed))
-        use = partial(with_codes, [rows.to(device) for rows in codes], text.frequencies())  # one copy for all
-        make_block, make_baseline = use(make_block), use(make_baseline)
-    make = make_baseline if settings.baseline else make_block
-    batch = partial(text.batch, run.batch_size, settings.seq_len, device)
-    bench = Bench(run, make_block, make_baseline, batch, write)
 
     for _ in run.rounds():
-        for b in run.turns():  # every block in turn; with --only or torchrun, mine
-            block = run.build(make, b)  # first weights: from the seed and b alone
+        for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, mine
+            block = run.build(build, b, text, partition)  # first weights: from the seed and b alone
             optimizer = make_optimizer(block, settings)
             for _ in run.steps(b, block, optimizer):  # resumes from the block's file; seeds each step; logs and saves
-                x, y = batch()
+                x, y = batch(run.batch_size, settings, text, partition)
                 with run.autocast:
                     loss = block.loss(x, y)
                 loss.backward()
@@ -180,19 +195,12 @@ def main():
                 optimizer.step()
                 optimizer.zero_grad()
                 run.record(loss, norm)
-            del block, optimizer, loss  # of this block nothing is in memory while the next one trains
+            del block, optimizer, loss  # this block's memory is freed before the next one trains
         if run.ready():  # all blocks are there
-            model = put_together(run.trained_blocks(make), partition, average)
-            with run.autocast:  # as in training
-                metrics = score_text(model, text, settings.seq_len, settings.eval_windows, settings.seed, device)
-                print(f"{metrics['bits_per_char']:.4f} bits per character", "" if settings.baseline else "(bound)")
-                print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
-                run.log_evaluation(metrics)
-                run.keep_samples(continue_prompt(model, text, settings, sigmas))
-                export_texts(run, text, writer(model, settings, sigmas))
-            del model  # all blocks at once: the next round has no room for them
-    if run.complete():
-        bench.report(metrics, "bits_per_char", "bits per character")
+            metrics = evaluate(run, run.trained_blocks(build, text, partition), text, partition)
+            run.log_evaluation(metrics)
+    if run.finished:
+        report(run, metrics, "bits_per_char", build, batch, sample, text, partition)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,13 @@
     python train_vit.py --recipe paper --out out/vit-paper # the paper's own choices
     python train_vit.py --data cifar10                     # photographs (downloaded)
 
-The target is the image's class, as a point on the unit sphere with noise on it (heads.py). In the paper's recipe the
+The target is the image's class, as a point on the unit sphere with noise added (heads.py). In the paper's recipe the
 noisy label takes the place of a ViT's [CLS] token. In ours the network is a plain ViT, and a small head sees what it
 found in the image, the noisy label and the noise level. Either way the walk from noise to a class passes through all
 blocks.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -21,42 +20,38 @@ from data.images import NAMES, load_images
 from nano_db.block import DiffusionBlock, EndToEnd
 from nano_db.classify import classify, score_images
 from nano_db.errors import UsageError
-from nano_db.heads import HEADS, PosteriorHead, make_codebook
+from nano_db.heads import HEADS, PosteriorHead, make_target_embeddings
 from nano_db.images import patch_positions, patchify
-from nano_db.laboratory.benchmark import Bench
-from nano_db.layers import Layer, NoiseEmbedding, layer_norm
-from nano_db.machinery.run import Run, command, make_optimizer
-from nano_db.machinery.settings import Blocks, Discrete, Training, method, network, output, read_settings, training
-from nano_db.partition import make_partition, sampling_grid, split_layers
-from nano_db.schedule import Information, LogNormal
-from nano_db.stack import put_together
+from nano_db.layers import Layer, NoiseEmbedding, rms_norm
+from nano_db.partition import KINDS, make_partition, sampling_grid, split_layers
+from nano_db.schedule import LogNormal
+from nano_db.stack import PREDICT, assemble
+from nano_db.trainer.report import picture, report
+from nano_db.trainer.run import Run, command, make_optimizer
+from nano_db.trainer.settings import Blocks, Discrete, Training, method, network, output, read_settings, training
 
 
 @dataclass
 class Settings(Discrete, Blocks, Training):
     data: str = training("glyphs", "labelled images", choices=NAMES)
     glyphs: int = training(
-        18_000, "how many glyphs to draw for training", least=100,
+        18_000, "how many glyphs to draw for training", at_least=100,
         idle=lambda settings: settings.data != "glyphs" and f"--data {settings.data}",
     )  # fmt: skip
     augment: str = training("standard", "training images", choices=("none", "flip", "standard"), flag=False)
-    patch: int = network(4, "side of a patch in pixels", least=1)
-    positions: float = network(1.0, "size (root mean square) of the embeddings of a patch's place", least=0)
-    width: int = network(96, "features of a patch", least=4)
+    patch: int = network(4, "side of a patch in pixels", at_least=1)
+    positions: float = network(1.0, "size (root mean square) of the embeddings of a patch's place", at_least=0)
+    width: int = network(96, "features of a patch", at_least=4)
     heads: int = network(4, "attention heads", flag=False)
     dropout: float = network(0.0, "on both residual branches", flag=False)
-    readout: str = network("token", "where the class is read: the label token, or the mean", choices=("token", "mean"))
-    partition: str = method(
-        "probability", "edges of equal mass, or uniform in ln sigma", ("probability", "uniform"), of="blocks"
-    )
+    pooling: str = network("token", "where the class is read: the label token, or the mean", choices=("token", "mean"))
+    partition: str = method("probability", "edges of equal probability, or uniform in ln sigma", KINDS, flag=False)
     head: str = method("denoising", "output head (heads.py)", choices=tuple(HEADS), of="blocks")
-    walk: str = method(
-        "averaged", "who answers: the block at work, or all so far", ("last", "averaged"), of="blocks", resumable=True
-    )
-    calls_per_block: int = method(1, "Euler calls of each block", flag=False, resumable=True)
+    predict: str = method("averaged", "the active block, or all so far", PREDICT, of="blocks", resumable=True)
+    sampling_steps_per_block: int = method(1, "Euler steps of each block", flag=False, resumable=True)
     walks: int = output(8, "walks from noise to average", flag=False)
-    samples: int = output(25, "hardest test images to show in samples.png; 0: no picture", least=0)
-    test_images: int = output(0, "test images to evaluate on; 0: all", least=0)
+    samples: int = output(25, "hardest test images to show in samples.png; 0: no picture", at_least=0)
+    test_images: int = output(0, "test images to evaluate on; 0: all", at_least=0)
 
 
 PRESETS = {
@@ -70,7 +65,7 @@ PRESETS = {
     "gpu": dict(
         blocks=3, layers=12, width=192, heads=6, batch_size=256, steps=10_000, warmup=500, weight_decay=0.05,
         overlap=0.05, dropout=0.1, data="cifar10", positions=0.3,
-        readout="mean",  # on photographs blocks do better with it, on glyphs with the token
+        pooling="mean",  # on photographs blocks do better with it, on glyphs with the token
     ),
     "paper": dict(
         blocks=3, layers=12, width=128, heads=4, batch_size=128, steps=195_500, warmup=3910, learning_rate=5e-4,
@@ -79,8 +74,8 @@ PRESETS = {
 }  # fmt: skip
 
 RECIPES = {
-    "nano": dict(head="denoising", walk="averaged", loss_weight="none", noise="nano"),
-    "paper": dict(head="paper", walk="last", loss_weight="edm", noise="paper"),
+    "nano": dict(head="denoising", predict="averaged", loss_weight="none", noise="nano"),
+    "paper": dict(head="paper", predict="active", loss_weight="edm", noise="paper"),
 }
 NOISE = {
     # A label is one of few: z alone names it below sigma = 0.3 or so, and there is nothing to learn of the image. Ours
@@ -98,7 +93,7 @@ class ViT(nn.Module):
 
     def __init__(self, shape, settings, layers, shows_z=False):
         super().__init__()
-        width, self.patch, self.readout = settings.width, settings.patch, settings.readout
+        width, self.patch, self.pooling = settings.width, settings.patch, settings.pooling
         cond_width = max(8, width // 6) if shows_z else 0
         self.embedding = nn.Linear(shape[0] * settings.patch**2, width)
         positions = settings.positions * patch_positions(shape, settings.patch, width)
@@ -119,65 +114,74 @@ class ViT(nn.Module):
         h = torch.cat([label, patches], dim=1)
         for layer in self.layers:
             h = layer(h, cond=cond)
-        h = layer_norm(h)
-        return h[:, 0] if self.readout == "token" else h.mean(1)
+        h = rms_norm(h)
+        return h[:, 0] if self.pooling == "token" else h.mean(1)
 
 
-def score_and_draw(model, images, sigmas, settings, run):
+def prepare(settings):
+    """What every block knows without being told: the images, and which noise levels are whose."""
+    if settings.predict == "averaged" and settings.head != "denoising":
+        raise UsageError("--predict averaged needs --head denoising: take --predict active")
+    return load_images(settings.data, count=settings.glyphs), noise_levels(settings)
+
+
+def noise_levels(settings):
+    """Which noise levels are whose: a Partition."""
+    blocks = 1 if settings.baseline else settings.blocks
+    return make_partition(NOISE[settings.noise], blocks, settings.partition, settings.overlap)
+
+
+def build(b, settings, images, partition):
+    """Block b; with --baseline the whole network."""
+    target_embeddings = make_target_embeddings(len(images.classes), settings.width, settings.seed)
+    if settings.baseline:
+        return EndToEnd(ViT(images.shape, settings, settings.layers), PosteriorHead(target_embeddings))
+    head = HEADS[settings.head]
+    layers = split_layers(settings.layers, settings.blocks)[b]
+    network = ViT(images.shape, settings, layers, shows_z=not head.sees_z)
+    span = partition.training_range(b)
+    return DiffusionBlock(network, head(target_embeddings), partition.noise, span, settings.loss_weight)
+
+
+def batch(size, settings, images, partition):
+    """Random images (size, C, H, W), and their labels (size,)."""
+    return images.batch(size, settings.augment, settings.device)
+
+
+def sample(networks, count, settings, images, partition):
+    """Classify `count` images: what that costs is measured."""
+    x, _ = next(images.test_batches(count, count, settings.device))
+    sigmas = sampling_grid(partition, settings.sampling_steps_per_block * partition.blocks)
+    return classify(assemble(networks, partition, settings.predict), x, sigmas)
+
+
+def evaluate(run, networks, images, partition):
     """The accuracies, as metrics; and samples.png."""
+    settings, model = run.settings, assemble(networks, partition, run.settings.predict)
+    sigmas = sampling_grid(partition, settings.sampling_steps_per_block * partition.blocks)
     batches = images.test_batches(256, settings.test_images, settings.device)
-    with run.autocast:
+    with run.autocast:  # as in training
         metrics, log_p, labels = score_images(model, batches, sigmas, settings.walks, settings.seed)
     for name, shares in metrics.items():
         print(name.replace("_", " "), *(f"{share:.4f}" for share in torch.tensor(shares).view(-1)))
     if settings.samples:
-        from nano_db.laboratory.plots import draw_classification
+        from nano_db.trainer.plots import draw_classification  # not at the top: importing matplotlib takes a second
 
-        draw_classification(run.picture(), images, log_p, labels, metrics, settings.samples)
+        draw_classification(picture(run), images, log_p, labels, metrics, settings.samples)
     return metrics
 
 
 def main():
     settings = read_settings("vit", Settings, PRESETS, RECIPES, __doc__)
-    if settings.walk == "averaged" and settings.head != "denoising":
-        raise UsageError("--walk averaged needs --head denoising: take --walk last")
-    images, device = load_images(settings.data, count=settings.glyphs), settings.device
-    shape, classes = tuple(images.train.shape[1:]), len(images.classes)
-
-    # What every block knows without being told: the code vectors, the noise levels, and who owns which.
-    codebook = make_codebook(classes, settings.width, settings.seed)
-    equal = torch.full((classes,), 1 / classes)
-    noise = NOISE.get(settings.noise) or Information(equal, codebook, 0.2, 20.0, seed=settings.seed)
-    blocks = 1 if settings.baseline else settings.blocks
-    partition = make_partition(noise, blocks, settings.partition, settings.overlap)
-    layers = split_layers(settings.layers, blocks)
-    sigmas = sampling_grid(noise, partition, settings.calls_per_block * blocks)
-    average = settings.walk == "averaged"
-
-    def make_block(b):
-        head = HEADS[settings.head]
-        network = ViT(shape, settings, layers[b], shows_z=not head.sees_z)
-        span = partition.training_range(b)
-        return DiffusionBlock(network, head(codebook), noise, span, loss_weight=settings.loss_weight)
-
-    def make_baseline(b):
-        return EndToEnd(ViT(shape, settings, settings.layers), PosteriorHead(codebook))
-
-    def name_some(networks, count):  # the cost of a sample is measured by these
-        x, _ = next(images.test_batches(count, count, device))
-        return classify(put_together(networks, partition, average), x, sigmas)
-
-    make = make_baseline if settings.baseline else make_block
+    images, partition = prepare(settings)
     run = Run("vit", settings, data_sha256=images.sha256, edges=[round(edge, 5) for edge in partition.edges])
-    batch = partial(images.batch, run.batch_size, settings.augment, device)
-    bench = Bench(run, make_block, make_baseline, batch, name_some)
 
     for _ in run.rounds():
-        for b in run.turns():  # every block in turn; with --only or torchrun, mine
-            block = run.build(make, b)  # first weights: from the seed and b alone
+        for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, mine
+            block = run.build(build, b, images, partition)  # first weights: from the seed and b alone
             optimizer = make_optimizer(block, settings)
             for _ in run.steps(b, block, optimizer):  # resumes from the block's file; seeds each step; logs and saves
-                x, y = batch()
+                x, y = batch(run.batch_size, settings, images, partition)
                 with run.autocast:
                     loss = block.loss(x, y)
                 loss.backward()
@@ -186,13 +190,12 @@ def main():
                 optimizer.step()
                 optimizer.zero_grad()
                 run.record(loss, norm)
-            del block, optimizer, loss  # of this block nothing is in memory while the next one trains
+            del block, optimizer, loss  # this block's memory is freed before the next one trains
         if run.ready():  # all blocks are there
-            model = put_together(run.trained_blocks(make), partition, average)
-            run.log_evaluation(metrics := score_and_draw(model, images, sigmas, settings, run))
-            del model  # all blocks at once: the next round has no room for them
-    if run.complete():
-        bench.report(metrics, "accuracy", "share of test images named right")
+            metrics = evaluate(run, run.trained_blocks(build, images, partition), images, partition)
+            run.log_evaluation(metrics)
+    if run.finished:
+        report(run, metrics, "accuracy", build, batch, sample, images, partition)
 
 
 if __name__ == "__main__":

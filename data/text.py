@@ -2,8 +2,6 @@
 
 import hashlib
 import math
-import re
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +11,6 @@ import torch
 from data import pydocs, shakespeare, text8
 from nano_db.errors import UsageError
 
-PIECE = re.compile(r" ?\w+|\W")  # a word with the blank before it, or a character
 TEXTS = {"pydocs": pydocs.text, "shakespeare": shakespeare.text, "text8": text8.text}
 
 
@@ -35,29 +32,6 @@ class CharTokenizer:
 
     def decode(self, tokens):
         return "".join(chr(self._codes[token]) for token in tokens)
-
-
-class WordTokenizer:
-    """One token a word, of those most frequent in `train`, the part to train on. Other words are spelled: all
-    characters of the text are tokens, too.
-    """
-
-    def __init__(self, text, train, most=8000, least=5):
-        self._characters = CharTokenizer(text)
-        counts = Counter(piece for piece in PIECE.findall(train) if len(piece) > 1)
-        words = sorted(word for word, count in counts.most_common(most) if count >= least)
-        self._pieces = [*self._characters.decode(range(self._characters.classes)), *words]
-        self._numbers = {piece: i for i, piece in enumerate(self._pieces)}
-        self.classes = len(self._pieces)
-
-    def encode(self, text):
-        """Tokens of `text`, a list. Raises UsageError for characters that are not in the data."""
-        self._characters.encode(text)  # it is this that raises
-        known = self._numbers
-        return [known[part] for piece in PIECE.findall(text) for part in ([piece] if piece in known else piece)]
-
-    def decode(self, tokens):
-        return "".join(self._pieces[token] for token in tokens)
 
 
 class GPT2Tokenizer:
@@ -91,7 +65,7 @@ class Text:
 
     train: torch.Tensor
     heldout: torch.Tensor
-    tokenizer: CharTokenizer | WordTokenizer | GPT2Tokenizer
+    tokenizer: CharTokenizer | GPT2Tokenizer
     characters_per_token: float
     sha256: str
 
@@ -136,10 +110,7 @@ def load_text(name="pydocs", tokenizer="char", folder="data/cache", seq_len=1, e
     text = TEXTS[name](folder) if name in TEXTS else _read_file(name)
     cut = text8.TRAIN if name == "text8" else len(text) * 9 // 10
     text = text[: text8.TRAIN + text8.VALIDATION] if name == "text8" else text
-    if tokenizer == "word":
-        tokens = WordTokenizer(text, text[:cut])
-    else:
-        tokens = GPT2Tokenizer() if tokenizer == "gpt2" else CharTokenizer(text)
+    tokens = GPT2Tokenizer() if tokenizer == "gpt2" else CharTokenizer(text)
     smallest = np.uint8 if tokens.classes <= 256 else np.int32  # a text of 10^8 characters then takes 10^8 bytes
     train, heldout = (torch.from_numpy(np.array(tokens.encode(part), smallest)) for part in (text[:cut], text[cut:]))
     if len(heldout) <= seq_len:

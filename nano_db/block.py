@@ -22,17 +22,16 @@ class DiffusionBlock(nn.Module):
     network, head: see above. loss_weight: "none", or "edm" for w(sigma) of schedule.py.
     """
 
-    def __init__(self, network, head, noise, span, sigma_data=0.5, loss_weight="none"):
+    def __init__(self, network, head, noise, span, loss_weight="none"):
         super().__init__()
         self.network, self.head = network, head
-        self.noise, self.span = noise, span
-        self.sigma_data, self.loss_weight = sigma_data, loss_weight
+        self.noise, self.span, self.loss_weight = noise, span, loss_weight
 
     def features(self, x, z, sigma, **extra):
         """What the network finds, for the head to read: (B, ..., width). sigma (B,); `extra` goes to the network."""
         if self.head.sees_z:
             return self.network(x, **extra)
-        _, _, c_in, c_noise = edm_coefficients(sigma, self.sigma_data)
+        _, _, c_in, c_noise = edm_coefficients(sigma, self.head.sigma_data)
         return self.network(x, broadcast(c_in, z) * z, c_noise, **extra)
 
     def forward(self, x, z, sigma, temperature=1.0, **extra):
@@ -48,21 +47,22 @@ class DiffusionBlock(nn.Module):
         clean = self.head.clean(y)  # (B, ..., d)
         z = clean + broadcast(sigma, clean) * torch.randn_like(clean)
         per_sample = self.head.loss(self.features(x, z, sigma), z, sigma, y)  # (B,)
-        weight = edm_weight(sigma, self.sigma_data) if self.loss_weight == "edm" else torch.ones_like(sigma)
+        weight = edm_weight(sigma, self.head.sigma_data) if self.loss_weight == "edm" else torch.ones_like(sigma)
         assert weight.shape == per_sample.shape == (len(y),)  # (B,) times (B, 1) would make every pair's product
         return (weight * per_sample).mean()
 
 
 class EndToEnd(nn.Module):
-    """The baseline for labels and tokens: the same network and readout, without noise, trained as usual."""
+    """The baseline for labels and tokens: the same network and output projection, without noise, trained as usual."""
 
     def __init__(self, network, head):
         super().__init__()
         self.network, self.head = network, head
 
-    def log_p(self, x, **extra):
-        """ln p(y | x) (B, ..., V)."""
-        return self.head.readout(self.network(x, **extra)).float().log_softmax(-1)
+    def forward(self, x, **extra):
+        """Logits of p(y | x), (B, ..., V)."""
+        return self.head.output_projection(self.network(x, **extra)).float()
 
     def loss(self, x, y):
-        return cross_entropy(self.head.readout, y, self.network(x), classes=len(self.head.codebook)).mean()
+        head, features = self.head, self.network(x)
+        return cross_entropy(head.output_projection, y, features, classes=len(head.target_embeddings)).mean()

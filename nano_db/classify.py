@@ -20,7 +20,7 @@ def after_each_block(posterior, stack, sigmas, z):
 
     def denoise(z, sigma):
         log_p = answers[stack.partition.route(sigma)] = posterior(z, sigma)  # a block's last answer stays
-        return mean_embedding(log_p, stack.codebook)
+        return mean_embedding(log_p, stack.target_embeddings)
 
     for _ in euler_walk(denoise, z, sigmas):
         pass
@@ -32,7 +32,7 @@ def classify(stack, x, sigmas=None):
     """ln p(y | x) of images x (B, ...), (B, V): by the noise-free walk; of an Ensemble, at once."""
     if isinstance(stack, Ensemble):
         return stack.log_p(x)
-    nothing = torch.zeros(len(x), stack.codebook.shape[1], device=x.device)
+    nothing = torch.zeros(len(x), stack.target_embeddings.shape[1], device=x.device)
     return after_each_block(stack.posterior(x), stack, sigmas, nothing)[-1]
 
 
@@ -57,7 +57,7 @@ def score_images(stack, batches, sigmas=None, walks=8, seed=0):
             log_p = stack.log_p(x)
             count("accuracy", [log_p], labels)
         else:
-            nothing = torch.zeros(len(x), stack.codebook.shape[1], device=x.device)
+            nothing = torch.zeros(len(x), stack.target_embeddings.shape[1], device=x.device)
             posterior = stack.posterior(x)  # for all walks: trunks are evaluated once
             noise_free = after_each_block(posterior, stack, sigmas, nothing)
             count("accuracy_noise_free", noise_free, labels)

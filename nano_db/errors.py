@@ -6,7 +6,7 @@ import torch
 class UsageError(Exception):
     """Something the user can mend. The message is one line: what is wrong, and how to mend it.
 
-    The scripts print it without a traceback and exit with code 2 (machinery/run.py: `command`).
+    The scripts print it without a traceback and exit with code 2 (trainer/run.py: `command`).
     """
 
 

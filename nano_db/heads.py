@@ -1,14 +1,14 @@
 """Heads: what turns a network's features into the answer of a block.
 
-For labels and tokens the clean target is a point: the codebook E holds one fixed unit vector a class, derived from the
-seed. Learned embeddings can make the task easy by collapsing to a point (CDCD, Dieleman et al. 2022). Fixed ones
-cannot, and every block knows them without being told.
+For labels and tokens the clean target is a point: the target embedding E[y], one fixed unit vector per class, derived
+from the seed. Learned embeddings can make the task easy by collapsing to a point (CDCD, Dieleman et al. 2022). Fixed
+ones cannot, and every block knows them without being told.
 
 A head is a module with
 
     clean(y)                       the clean target, which gets noised: (B, ..., d)
     head(features, z, sigma)       the answer: logits of p(y | z, x), or the denoised target D
-    loss(features, z, sigma, y)    how wrong the answer is, one number a sample: (B,)
+    loss(features, z, sigma, y)    how wrong the answer is, one number per sample: (B,)
     sees_z                         True: the head alone sees z and sigma, its network reads x alone (DenoisingHead);
                                    False: the network is shown z and sigma (block.py)
 """
@@ -19,13 +19,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nano_db.layers import NoiseEmbedding, evaluate_again
+from nano_db.layers import NoiseEmbedding, recompute
 from nano_db.schedule import edm_coefficients
 
 MOST_LOGITS = 2**24  # at a time: 64 MiB
 
 
-def make_codebook(classes, width, seed=0):
+def make_target_embeddings(classes, width, seed=0):
     """(V, d) unit-norm rows: orthonormal where V <= d, else normalised Gaussian ones."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(classes, width, dtype=torch.float64, generator=generator)
@@ -40,22 +40,22 @@ def broadcast(sigma, like):
     return sigma.to(like).reshape(-1, *[1] * (like.dim() - 1))
 
 
-def log_likelihood(z, sigma, codebook):
+def log_likelihood(z, sigma, target_embeddings):
     """ln p(z | y) for every class y, up to a term all classes share: <z, E[y]> / sigma^2. z (B, ..., d) -> (B, ..., V)
 
     Unit norms make it linear: -|z - E[y]|^2 / (2 sigma^2) differs from it by terms without y. Always float32:
     dividing by sigma^2 magnifies the rounding of a bfloat16 product into whole nats.
     """
     with torch.autocast(z.device.type, enabled=False):
-        return z.float() @ codebook.T / broadcast(sigma, z.float()).square()
+        return z.float() @ target_embeddings.T / broadcast(sigma, z.float()).square()
 
 
-def mean_embedding(log_p, codebook):
+def mean_embedding(log_p, target_embeddings):
     """D, the mean of E[y] under p: ln p (B, ..., V) -> (B, ..., d). Always float32: the likelihood bound divides the
     square of a bfloat16 product's rounding by sigma^2.
     """
     with torch.autocast(log_p.device.type, enabled=False):
-        return log_p.float().exp() @ codebook
+        return log_p.float().exp() @ target_embeddings
 
 
 def cross_entropy(logits, y, *inputs, classes):
@@ -66,25 +66,30 @@ def cross_entropy(logits, y, *inputs, classes):
     if rows >= len(y):
         return F.cross_entropy(logits(*inputs).float().flatten(0, -2), y.flatten(), reduction="none").view_as(y)
     parts = zip(*(tensor.split(rows) for tensor in (y, *inputs)), strict=True)
-    return torch.cat([evaluate_again(partial(cross_entropy, logits, classes=classes), *part) for part in parts])
+    return torch.cat([recompute(partial(cross_entropy, logits, classes=classes), *part) for part in parts])
 
 
 class DiscreteHead(nn.Module):
-    """What the heads for labels and tokens share: the codebook, a linear readout (width -> V), the cross-entropy."""
+    """What the heads for labels and tokens share: target embeddings, an output projection (width -> V), cross-entropy.
 
-    sees_z = False
+    target_embeddings: (V, d), see make_target_embeddings.
+    """
 
-    def __init__(self, codebook):
+    sees_z, sigma_data = False, 0.5  # the paper's and EDM's, also for unit vectors
+
+    def __init__(self, target_embeddings):
         super().__init__()
-        self.register_buffer("codebook", codebook, persistent=False)  # from the seed, so it needs no place in a file
-        self.readout = nn.Linear(codebook.shape[1], codebook.shape[0], bias=False)
-        nn.init.normal_(self.readout.weight, std=0.02)
+        self.register_buffer(
+            "target_embeddings", target_embeddings, persistent=False
+        )  # from the seed, so it needs no place in a file
+        self.output_projection = nn.Linear(target_embeddings.shape[1], target_embeddings.shape[0], bias=False)
+        nn.init.normal_(self.output_projection.weight, std=0.02)
 
     def clean(self, y):
-        return self.codebook[y]  # (B, ...) -> (B, ..., d)
+        return self.target_embeddings[y]  # (B, ...) -> (B, ..., d)
 
     def loss(self, features, z, sigma, y):
-        nats = cross_entropy(self, y, features, z, sigma, classes=len(self.codebook))
+        nats = cross_entropy(self, y, features, z, sigma, classes=len(self.target_embeddings))
         return nats.view(len(y), -1).mean(-1)  # (B,)
 
 
@@ -97,10 +102,10 @@ class PosteriorHead(DiscreteHead):
 
     def residual(self, features, z, sigma):
         """The network's part of the logits, (B, ..., V)."""
-        return self.readout(features).float()
+        return self.output_projection(features).float()
 
     def forward(self, features, z, sigma, temperature=1.0):
-        return self.residual(features, z, sigma) / temperature + log_likelihood(z, sigma, self.codebook)
+        return self.residual(features, z, sigma) / temperature + log_likelihood(z, sigma, self.target_embeddings)
 
 
 class DenoisingHead(PosteriorHead):
@@ -112,14 +117,14 @@ class DenoisingHead(PosteriorHead):
 
     sees_z = True
 
-    def __init__(self, codebook, sigma_data=0.5):
-        super().__init__(codebook)
-        width, self.sigma_data = codebook.shape[1], sigma_data
+    def __init__(self, target_embeddings):
+        super().__init__(target_embeddings)
+        width = target_embeddings.shape[1]
         cond_width = max(8, width // 6)  # narrow, as layers.NoiseEmbedding says
         self.noise_embedding = NoiseEmbedding(cond_width)
         self.modulation = nn.Linear(cond_width, 2 * width)
         self.from_z = nn.Linear(width, width, bias=False)
-        hidden = 3 * width // 4  # its activations must not eat what the blocks save
+        hidden = 3 * width // 4  # narrow, so that its activations do not cancel the memory saved
         self.up, self.out = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, width, bias=False)
         for weight in (self.modulation.weight, self.modulation.bias, self.from_z.weight, self.out.weight):
             nn.init.zeros_(weight)  # at the start the features pass as they are, and no noise comes in
@@ -130,19 +135,15 @@ class DenoisingHead(PosteriorHead):
         modulation = self.modulation(self.noise_embedding(c_noise))  # (B, 2d)
         scale, shift = modulation.view(len(z), *[1] * (z.dim() - 2), -1).chunk(2, dim=-1)
         u = features * (1 + scale) + shift + self.from_z(broadcast(c_in, z) * z)
-        return self.readout(features + self.out(F.relu(self.up(u)))).float()
+        return self.output_projection(features + self.out(F.relu(self.up(u)))).float()
 
 
 class PaperHead(DiscreteHead):
-    """The paper's head: EDM's D = c_skip * z + c_out * F in the embedding space, then a linear readout to logits."""
-
-    def __init__(self, codebook, sigma_data=0.5):
-        super().__init__(codebook)
-        self.sigma_data = sigma_data
+    """The paper's head: EDM's D = c_skip * z + c_out * F in the embedding space, then a linear projection to logits."""
 
     def forward(self, features, z, sigma, temperature=1.0):
         c_skip, c_out, _, _ = edm_coefficients(broadcast(sigma, z), self.sigma_data)
-        return self.readout(c_skip * z + c_out * features).float() / temperature
+        return self.output_projection(c_skip * z + c_out * features).float() / temperature
 
 
 HEADS = {"denoising": DenoisingHead, "posterior": PosteriorHead, "paper": PaperHead}  # as --head names them

@@ -1,11 +1,10 @@
 """Images: as sequences of patches, for a transformer; and as what blocks denoise, with guidance and a held-out loss.
 
 An ImageStack is the twin of stack.py for targets that are the data itself. At each noise level one block answers, so
-that a call costs L/B layers, and no more than one block need be in memory.
+that a sampling step costs L/B layers, and no more than one block need be in memory.
 """
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 from nano_db.errors import UsageError
@@ -29,29 +28,13 @@ def patch_positions(shape, patch, width, base=10_000.0):
     """
     _, H, W = shape
     if H % patch or W % patch:
-        raise UsageError(f"--patch {patch} must divide the image's height and width, {H} x {W} pixels")
+        raise UsageError(f"patches of {patch} pixels must divide the image's height and width, {H} x {W} pixels")
     if width % 4:
-        raise UsageError(f"--width {width} must be a multiple of 4: rows and columns take sines and cosines")
+        raise UsageError(f"a width of {width} is no multiple of 4: rows and columns take sines and cosines")
     frequencies = base ** (-torch.arange(width // 4) / (width // 4))
     rows, columns = torch.meshgrid(torch.arange(H // patch), torch.arange(W // patch), indexing="ij")
     angles = torch.cat([rows.reshape(-1, 1) * frequencies, columns.reshape(-1, 1) * frequencies], dim=1)
     return 2**0.5 * torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-class MeanDenoiser(nn.Module):
-    """Networks trained independently at the same noise levels, as one: the mean of their D at each call.
-
-    A mean of the images that they paint would blur. A mean of D does not: D is an estimate of E[y | z], and the mean of
-    several estimates errs less than they do on average.
-    """
-
-    def __init__(self, blocks):
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, labels, z, sigma):
-        """labels (B,), z (B, C, H, W) -> D (B, C, H, W)."""
-        return torch.stack([block(labels, z, sigma) for block in self.blocks]).mean(0)
 
 
 class ImageStack:
@@ -89,16 +72,16 @@ class ImageStack:
 
 
 @torch.no_grad()
-def edm_loss(stack, batches, noise, sigma_data, levels=24, seed=0):
+def edm_loss(stack, batches, sigma_data, levels=24, seed=0):
     """Held-out E[w(sigma) * |D - y|^2], mean over pixels, sigma from p_noise; without guidance.
 
-    batches: a list of (images, labels). p_noise is represented by the middles of `levels` intervals of equal mass, and
-    the noise added is the same at each call, so that two networks see the same noisy images.
+    batches: a list of (images, labels). p_noise is represented by the middles of `levels` intervals of equal
+    probability, and the noise added is the same at each call, so that two networks see the same noisy images.
     Returns {"edm_loss": the whole, "edm_loss_by_block": each block's part of it, which add up}.
     """
     parts, total = torch.zeros(stack.partition.blocks, dtype=torch.float64), sum(len(y) for y, _ in batches)
     for level in reversed(range(levels)):  # noisiest first, as the blocks stand
-        sigma = float(noise.inverse_cdf((level + 0.5) / levels))
+        sigma = float(stack.partition.noise.inverse_cdf((level + 0.5) / levels))
         generator, error = torch.Generator().manual_seed(seed * levels + level), 0.0
         for y, labels in batches:
             z = y + sigma * torch.randn(y.shape, generator=generator).to(y.device)

@@ -1,4 +1,4 @@
-"""What trained next-token predictors are for: a score in bits per character, and writing."""
+"""What trained next-token predictors are for: a score in bits per character, and text."""
 
 import torch
 
@@ -19,13 +19,13 @@ def score_text(model, text, seq_len, windows=0, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     levels = [] if isinstance(model, Ensemble) else quadrature(model.partition)
     summed, tokens = 0.0, 0
-    together = max(1, min(EVALUATION_BATCH, MOST_LOGITS // (seq_len * len(model.codebook))))
+    together = max(1, min(EVALUATION_BATCH, MOST_LOGITS // (seq_len * len(model.target_embeddings))))
     for x, y in text.heldout_batches(together, seq_len, device, windows):
         if isinstance(model, Ensemble):
             found = -model.log_p(x).gather(-1, y[..., None]).cpu().double().mean().view(1)
         else:
             sigmas = [sigma for _, sigma in levels]
-            found = measure(model.posterior(x), y, model.codebook, sigmas, generator)
+            found = measure(model.posterior(x), y, model.target_embeddings, sigmas, generator)
         summed, tokens = summed + y.numel() * found, tokens + y.numel()
     nats = split_by_block(levels, summed / tokens) if levels else summed / tokens
     total = float(nats.sum())
@@ -59,37 +59,10 @@ def _next_token(model, x, caches, sigmas, temperature, generator):
         log_p = model.log_p(x, caches)[:, -1:]
         return draw((log_p / temperature).log_softmax(-1), generator)
     posterior = model.posterior(x, caches, temperature)
-    known = model.codebook[x[:, 1:]]  # what the z of earlier positions are noisy versions of
+    known = model.target_embeddings[x[:, 1:]]  # what the z of earlier positions are noisy versions of
 
     def at_last_position(z, sigma):
         noisy = known + sigma * torch.randn(known.shape, generator=generator).to(known.device)
         return posterior(torch.cat([noisy, z], dim=1), sigma)[:, -1:]
 
-    return sample_classes(at_last_position, model.codebook, (len(x), 1), sigmas, generator)
-
-
-@torch.no_grad()
-def continue_prompt(model, text, settings, sigmas):
-    """settings.samples texts that continue settings.prompt; a bar divides the prompt from what was written.
-
-    Without a prompt, the first held-out tokens serve. sigmas: the grid of the walk. Returns a list of texts.
-    """
-    if not settings.samples:
-        return []
-    prompt = list(text.tokenizer.encode(settings.prompt)) or text.heldout[:16].tolist()
-    tokens = torch.tensor([prompt] * settings.samples, device=model.codebook.device)
-    generator, temperature = torch.Generator().manual_seed(settings.seed), settings.temperature
-    tokens = generate(model, tokens, settings.sample_length, settings.seq_len, sigmas, temperature, generator)
-    decode = text.tokenizer.decode
-    return [decode(row[: len(prompt)]) + "|" + decode(row[len(prompt) :]) for row in tokens.tolist()]
-
-
-def writer(model, settings, sigmas):
-    """A function of tokens (n, m) that returns them continued to settings.seq_len. sigmas: the grid of the walk."""
-    generator = torch.Generator().manual_seed(settings.seed)
-
-    def write(tokens):
-        length = settings.seq_len - tokens.shape[1]
-        return generate(model, tokens, length, settings.seq_len, sigmas, settings.temperature, generator)
-
-    return write
+    return sample_classes(at_last_position, model.target_embeddings, (len(x), 1), sigmas, generator)

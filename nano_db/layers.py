@@ -7,6 +7,7 @@ Unconditioned layers (the baseline's, or a trunk's) are the identity at the star
 """
 
 import math
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
@@ -16,9 +17,13 @@ from torch.utils.checkpoint import checkpoint
 from nano_db.errors import UsageError
 
 
-def layer_norm(h):
-    """LayerNorm (Ba et al. 2016) over the features, without weights, as in DiT: one kernel, on CPUs too."""
-    return F.layer_norm(h, h.shape[-1:])
+def rms_norm(h):
+    """RMSNorm (Zhang & Sennrich 2019) over the features, without weights."""
+    if h.device.type != "cpu":
+        return F.rms_norm(h, h.shape[-1:])  # one kernel on a GPU; on a CPU it would be many passes over h
+    with torch.autocast("cpu", enabled=False):  # bfloat16 would be too coarse
+        mean_square = torch.linalg.vecdot(h, h) / h.shape[-1]
+    return h * (mean_square + torch.finfo(h.dtype).eps).rsqrt()[..., None]
 
 
 def rotary_angles(positions, head_width, base=10_000.0):
@@ -40,22 +45,32 @@ def causal_mask(T, past, device):
 
 
 class Cache:
-    """Keys and values of earlier positions, for generation: a pair of (B, H, T, head_width) for each layer."""
+    """Keys and values of earlier positions, for generation: a pair of (B, H, T, head_width) for each layer.
+
+    Layers come in the order of the forward pass; one that is applied several times has several pairs.
+    """
 
     def __init__(self):
-        self.pairs = {}
+        self.pairs, self.keep, self.layer = [], 0, 0
 
     @property
     def length(self):
         return self.pairs[0][0].shape[2] if self.pairs else 0
 
-    def extend(self, layer, keys, values, keep):
-        """Append to `layer`'s pair; return all keys and values, but remember only the first `keep` of the new ones."""
-        if layer in self.pairs:
-            old_keys, old_values = self.pairs[layer]
+    def begin(self, new):
+        """Before a forward pass, of which `new` positions are to be remembered. Returns how many there are already."""
+        past = self.length
+        self.keep, self.layer = past + new, 0
+        return past
+
+    def extend(self, keys, values):
+        """Append to the pair of the next layer; return all keys and values."""
+        if self.layer < len(self.pairs):
+            old_keys, old_values = self.pairs[self.layer]
             keys, values = torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
-            keep += old_keys.shape[2]
-        self.pairs[layer] = keys[:, :, :keep], values[:, :, :keep]
+        pair = keys[:, :, : self.keep], values[:, :, : self.keep]
+        self.pairs[self.layer : self.layer + 1] = [pair]
+        self.layer += 1
         return keys, values
 
 
@@ -63,18 +78,18 @@ class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         if width % (2 * heads):
-            raise UsageError(f"--width {width} must be a multiple of {2 * heads}: {heads} heads of an even width each")
+            raise UsageError(f"a width of {width} is no multiple of {2 * heads}: {heads} heads need an even width each")
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, h, rotary, mask, causal, remember):
+    def forward(self, h, rotary, mask, causal, cache):
         B, T, D = h.shape
         q, k, v = self.qkv(h).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each (B, H, T, D/H)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        if remember is not None:
-            k, v = remember(k, v)
+        if cache is not None:
+            k, v = cache.extend(k, v)
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out(h.transpose(1, 2).reshape(B, T, D))
 
@@ -87,7 +102,8 @@ class Layer(nn.Module):
 
     def __init__(self, width, heads, cond_width=0, dropout=0.0, sandwich=False):
         super().__init__()
-        self.norm_sum = layer_norm if sandwich else nn.Identity()
+        self.recomputes = False  # True: keep only the inputs for the backward pass (--checkpoint-activations)
+        self.norm_sum = rms_norm if sandwich else nn.Identity()
         self.attention = Attention(width, heads)
         up, down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
         self.mlp = nn.Sequential(up, nn.GELU(), down)
@@ -100,17 +116,22 @@ class Layer(nn.Module):
             nn.init.zeros_(self.attention.out.weight)
             nn.init.zeros_(down.weight)
 
-    def forward(self, h, rotary=None, cond=None, mask=None, causal=False, remember=None):
+    def forward(self, h, rotary=None, cond=None, mask=None, causal=False, cache=None):
         """h (B, T, D); rotary: angles of the positions, or None; cond (B, cond_width) where the layer is conditioned;
-        mask (T, keys), True where to look.
+        mask (T, keys), True where to look; cache: see Cache.
         """
-        attend = (rotary, mask, causal, remember)
+        if self.recomputes:
+            return recompute(self.add_branches, h, rotary, cond, mask, causal, cache)
+        return self.add_branches(h, rotary, cond, mask, causal, cache)
+
+    def add_branches(self, h, rotary, cond, mask, causal, cache):
+        attend = (rotary, mask, causal, cache)
         if self.modulation is None:
-            h = self.norm_sum(h + self.dropout(self.attention(layer_norm(h), *attend)))
-            return self.norm_sum(h + self.dropout(self.mlp(layer_norm(h))))
+            h = self.norm_sum(h + self.dropout(self.attention(rms_norm(h), *attend)))
+            return self.norm_sum(h + self.dropout(self.mlp(rms_norm(h))))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(cond))[:, None].chunk(6, dim=-1)
-        h = self.norm_sum(h + gate_a * self.dropout(self.attention(layer_norm(h) * (1 + scale_a) + shift_a, *attend)))
-        return self.norm_sum(h + gate_m * self.dropout(self.mlp(layer_norm(h) * (1 + scale_m) + shift_m)))
+        h = self.norm_sum(h + gate_a * self.dropout(self.attention(rms_norm(h) * (1 + scale_a) + shift_a, *attend)))
+        return self.norm_sum(h + gate_m * self.dropout(self.mlp(rms_norm(h) * (1 + scale_m) + shift_m)))
 
 
 def open_gates(bias):
@@ -122,40 +143,34 @@ def open_gates(bias):
     return opened.flatten()
 
 
-class CheckpointedLayer(Layer):
-    """A Layer that keeps its inputs alone for the backward pass (evaluate_again)."""
-
-    def forward(self, *inputs, **named):
-        return evaluate_again(super().forward, *inputs, **named)
-
-
 def checkpoint_layers(module):
-    """Turn all Layers of `module` into CheckpointedLayers, in place."""
+    """Let all Layers of `module` keep only their inputs for the backward pass."""
     for layer in module.modules():
         if isinstance(layer, Layer):
-            layer.__class__ = CheckpointedLayer
+            layer.recomputes = True
 
 
-def show_in_parts(network, rows):
-    """Let `network` see `rows` samples of a batch at a time, and keep their inputs and its answer alone for the
-    backward pass (evaluate_again). What is random in a loss was drawn for the whole batch: the loss stays what it is.
+def recompute(function, *inputs, **named):
+    """function(*inputs, **named), of which only the inputs are kept for the backward pass, where it is evaluated again
+    (activation checkpointing, Chen et al. 2016).
     """
-    whole = type(network)
-
-    def forward(self, *inputs, **named):
-        if rows >= len(inputs[0]) or not torch.is_grad_enabled():
-            return whole.forward(self, *inputs, **named)
-        parts = zip(*(tensor.split(rows) for tensor in inputs), strict=True)
-        return torch.cat([evaluate_again(whole.forward, self, *part, **named) for part in parts])
-
-    network.__class__ = type(whole.__name__, (whole,), {"forward": forward})
-
-
-def evaluate_again(function, *inputs, **named):
-    """function(*inputs, **named). Its inputs alone are kept for the backward pass, where it is evaluated again (Chen et
-    al. 2016, "checkpointing").
-    """
+    if _watcher and torch.is_grad_enabled():
+        return _watcher(function, *inputs, **named)
     return checkpoint(function, *inputs, use_reentrant=False, **named)
+
+
+_watcher = None
+
+
+@contextmanager
+def watch_recomputing(watcher):
+    """While the context lasts, watcher(function, *inputs, **named) takes the place of `recompute`: to count bytes."""
+    global _watcher
+    _watcher = watcher
+    try:
+        yield
+    finally:
+        _watcher = None
 
 
 class NoiseEmbedding(nn.Module):

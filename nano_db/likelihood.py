@@ -27,13 +27,13 @@ from nano_db.heads import mean_embedding
 MARGIN = 0.05  # "clearly": by more than the noise of an estimate from a few thousand tokens, or choosing would flatter
 
 
-def nats_per_block(posterior, y, codebook, partition, generator=None):
+def nats_per_block(posterior, y, target_embeddings, partition, generator=None):
     """The bound, split by block: nats a symbol, (blocks,) float64. Its sum bounds the mean of -ln p(y | x).
 
     posterior(z, sigma) -> ln p(y | z, x), see stack.py. y (B, ...) classes.
     """
     levels = quadrature(partition)
-    return split_by_block(levels, measure(posterior, y, codebook, [sigma for _, sigma in levels], generator))
+    return split_by_block(levels, measure(posterior, y, target_embeddings, [sigma for _, sigma in levels], generator))
 
 
 def quadrature(partition, density=6):
@@ -48,13 +48,13 @@ def quadrature(partition, density=6):
     return levels
 
 
-def measure(posterior, y, codebook, sigmas, generator=None):
+def measure(posterior, y, target_embeddings, sigmas, generator=None):
     """At each level, with fresh noise: E |E[y] - D|^2 and the nats of decoding, -ln p(y | z, x). (levels, 2) float64"""
-    clean, rows = codebook[y], []  # (B, ..., d)
+    clean, rows = target_embeddings[y], []  # (B, ..., d)
     for sigma in sigmas:
         z = clean + sigma * torch.randn(clean.shape, generator=generator).to(clean.device)
         log_p = posterior(z, sigma)  # (B, ..., V)
-        error = (clean - mean_embedding(log_p, codebook)).square().sum(-1)
+        error = (clean - mean_embedding(log_p, target_embeddings)).square().sum(-1)
         decoding = -log_p.gather(-1, y[..., None])
         rows.append([float(error.cpu().double().mean()), float(decoding.cpu().double().mean())])
     return torch.tensor(rows, dtype=torch.float64)
@@ -78,7 +78,7 @@ def split_by_block(levels, measured):
     return tightest if tightest.sum() < (1 - MARGIN) * bounds[-1].sum() else bounds[-1]
 
 
-def nats_of_walk(posterior, y, codebook, sigmas, generator=None):
+def nats_of_walk(posterior, y, target_embeddings, sigmas, generator=None):
     """The bound for finitely many calls at the levels `sigmas` (a grid that ends at 0): nats a symbol, a float.
 
     It is the likelihood of a walk that adds fresh noise after each step and decodes at its last call (Kingma et al.
@@ -88,7 +88,7 @@ def nats_of_walk(posterior, y, codebook, sigmas, generator=None):
     posterior this is no monotone function of the number of calls: it is least at one call, and falls back to that
     only for very many."""
     calls = [float(sigma) for sigma in sigmas[:-1]]
-    measured = measure(posterior, y, codebook, calls, generator)
+    measured = measure(posterior, y, target_embeddings, calls, generator)
     nats = 1 / (2 * calls[0] ** 2)  # as in split_by_block
     for (sigma, sigma_next), error in zip(pairwise(calls), measured[:-1, 0].tolist(), strict=True):
         nats += (1 / sigma_next**2 - 1 / sigma**2) / 2 * error

@@ -1,13 +1,13 @@
-"""Noise that hides: masked diffusion of discrete sequences (MD4: Shi et al. 2024; MDLM: Sahoo et al. 2024).
+"""Noise that masks: masked diffusion of discrete sequences (MD4: Shi et al. 2024; MDLM: Sahoo et al. 2024).
 
-At time t each token is visible with probability alpha(t), which falls from alpha(0) = 1 to alpha(1) = 0; the others
-are hidden behind a mask token. A network guesses the hidden ones from the visible ones. In nats a sequence,
+At time t each token is unmasked with probability alpha(t), which falls from alpha(0) = 1 to alpha(1) = 0; a mask token
+takes the place of the others. A network predicts the masked ones from the unmasked ones. In nats per sequence,
 
-    -ln p(x) <= integral over t of -alpha'(t) / (1 - alpha(t)) * E[sum over hidden tokens of -ln p(token | visible)]
-             =  integral over alpha of E[sum over hidden tokens of -ln p(token | visible)] / (1 - alpha),
+    -ln p(x) <= integral over t of -alpha'(t) / (1 - alpha(t)) * E[sum over masked tokens of -ln p(token | unmasked)]
+             =  integral over alpha of E[sum over masked tokens of -ln p(token | unmasked)] / (1 - alpha),
 
-so equal decrements of alpha are equal shares of the loss of a guesser who does not look at the context; that is the
-partition: block b owns the visible shares alpha in [b/B, (b+1)/B). Block 0 is the most masked one, and runs first, as
+so equal decrements of alpha are equal shares of the loss of a predictor that does not look at the context; that is the
+partition: block b owns alpha in [b/B, (b+1)/B). Block 0 is the most masked one, and runs first, as
 everywhere here (the paper numbers them the other way round).
 """
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from nano_db.sampler import draw
 
-LEAST_HIDDEN = 1e-3  # the loss weight 1 / (1 - alpha) stops growing here; one token in a thousand is hidden then
+MIN_MASKED = 1e-3  # the loss weight 1 / (1 - alpha) stops growing here; one token in a thousand is masked then
 
 
 @dataclass(frozen=True)
@@ -39,41 +39,41 @@ class MaskSchedule:
         return -torch.ones_like(t) if self.kind == "linear" else -math.pi / 2 * torch.sin(math.pi / 2 * (1 - t))
 
     def time(self, alpha):
-        """The t at which a share alpha is visible."""
+        """The t at which a share alpha is unmasked."""
         alpha = torch.as_tensor(alpha, dtype=torch.float64)
         return 1 - alpha if self.kind == "linear" else 1 - 2 / math.pi * torch.acos(1 - alpha)
 
 
-def visible_range(b, blocks, overlap=0.0):
-    """(least, most) visible share that block b of B trains on: its interval, wider by overlap / B at both ends."""
+def alpha_range(b, blocks, overlap=0.0):
+    """(low, high) of the alpha that block b of B trains on: its interval, wider by overlap / B at both ends."""
     return max(0.0, (b - overlap) / blocks), min(1.0, (b + 1 + overlap) / blocks)
 
 
 def block_at(alpha, blocks):
-    """The block that serves the visible share alpha; a share on an edge belongs to the less masked block."""
+    """The block that is active at alpha; an alpha on an edge belongs to the less masked block."""
     return min(int(alpha * blocks + 1e-9), blocks - 1)
 
 
-def spread_times(count, t_low, t_high, device="cpu"):
+def low_discrepancy_times(count, t_low, t_high, device="cpu"):
     """Low-discrepancy times: one shared offset u, t_i = (u + i / n) mod 1 of the interval. (count,) float64"""
     offset = torch.rand((), dtype=torch.float64, device=device)
     return t_low + (t_high - t_low) * ((offset + torch.arange(count, dtype=torch.float64, device=device) / count) % 1)
 
 
-def hide(x, alpha, mask_token, generator=None):
-    """Hide each token of x (B, T) with probability 1 - alpha, (B,). Returns the sequence with mask tokens, and where
+def mask_tokens(x, alpha, mask_token, generator=None):
+    """Mask each token of x (B, T) with probability 1 - alpha, (B,). Returns the sequence with mask tokens, and where
     (bool).
     """
     chance = torch.rand(x.shape, generator=generator, device="cpu" if generator else x.device).to(x.device)
-    hidden = chance >= alpha.float().to(x.device)[:, None]
-    return torch.where(hidden, mask_token, x), hidden
+    masked = chance >= alpha.float().to(x.device)[:, None]
+    return torch.where(masked, mask_token, x), masked
 
 
 class MaskedBlock(nn.Module):
     """A denoiser for one interval of masking; with the whole interval (0, 1), the end-to-end baseline.
 
-    network(x, t) -> logits (B, T, V) for x (B, T) with mask tokens V and times t (B,). span: visible shares to train
-    on.
+    network(x, t) -> logits (B, T, V) for x (B, T) with mask tokens V and times t (B,). span: (low, high) of alpha in
+    training.
     """
 
     def __init__(self, network, schedule, classes, span=(0.0, 1.0)):
@@ -81,46 +81,29 @@ class MaskedBlock(nn.Module):
         self.network, self.schedule, self.classes, self.span = network, schedule, classes, span
 
     def nats(self, x, t, generator=None):
-        """-ln p of the hidden tokens at times t (B,), each sequence's sum divided by its expected number of them. (B,)
+        """-ln p of the masked tokens at times t (B,), each sequence's sum divided by its expected number of them. (B,)
 
-        Its mean over all of [0, 1] in alpha is the bound in nats a token.
+        Its mean over all of [0, 1] in alpha is the upper bound in nats per token.
         """
         alpha = self.schedule.alpha(t)
-        masked, hidden = hide(x, alpha, self.classes, generator)
-        logits = self.network(masked, t.float().to(x.device)).float()
-        nats = F.cross_entropy(logits.transpose(1, 2), x, reduction="none") * hidden  # (B, T)
-        return nats.sum(1) / ((1 - alpha).clamp(min=LEAST_HIDDEN).float().to(x.device) * x.shape[1])
+        noisy, masked = mask_tokens(x, alpha, self.classes, generator)
+        logits = self.network(noisy, t.float().to(x.device)).float()
+        nats = F.cross_entropy(logits.transpose(1, 2), x, reduction="none") * masked  # (B, T)
+        return nats.sum(1) / ((1 - alpha).clamp(min=MIN_MASKED).float().to(x.device) * x.shape[1])
 
     def loss(self, x):
         """The block's part of the bound, as a mean over its span: times spread evenly, weighted by -alpha'."""
-        least, most = self.span
-        t_low, t_high = float(self.schedule.time(most)), float(self.schedule.time(least))
+        low, high = self.span
+        t_low, t_high = float(self.schedule.time(high)), float(self.schedule.time(low))
         where = "cpu" if x.device.type == "mps" else x.device  # MPS has no float64
-        t = spread_times(len(x), t_low, t_high, where)
-        weight = -self.schedule.slope(t) * (t_high - t_low) / (most - least)  # (B,), 1 on average
+        t = low_discrepancy_times(len(x), t_low, t_high, where)
+        weight = -self.schedule.slope(t) * (t_high - t_low) / (high - low)  # (B,), 1 on average
         return (weight.float().to(x.device) * self.nats(x, t)).mean()
-
-
-class _Mean(nn.Module):
-    """The mean of several networks' ln p, as one network."""
-
-    def __init__(self, networks):
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
-
-    def forward(self, x, t):
-        return torch.stack([network(x, t).log_softmax(-1) for network in self.networks]).mean(0)
-
-
-def average(blocks):
-    """An ensemble of MaskedBlocks of the same span, as one: the mean of their ln p."""
-    first = blocks[0]
-    return MaskedBlock(_Mean([block.network for block in blocks]), first.schedule, first.classes, first.span)
 
 
 @torch.no_grad()
 def score_masked(blocks, batches, levels=16, generator=None):
-    """The bound by block, nats a token, (B,) float64: for each, `levels` visible shares, midpoints of its interval.
+    """The upper bound by block, nats per token, (B,) float64: at `levels` alphas each, midpoints of its interval.
 
     batches: yields x (n, T) to average over.
     """
@@ -136,8 +119,8 @@ def score_masked(blocks, batches, levels=16, generator=None):
     return nats / sequences
 
 
-def visible_share(x, mask_token):
-    """The share of x that is no mask token: the alpha at which its unmasking begins."""
+def unmasked_share(x, mask_token):
+    """The share of x that is no mask token: the alpha at which its sampling begins."""
     return float((x != mask_token).double().mean())
 
 
@@ -145,19 +128,18 @@ def visible_share(x, mask_token):
 def unmask(blocks, x, steps, temperature=1.0, generator=None):
     """Yield (alpha, x) after each of `steps` steps from a sequence x (B, T), in which mask tokens are to be filled in.
 
-    From visible share alpha to alpha_next each hidden token is revealed with probability (alpha_next - alpha) / (1 -
-    alpha), all at the same call drawn independently; the block that owns alpha answers. What is visible never
-    changes.
+    From alpha to alpha_next each masked token is revealed with probability (alpha_next - alpha) / (1 - alpha), all of a
+    step drawn independently; the block that owns alpha is active. What is unmasked never changes.
     """
     classes = blocks[0].classes
-    start = visible_share(x, classes)
+    start = unmasked_share(x, classes)
     for step in range(steps):
         alpha, alpha_next = (start + (1 - start) * i / steps for i in (step, step + 1))
         block = blocks[block_at(alpha, len(blocks))]
         t = block.schedule.time(alpha).float().to(x.device).expand(len(x))
         log_p = (block.network(x, t).float() / temperature).log_softmax(-1)
         chance = torch.rand(x.shape, dtype=torch.float64, generator=generator)
-        share = (alpha_next - alpha) / (1 - alpha) if alpha < 1 else 1.0  # 1: nothing was hidden from the start
+        share = (alpha_next - alpha) / (1 - alpha) if alpha < 1 else 1.0  # 1: nothing was masked from the start
         revealed = (x == classes) & (chance < share).to(x.device)
         x = torch.where(revealed, draw(log_p, generator), x)
         yield alpha_next, x

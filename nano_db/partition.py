@@ -5,22 +5,25 @@ sigma_min, and block b owns (edges[b+1], edges[b]].
 """
 
 import math
-import re
 from dataclasses import dataclass
 
 import torch
 
 from nano_db.errors import UsageError
-from nano_db.layers import open_gates
-from nano_db.schedule import quantiles
+from nano_db.schedule import LogNormal, quantiles
+
+KINDS = ("probability", "uniform")
 
 
 @dataclass(frozen=True)
 class Partition:
-    """edges: B + 1 descending noise levels. overlap: the paper's gamma, how far training reaches over the edges."""
+    """edges: B + 1 descending noise levels. overlap: the paper's gamma, how far training reaches over the edges. noise:
+    the distribution that is cut (schedule.py).
+    """
 
     edges: tuple[float, ...]
     overlap: float = 0.0
+    noise: LogNormal | None = None
 
     @property
     def blocks(self):
@@ -48,40 +51,41 @@ class Partition:
 
 
 def make_partition(noise, blocks, kind="probability", overlap=0.0):
-    """Cut the range of `noise` into blocks. kind: "probability" gives every block the same mass of p_noise (the paper's
+    """Cut the range of `noise` into blocks. kind: "probability" gives all blocks the same probability (the paper's
     way), "uniform" the same width in ln sigma (its ablation).
     """
     if kind == "probability":
-        return Partition(tuple(quantiles(noise, blocks).tolist()), overlap)
+        return Partition(tuple(quantiles(noise, blocks).tolist()), overlap, noise)
     top, bottom = math.log(noise.sigma_max), math.log(noise.sigma_min)
     inner = [math.exp(top + (bottom - top) * b / blocks) for b in range(1, blocks)]
-    return Partition((noise.sigma_max, *inner, noise.sigma_min), overlap)
+    return Partition((noise.sigma_max, *inner, noise.sigma_min), overlap, noise)
 
 
-def sampling_grid(noise, partition, calls):
-    """Where a sampler calls the blocks: `calls` descending levels, then 0. (calls + 1,) float64
+def sampling_grid(partition, steps):
+    """The noise levels of a sampling trajectory: `steps` descending levels, then 0. (steps + 1,) float64
 
-    The calls are shared out evenly; what is over goes to the first blocks. Those of a block lie in its own interval,
-    the first at its top edge, at equal masses of p_noise. So each block is asked, whatever the edges are.
+    The steps are shared out evenly; what is over goes to the first blocks. Those of a block lie in its own interval,
+    the first at its top edge, at equal probabilities under p_noise. So each block is asked, whatever the edges are.
     """
-    if calls < partition.blocks:
-        raise UsageError(f"--calls {calls}: each of the {partition.blocks} blocks needs at least one call")
-    parts = []
+    if steps < partition.blocks:
+        raise UsageError(f"{steps} sampling steps: each of the {partition.blocks} blocks needs at least one")
+    parts, noise = [], partition.noise
     for b in range(partition.blocks):
-        (low, high), count = partition.interval(b), calls // partition.blocks + (b < calls % partition.blocks)
-        steps = torch.arange(count, dtype=torch.float64)
-        sigmas = noise.inverse_cdf((noise.cdf(high) * (count - steps) + noise.cdf(low) * steps) / count)
+        (low, high), count = partition.interval(b), steps // partition.blocks + (b < steps % partition.blocks)
+        passed = torch.arange(count, dtype=torch.float64)
+        sigmas = noise.inverse_cdf((noise.cdf(high) * (count - passed) + noise.cdf(low) * passed) / count)
         sigmas[0] = high  # to the last bit, too
         parts.append(sigmas.clamp(low, high))  # far out in a tail, where the cdf is flat, its inverse is not sure
     return torch.cat([*parts, torch.zeros(1, dtype=torch.float64)])
 
 
 def split_layers(layers, blocks, split=""):
-    """Layers of each block, noisiest first: as even as possible (what is over goes first), or as `split` says."""
+    """Layers of each block, noisiest first: as even as possible (what is over goes first), or like "3,6,3"."""
     if blocks > layers:
-        raise UsageError(f"--blocks {blocks} is more than --layers {layers}: every block needs a layer of its own")
-    even = [layers // blocks + (b < layers % blocks) for b in range(blocks)]
-    return parse_split(split, layers, blocks) if split else even
+        raise UsageError(f"{blocks} blocks are more than {layers} layers: every block needs a layer of its own")
+    if split:
+        return parse_split(split, layers, blocks)
+    return [layers // blocks + (b < layers % blocks) for b in range(blocks)]
 
 
 def parse_split(split, layers, blocks):
@@ -89,27 +93,8 @@ def parse_split(split, layers, blocks):
     try:
         parts = [int(part) for part in split.split(",")]
     except ValueError:
-        raise UsageError(f"--layer-split {split!r} is not a list of whole numbers like 3,6,3") from None
+        raise UsageError(f"the layer split {split!r} is not a list of whole numbers like 3,6,3") from None
     if len(parts) != blocks or sum(parts) != layers or min(parts) < 1:
-        raise UsageError(
-            f"--layer-split {split} must name {blocks} blocks (--blocks) of at least one layer, "
-            f"{layers} in all (--layers); it names {len(parts)} with {sum(parts)} in all"
-        )
+        wanted = f"{blocks} blocks of at least one layer, {layers} in all"
+        raise UsageError(f"the layer split {split} must name {wanted}; it names {len(parts)} with {sum(parts)} in all")
     return parts
-
-
-def begin_with(block, network, first):
-    """The weights that a block begins with if it takes the layers of a trained network from number `first` on, and what
-    surrounds them: embeddings, readout. block, network: state_dicts. What the network does not have, or has in another
-    shape, stays as it is in `block`: a denoising head, say. But a layer that is modulated only in the block gets open
-    gates, for behind gates that are zero the layers taken would do nothing.
-    """
-    begun = {}
-    for name, own in block.items():
-        there = re.sub(r"^network\.layers\.(\d+)", lambda found: f"network.layers.{first + int(found[1])}", name)
-        fits = there in network and network[there].shape == own.shape
-        begun[name] = network[there] if fits else own
-        layer = re.fullmatch(r"(network\.layers\.\d+)\.modulation\.bias", there)
-        if layer and there not in network and f"{layer[1]}.attention.qkv.weight" in network:
-            begun[name] = open_gates(own)
-    return begun

@@ -58,7 +58,7 @@ def draw(log_p, generator=None):
     return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1]).to(log_p.device)
 
 
-def sample_classes(posterior, codebook, shape, sigmas, generator=None):
+def sample_classes(posterior, target_embeddings, shape, sigmas, generator=None):
     """Walk from pure noise with a `posterior` (see stack.py) and draw a class at each position of `shape`. Long tensor.
 
     The walk is that of euler_walk with D = p @ E. The last call's D would be a blend of code vectors wherever the
@@ -66,9 +66,11 @@ def sample_classes(posterior, codebook, shape, sigmas, generator=None):
     """
 
     def denoise(z, sigma):
-        return mean_embedding(posterior(z, sigma), codebook)
+        return mean_embedding(posterior(z, sigma), target_embeddings)
 
-    z = float(sigmas[0]) * torch.randn(*shape, codebook.shape[1], generator=generator).to(codebook.device)
+    z = float(sigmas[0]) * torch.randn(*shape, target_embeddings.shape[1], generator=generator).to(
+        target_embeddings.device
+    )
     for state in euler_walk(denoise, z, sigmas[:-1]):
         z = state.z
     return draw(posterior(z, float(sigmas[-2])), generator)

@@ -10,9 +10,6 @@ Partition, sampling and grids use these four alone, so they do not know which di
 float64: in float32 the upper quantiles of a narrow distribution round to 1, and the top edge becomes infinite.
 """
 
-import math
-
-import numpy as np
 import torch
 
 from nano_db.errors import UsageError
@@ -25,58 +22,21 @@ class LogNormal:
         self.p_mean, self.p_std = p_mean, p_std
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
         ends = torch.tensor([sigma_min, sigma_max], dtype=torch.float64).log()
-        self._below, above = torch.special.ndtr((ends - p_mean) / p_std)  # mass of the untruncated normal below an end
-        self.mass = above - self._below  # inside the range
-        if not float(self.mass) > 1e-6:
-            raise UsageError(f"--p-mean {p_mean} leaves next to no mass in [{sigma_min}, {sigma_max}]: change it")
+        self._below, above = torch.special.ndtr(
+            (ends - p_mean) / p_std
+        ).tolist()  # of the untruncated normal, below an end
+        self.inside = above - self._below
+        if not self.inside > 1e-6:
+            raise UsageError(f"p_mean {p_mean} leaves next to no probability in [{sigma_min}, {sigma_max}]: change it")
 
     def cdf(self, sigma):
         log_sigma = torch.as_tensor(sigma, dtype=torch.float64).log()
-        return (torch.special.ndtr((log_sigma - self.p_mean) / self.p_std) - self._below) / self.mass
+        return (torch.special.ndtr((log_sigma - self.p_mean) / self.p_std) - self._below) / self.inside
 
     def inverse_cdf(self, q):
         q = torch.as_tensor(q, dtype=torch.float64)
-        sigma = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(self._below + q * self.mass))
+        sigma = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(self._below + q * self.inside))
         return sigma.clamp(self.sigma_min, self.sigma_max)
-
-
-class Information:
-    """Train each noise level in proportion to the nats it decides (ours, for discrete targets).
-
-    The density in ln sigma is the integrand of the likelihood bound, mse(sigma) / sigma^2 (see likelihood.py), for a
-    guesser who knows the class frequencies and z, but no context. Equal mass then means equal nats. The mean squared
-    error is a seeded Monte Carlo estimate, tabulated over ln sigma and interpolated.
-
-    frequencies (V,): probability of each class. codebook (V, d): unit-norm rows (see heads.py).
-    """
-
-    def __init__(self, frequencies, codebook, sigma_min=0.05, sigma_max=20.0, levels=96, draws=1024, seed=0):
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
-        self._log_sigma = np.linspace(math.log(sigma_min), math.log(sigma_max), levels)
-        generator = torch.Generator().manual_seed(seed)
-        frequencies, codebook = frequencies.float().cpu(), codebook.float().cpu()
-        y = torch.multinomial(frequencies, draws, replacement=True, generator=generator)
-        eps = torch.randn(draws, codebook.shape[1], generator=generator)  # one draw for all levels: a smooth table
-        density = []
-        for sigma in np.exp(self._log_sigma):
-            z = codebook[y] + float(sigma) * eps  # (draws, d)
-            denoised = (frequencies.log() + z @ codebook.T / float(sigma) ** 2).softmax(-1) @ codebook
-            density.append(float((codebook[y] - denoised).square().sum(-1).mean()) / sigma**2)
-        density = np.array(density)
-        # Where z alone names the class the density is zero and the cdf flat: a millionth of the peak keeps it
-        # invertible.
-        density = np.maximum(density, 1e-6 * density.max())
-        mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-        self._cdf = mass / mass[-1]
-
-    def cdf(self, sigma):
-        log_sigma = np.log(np.asarray(sigma, dtype=np.float64))
-        return torch.as_tensor(np.interp(log_sigma, self._log_sigma, self._cdf))
-
-    def inverse_cdf(self, q):
-        q = torch.as_tensor(q, dtype=torch.float64)
-        log_sigma = np.interp(q.cpu().numpy(), self._cdf, self._log_sigma)  # on a GPU a step waits for this
-        return torch.as_tensor(np.exp(log_sigma)).clamp(self.sigma_min, self.sigma_max).to(q.device)
 
 
 def sample_sigma(noise, count, low, high, generator=None, device="cpu"):
@@ -87,7 +47,7 @@ def sample_sigma(noise, count, low, high, generator=None, device="cpu"):
 
 
 def quantiles(noise, parts):
-    """The parts + 1 levels that cut p_noise into equal masses, from sigma_max down to sigma_min. (parts + 1,)
+    """The parts + 1 levels that cut p_noise into equal probabilities, from sigma_max down to sigma_min. (parts + 1,)
     The quantile 1/2 is the same number for 2 parts and for 8: a sampler's grid meets the edges of blocks exactly.
     """
     sigmas = noise.inverse_cdf(torch.arange(parts, -1, -1, dtype=torch.float64) / parts)
@@ -95,19 +55,19 @@ def quantiles(noise, parts):
     return sigmas
 
 
-def equal_mass_grid(noise, calls):
-    """Where the sampler calls a denoiser: `calls` equal-mass quantiles from sigma_max down, then 0. (calls + 1,)
+def equal_probability_grid(noise, steps):
+    """Where the sampler calls a denoiser: `steps` equal-probability quantiles from sigma_max down, then 0. (steps + 1,)
 
     The last Euler step ends at sigma = 0 and so returns the denoised point itself.
     """
-    sigmas = quantiles(noise, calls)
+    sigmas = quantiles(noise, steps)
     sigmas[-1] = 0.0
     return sigmas
 
 
-def karras_grid(noise, calls, rho=7.0):
-    """EDM's grid (eq. 5): `calls` levels evenly spaced in sigma^(1/rho), then 0. (calls + 1,)"""
-    ramp = torch.linspace(0, 1, calls, dtype=torch.float64)
+def karras_grid(noise, steps, rho=7.0):
+    """EDM's grid (eq. 5): `steps` levels evenly spaced in sigma^(1/rho), then 0. (steps + 1,)"""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     top, bottom = noise.sigma_max ** (1 / rho), noise.sigma_min ** (1 / rho)
     return torch.cat([(top + ramp * (bottom - top)) ** rho, torch.zeros(1, dtype=torch.float64)])
 

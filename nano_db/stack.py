@@ -1,4 +1,4 @@
-"""Trained networks put together: the blocks, of which one is at work at each noise level; or end-to-end networks.
+"""Trained networks assembled: the blocks, of which one is active at each noise level; or end-to-end networks.
 
 A Stack turns a condition x into a function of (z, sigma), the form that the sampler and the likelihood bound take:
 
@@ -7,16 +7,19 @@ A Stack turns a condition x into a function of (z, sigma), the form that the sam
 """
 
 import torch
+import torch.nn as nn
 
 from nano_db.block import DiffusionBlock
 from nano_db.heads import log_likelihood
 from nano_db.layers import Cache
 
+PREDICT = ("active", "averaged")  # who predicts at a noise level: the block that owns it, or all blocks so far
+
 
 class Stack:
-    """blocks: DiffusionBlocks, noisiest first. partition: who is at work at which noise level (partition.py).
+    """blocks: DiffusionBlocks, noisiest first. partition: which is active at which noise level (partition.py).
 
-    average: blocks with a DenoisingHead answer together (ours). The walk has passed blocks 0..b when it is at block b.
+    average: blocks with a DenoisingHead predict together (ours). The walk has passed blocks 0..b when it is at block b.
     By Bayes' rule all of them estimate the same ln p(y | x), so the mean of their residuals (in ln p, normalised) takes
     the place of block b's own: an ensemble. None is asked below the noise levels it was trained on: it is told its
     lowest one instead, since its answer should not depend on the level.
@@ -24,7 +27,7 @@ class Stack:
 
     def __init__(self, blocks, partition, average=False):
         self.blocks, self.partition, self.average = blocks, partition, average
-        self.codebook = blocks[0].head.codebook
+        self.target_embeddings = blocks[0].head.target_embeddings
         assert not average or all(block.head.sees_z for block in blocks), "only denoising heads answer together"
 
     def posterior(self, x, caches=None, temperature=1.0):
@@ -48,26 +51,39 @@ class Stack:
                 levels = torch.full((len(z),), level, dtype=z.dtype, device=z.device)
                 residuals.append(self.blocks[i].head.residual(features[i], z, levels).log_softmax(-1))
             residual = torch.stack(residuals).mean(0)
-            return (residual / temperature + log_likelihood(z, float(sigma), self.codebook)).log_softmax(-1)
+            return (residual / temperature + log_likelihood(z, float(sigma), self.target_embeddings)).log_softmax(-1)
 
         return posterior
 
 
-class Ensemble:
-    """End-to-end networks, most often a single one; of several, the mean of what they say in ln p, normalised."""
+class Ensemble(nn.Module):
+    """Networks trained independently on all noise levels, as one; most often a single one. It answers with the mean of
+    their answers: of D, each an estimate of E[y | z], which does not blur as a mean of samples would; or of logits,
+    which after normalisation is the mean of ln p.
+    """
 
     def __init__(self, networks):
-        self.networks, self.codebook = networks, networks[0].head.codebook
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, *inputs, caches=None):
+        answers = [network(*inputs, **_cache(caches, i)) for i, network in enumerate(self.networks)]
+        return torch.stack(answers).mean(0)
 
     def log_p(self, x, caches=None):
-        """ln p(y | x), (B, ..., V). caches: as in Stack.posterior."""
-        answers = [network.log_p(x, **_cache(caches, i)) for i, network in enumerate(self.networks)]
-        return torch.stack(answers).mean(0).log_softmax(-1)
+        """ln p(y | x) of networks for labels or tokens, (B, ..., V). caches: as in Stack.posterior."""
+        return self(x, caches=caches).log_softmax(-1)
+
+    @property
+    def target_embeddings(self):
+        return self.networks[0].head.target_embeddings
 
 
-def put_together(networks, partition, average=False):
-    """Trained DiffusionBlocks as a Stack, end-to-end networks as an Ensemble."""
-    return Stack(networks, partition, average) if isinstance(networks[0], DiffusionBlock) else Ensemble(networks)
+def assemble(networks, partition, predict="active"):
+    """Trained DiffusionBlocks as a Stack, end-to-end networks as an Ensemble. predict: one of PREDICT."""
+    if isinstance(networks[0], DiffusionBlock):
+        return Stack(networks, partition, average=predict == "averaged")
+    return Ensemble(networks)
 
 
 def _cache(caches, key):

@@ -10,9 +10,8 @@ import torch
 import train_gpt
 from data import glyphs
 from data.text import Text
-from nano_db.laboratory import plots
-from nano_db.laboratory.benchmark import Bench
-from nano_db.machinery.run import command
+from nano_db.trainer import plots, report
+from nano_db.trainer.run import command
 
 ROOT = Path(__file__).parent.parent
 
@@ -72,7 +71,7 @@ def cli(monkeypatch, capsys, request):
     monkeypatch.setattr(glyphs, "make", draw_glyphs_once)
     if not request.node.get_closest_marker("whole"):
         monkeypatch.setattr(plots, "draw_curves", lambda *_: None)
-        monkeypatch.setattr(Bench, "_cost_of_use", lambda *_: {"layer_evaluations": 0, "seconds": 1.0, "weights": 0})
+        monkeypatch.setattr(report, "cost_of_use", lambda *_: {"layer_evaluations": 0, "seconds": 1.0, "weights": 0})
 
     def run(*flags, main=train_gpt.main):
         monkeypatch.setattr(sys, "argv", ["train_gpt.py", *map(str, flags)])
@@ -86,20 +85,25 @@ def cli(monkeypatch, capsys, request):
     return run
 
 
-cost_of_use = Bench._cost_of_use
+cost_of_use = report.cost_of_use
+
+
+def cost_of_time(settings, work, *args):
+    """In the place of report.seconds_of: nothing is done, and nothing timed."""
+    return 1.0
 
 
 @pytest.fixture
 def real_costs(cli, monkeypatch):
     """For tests that look at what a sample costs in layers, but not in seconds."""
-    monkeypatch.setattr(Bench, "_cost_of_use", cost_of_use)
-    monkeypatch.setattr(Bench, "seconds_of", lambda *_: 1.0)
+    monkeypatch.setattr(report, "cost_of_use", cost_of_use)
+    monkeypatch.setattr(report, "seconds_of", cost_of_time)
 
 
 @pytest.fixture
 def small(cli, text_file, monkeypatch):
     """The same, with the settings and text of a run that takes a second, and with short samples by few calls."""
-    quick = {"sample_length": 5, "calls_per_block": 1}
+    quick = {"sample_length": 5, "sampling_steps_per_block": 1}
     monkeypatch.setitem(train_gpt.PRESETS, "tiny", {**train_gpt.PRESETS["tiny"], **quick})
     return lambda *flags: cli(*SMALL, "--data", text_file, *flags)
 

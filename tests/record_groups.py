@@ -13,7 +13,7 @@ import sys
 import torch.distributed as dist
 
 sys.path.insert(0, os.getcwd())
-from nano_db.machinery.run import Run
+from nano_db.trainer.run import Run
 
 record = {"groups": [], "store": [], "weights": {}}
 init_process_group, rendezvous, steps = dist.init_process_group, dist.rendezvous, Run.steps

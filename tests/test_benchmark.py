@@ -9,38 +9,39 @@ from conftest import SMALL
 
 import train_gpt
 import train_mdm
+from experiments import benchmark
 from nano_db.errors import UsageError
-from nano_db.laboratory import race
-from nano_db.laboratory.benchmark import Bench, count_layers
 from nano_db.layers import Layer
+from nano_db.trainer.report import cost_of_use
 
 
-def test_layer_evaluations_are_counted_a_sample():
+def test_layer_evaluations_are_counted_per_sample():
     networks = [torch.nn.ModuleList([Layer(8, 2), Layer(8, 2)]), torch.nn.ModuleList([Layer(8, 2)])]
-    run, rounded = SimpleNamespace(device="cpu", autocast=torch.autocast("cpu", torch.bfloat16)), []
+    settings, rounded, counts = SimpleNamespace(device="cpu", dtype="bfloat16"), [], []
 
-    def sample(networks, count):
+    def sample(built, count, given, rows):
+        assert built is networks and given is settings
         rounded.append(torch.is_autocast_enabled("cpu"))
+        counts.append(count)
         for network in networks:
             for layer in network:
-                layer(torch.zeros(count, 3, 8))
+                layer(torch.zeros(rows * count, 3, 8))
 
-    assert count_layers(networks, lambda: sample(networks, 5)) == 15
-    rounded.clear()
-    cost = Bench(run, None, None, None, sample)._cost_of_use(networks)
-    assert rounded == [True] * 5, "as the run computes: once to count, once to warm up, three times by the clock"
-    assert cost["layer_evaluations"] == 3
+    cost = cost_of_use(settings, networks, sample, 5)
+    assert rounded == [True] * 5, "as the run computes"
+    assert counts == [1, 16, 16, 16, 16], "once to count, once to warm up, three times by the clock"
+    assert cost["layer_evaluations"] == 3 * 5, "of a single sample, which passes each layer five times"
     assert cost["weights"] == 2 * 12 * 8 * 8 * 4, "of the larger network: two layers of 12 d^2 weights"
     assert cost["seconds"] > 0
 
 
 @pytest.mark.usefixtures("real_costs")
-def test_what_writing_sixteen_tokens_costs_in_layers(small, cli, text_file, tmp_path, monkeypatch):
-    """By hand: a cached token passes each layer once a call. The trunks of the nano recipe are asked once, however many
-    calls the walk makes; networks that are shown z are asked at each call, one block at a time.
+def test_what_sixteen_tokens_cost_in_layers(small, cli, text_file, tmp_path, monkeypatch):
+    """By hand: a cached token passes each layer once per call. The trunks of the nano recipe are evaluated once for all
+    sampling steps; networks that are shown z are evaluated at each step, one block at a time.
     """
-    layers, calls_per_block = 4, 2
-    monkeypatch.setitem(train_gpt.PRESETS["tiny"], "calls_per_block", calls_per_block)
+    layers, sampling_steps_per_block = 4, 2
+    monkeypatch.setitem(train_gpt.PRESETS["tiny"], "sampling_steps_per_block", sampling_steps_per_block)
 
     def evaluations(*flags):
         assert small("--out", tmp_path / "run", *flags)[0] == 0
@@ -52,7 +53,7 @@ def test_what_writing_sixteen_tokens_costs_in_layers(small, cli, text_file, tmp_
     assert evaluations("--baseline") == 16 * layers
     assert evaluations("--baseline", "--layers", 1, "--ensemble", 3) == 16 * 3
     assert evaluations() == 16 * layers
-    assert evaluations("--recipe", "paper") == 16 * calls_per_block * layers
+    assert evaluations("--recipe", "paper") == 16 * sampling_steps_per_block * layers
     mdm = ("--preset", "tiny", "--layers", 6, "--steps", 2, "--eval-windows", 1, "--device", "cpu", "--data", text_file)
     for flags, expected in (((), 16 * 2), (("--baseline", "--ensemble", 2), 16 * 6 * 2)):
         assert cli(*mdm, "--out", tmp_path / "mdm", *flags, main=train_mdm.main)[0] == 0
@@ -62,22 +63,22 @@ def test_what_writing_sixteen_tokens_costs_in_layers(small, cli, text_file, tmp_
 
 
 @pytest.fixture
-def race_of(monkeypatch, capsys):
+def benchmark_of(monkeypatch, capsys):
     def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["race", *map(str, flags)])
-        race.main()
+        monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, flags)])
+        benchmark.main()
         return capsys.readouterr().out
 
     return run
 
 
-def test_a_race_prints_ratios_and_costs_and_leaves_no_file(race_of, text_file, tmp_path, monkeypatch):
+def test_a_benchmark_prints_ratios_and_costs_and_leaves_no_file(benchmark_of, text_file, tmp_path, monkeypatch):
     rounded, generate = [], train_gpt.generate
     monkeypatch.setattr(
         train_gpt, "generate", lambda *a: rounded.append(torch.is_autocast_enabled("cpu")) or generate(*a)
     )
     flags = ("--data", text_file, "--dtype", "bfloat16", "--out", tmp_path / "run")
-    out = race_of("gpt", "--pairs", 2, *SMALL, *flags)
+    out = benchmark_of("gpt", "--pairs", 2, *SMALL, *flags)
     assert rounded and all(rounded), "samples are computed as in training"
     assert out.count("ratio in pairs") == 2 and not (tmp_path / "run").exists()
     lines = [line.split() for line in out.splitlines()]
@@ -85,7 +86,7 @@ def test_a_race_prints_ratios_and_costs_and_leaves_no_file(race_of, text_file, t
     assert total[-1] == "(1.000)" and 0 < float(total[1]) < float(total[4])
 
 
-def test_bad_demands_on_a_race_get_one_line(race_of):
+def test_bad_demands_on_a_benchmark_get_one_line(benchmark_of):
     for flags, message in ((("--pairs", 0), "--pairs must be at least 1"), (("--baseline",), "timed against it")):
         with pytest.raises(UsageError, match=message):
-            race_of("vit", *flags)
+            benchmark_of("vit", *flags)

@@ -4,12 +4,12 @@ import torch.nn as nn
 
 from nano_db.block import DiffusionBlock, EndToEnd
 from nano_db.classify import after_each_block, classify, score_images
-from nano_db.heads import DenoisingHead, PosteriorHead, make_codebook
+from nano_db.heads import DenoisingHead, PosteriorHead, make_target_embeddings
 from nano_db.partition import make_partition
-from nano_db.schedule import LogNormal, equal_mass_grid
+from nano_db.schedule import LogNormal, equal_probability_grid
 from nano_db.stack import Ensemble, Stack
 
-NOISE, CODEBOOK = LogNormal(0.0, 0.8, 0.2, 20.0), make_codebook(4, 8)
+NOISE, CODEBOOK = LogNormal(0.0, 0.8, 0.2, 20.0), make_target_embeddings(4, 8)
 PRIOR = torch.tensor([0.1, 0.55, 0.05, 0.3])
 
 
@@ -26,7 +26,7 @@ def stack_of(blocks, average=False):
     made = []
     for b in range(blocks):
         head = Exact(CODEBOOK) if average else PosteriorHead(CODEBOOK)
-        head.readout = nn.Identity()
+        head.output_projection = nn.Identity()
         made.append(DiffusionBlock(Knows(), head, NOISE, partition.interval(b)))
     return Stack(made, partition, average)
 
@@ -43,7 +43,7 @@ both_walks = pytest.mark.parametrize("average", [False, True])
 
 @both_walks
 def test_the_noise_free_walk_names_the_most_probable_class_and_the_noisy_one_draws(average):
-    stack, sigmas = stack_of(3, average), equal_mass_grid(NOISE, 48)
+    stack, sigmas = stack_of(3, average), equal_probability_grid(NOISE, 48)
     posterior = stack.posterior(torch.zeros(3000, 1))
     for log_p in after_each_block(posterior, stack, sigmas, torch.zeros(3000, 8)):
         assert (log_p.argmax(-1) == 1).all()
@@ -56,13 +56,13 @@ def test_the_noise_free_walk_names_the_most_probable_class_and_the_noisy_one_dra
 def test_each_block_answers_in_order(average):
     stack = stack_of(3, average)
     posterior = stack.posterior(torch.zeros(5, 1))
-    answers = after_each_block(posterior, stack, equal_mass_grid(NOISE, 6), torch.zeros(5, 8))
+    answers = after_each_block(posterior, stack, equal_probability_grid(NOISE, 6), torch.zeros(5, 8))
     assert len(answers) == 3 and all(log_p.shape == (5, 4) for log_p in answers)
     assert answers[0][0, 1] < answers[1][0, 1] < answers[2][0, 1] < 0, "a walk from z = 0 grows surer"
 
 
 def test_under_bfloat16_autocast_a_walk_with_exact_answers_is_the_same():
-    stack, sigmas, z = stack_of(3), equal_mass_grid(NOISE, 12), torch.randn(5, 8)
+    stack, sigmas, z = stack_of(3), equal_probability_grid(NOISE, 12), torch.randn(5, 8)
     answers = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
@@ -71,7 +71,7 @@ def test_under_bfloat16_autocast_a_walk_with_exact_answers_is_the_same():
 
 
 def test_the_metrics_are_shares_of_images_named_right():
-    stack, sigmas = stack_of(2), equal_mass_grid(NOISE, 8)
+    stack, sigmas = stack_of(2), equal_probability_grid(NOISE, 8)
     batches = [(torch.zeros(6, 1), torch.tensor([1, 1, 1, 0, 2, 3])), (torch.zeros(2, 1), torch.tensor([1, 0]))]
     metrics, log_p, labels = score_images(stack, batches, sigmas, walks=200)
     assert metrics["accuracy"] == metrics["accuracy_noise_free"] == pytest.approx(4 / 8)
@@ -84,7 +84,7 @@ def test_the_metrics_are_shares_of_images_named_right():
 
 def test_end_to_end_networks_answer_at_once():
     head = PosteriorHead(CODEBOOK)
-    head.readout = nn.Identity()
+    head.output_projection = nn.Identity()
     ensemble, x = Ensemble([EndToEnd(Knows(), head)] * 2), torch.zeros(4, 1)
     torch.testing.assert_close(classify(ensemble, x).exp(), PRIOR.expand(4, 4))
     metrics, log_p, _ = score_images(ensemble, [(x, torch.tensor([1, 1, 1, 0]))])
@@ -95,5 +95,7 @@ def test_trunks_are_evaluated_once_for_all_walks():
     stack, calls = stack_of(2, average=True), []
     for block in stack.blocks:
         block.network.register_forward_hook(lambda *_: calls.append(1))
-    score_images(stack, [(torch.zeros(6, 1), torch.ones(6, dtype=torch.long))], equal_mass_grid(NOISE, 4), walks=5)
+    score_images(
+        stack, [(torch.zeros(6, 1), torch.ones(6, dtype=torch.long))], equal_probability_grid(NOISE, 4), walks=5
+    )
     assert len(calls) == 2

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from nano_db.laboratory import compare
+from experiments import compare
 
 
 def write(folder, bits, script="gpt", **changes):

@@ -17,8 +17,8 @@ import train_looped
 import train_mdm
 import train_vit
 from data import glyphs
-from nano_db.laboratory.race import bench_of
-from nano_db.machinery.run import seed_from
+from experiments.benchmark import script_and_settings
+from nano_db.trainer.run import autocast, first_weights, networks, seed_from
 
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device, or this file was not asked for by its name"
@@ -43,17 +43,17 @@ class DrawnOnCPU(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def losses(script, flags, device, dtype):
+def losses(name, flags, device, dtype):
     """The loss of the first step of each block, whose weights, batch and noise are those of the CPU."""
-    bench, found = bench_of(script, [*TINY, *flags, "--device", device, "--dtype", dtype]), []
-    make = bench.make_baseline if bench.run.settings.baseline else bench.make_block
-    for b in range(bench.run.count):
-        block = bench.run.build(make, b)
+    script, settings = script_and_settings(name, [*TINY, *flags, "--device", device, "--dtype", dtype])
+    shared, found = script.prepare(settings), []
+    for b in range(networks(settings)):
+        block = first_weights(script.build, b, settings, *shared)
         for parameter in block.parameters():  # where new ones are zero, most of the network would not count
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(b)).to(device)
         seed_from(0, b, 0)
-        with DrawnOnCPU(), bench.run.autocast:
-            found.append(block.loss(*bench.batch()).item())
+        with DrawnOnCPU(), autocast(settings):
+            found.append(block.loss(*script.batch(settings.batch_size, settings, *shared)).item())
     return found
 
 
@@ -80,7 +80,7 @@ def test_the_loss_of_a_step_is_that_of_the_cpu_in_float32(monkeypatch, script, m
 @pytest.mark.parametrize("more", [("--dtype", "float32"), ("--compile",)], ids=["float32", "compiled"])
 def test_a_tiny_run_on_a_gpu_reports_the_allocator(cli, tmp_path, script, method, more):
     if more == ("--compile",) and (script, method) == ("looped", "baseline"):
-        pytest.skip("its turns change in number: it refuses to be compiled")
+        pytest.skip("its recurrences change in number: it refuses to be compiled")
     flags = (*TINY, "--device", "cuda", "--out", tmp_path / "run", *METHODS[method], *more)
     code, _, err = cli(*flags, main=SCRIPTS[script].main)
     assert code == 0, err

@@ -9,7 +9,7 @@ import torch
 
 from data import pydocs, shakespeare
 from data.download import fetch
-from data.text import CharTokenizer, GPT2Tokenizer, WordTokenizer, load_text
+from data.text import CharTokenizer, GPT2Tokenizer, load_text
 from nano_db.errors import UsageError
 
 LOCAL_SHAKESPEARE = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"
@@ -65,32 +65,6 @@ def test_characters_round_trip_and_unknown_ones_are_named():
     assert tokenizer.decode(tokenizer.encode("hole")) == "hole" and tokenizer.classes == 4
     with pytest.raises(UsageError, match="'x' 'y'"):
         tokenizer.encode("yx")
-
-
-def test_words_round_trip_rare_ones_are_spelled_and_unknown_characters_are_named():
-    train = "the cat. the cat;\n" * 5 + "a dog_2"
-    tokenizer = WordTokenizer(train + " Zé", train)  # held-out characters are known, held-out words are not
-    assert tokenizer.classes == len(set(train + " Zé")) + 3  # "the" and " the", " cat"
-    assert len(tokenizer.encode("the cat.")) == 3 and len(tokenizer.encode(" dog_2")) == 6
-    for text in ("", " ", train, "Zé the  cat\n\n thecat a", "c a t"):
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-    with pytest.raises(UsageError, match="'x' 'y'"):
-        tokenizer.encode("the yx")
-
-
-def test_at_most_so_many_words_and_none_that_is_too_rare():
-    text = "aa " * 9 + "bb " * 7 + "cc " * 6 + "dd " * 4
-    for most, words in ((8000, {" aa", " bb", " cc"}), (1, {" aa"})):
-        tokenizer = WordTokenizer(text, text, most)
-        assert {tokenizer.decode([i]) for i in range(5, tokenizer.classes)} == words
-
-
-def test_the_words_of_pydocs_come_from_its_training_part():
-    chars, words = load_text("pydocs"), load_text("pydocs", "word")
-    both = [torch.cat([text.train, text.heldout]).tolist() for text in (chars, words)]
-    assert words.tokenizer.decode(both[1]) == chars.tokenizer.decode(both[0]) == pydocs.text()
-    assert words.characters_per_token > 1.5 and words.tokenizer.classes > 1000
-    assert torch.bincount(words.train, minlength=words.tokenizer.classes)[chars.tokenizer.classes :].min() >= 5
 
 
 def test_bits_per_character_count_characters_not_tokens(tmp_path):

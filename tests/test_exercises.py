@@ -6,7 +6,7 @@ import pytest
 import torch
 from jupyter_client.manager import start_new_kernel
 
-from nano_db.laboratory.exercises import check, explore, reduced
+from experiments.exercises import check, explore, reduced
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,7 +40,7 @@ def test_the_environment_reduces(monkeypatch):
 
 
 SHOW = """
-from nano_db.laboratory.exercises import explore
+from experiments.exercises import explore
 explore(lambda sigma: print("drawn at", sigma), 1.0, sigma=[0.5, 1.0, 2.0])
 """
 

@@ -1,4 +1,4 @@
-"""Texts for outside judges: what is kept of a window, what is written anew, and what is refused."""
+"""Texts for outside judges: what is kept of a window, what is sampled anew, and what is refused."""
 
 import json
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ import train_gpt
 import train_looped
 import train_mdm
 from data.text import load_text
-from nano_db.laboratory.export import export_texts
+from nano_db.trainer.report import export_texts
 
 TINY = ("--preset", "tiny", "--steps", "4", "--warmup", "1", "--device", "cpu", "--eval-windows", "2", "--samples", "0")
 
@@ -20,7 +20,7 @@ def exported(folder):
 
 @pytest.mark.parametrize(
     "script, flags",
-    [(train_gpt, ()), (train_gpt, ("--baseline",)), (train_looped, ()), (train_mdm, ("--unmask-steps", "3"))],
+    [(train_gpt, ()), (train_gpt, ("--baseline",)), (train_looped, ()), (train_mdm, ("--sampling-steps", "3"))],
     ids=["gpt", "gpt-baseline", "looped", "mdm"],
 )
 def test_held_out_windows_are_written_anew_after_their_first_quarter(cli, text_file, tmp_path, script, flags):
@@ -43,19 +43,20 @@ def test_more_windows_than_are_held_out_are_refused_before_the_training(cli, tex
     assert code == 2 and "--export 9999: the held-out text has only" in err and not (tmp_path / "run").exists()
 
 
-def test_only_what_follows_the_prompt_comes_from_the_writer(text_file, tmp_path):
-    """A writer that returns what it was given, and then the first token over and over; 20 windows are two batches."""
+def test_only_what_follows_the_prompt_comes_from_the_model(text_file, tmp_path):
+    """A model that returns what it was given, and then the first token over and over; 20 windows are two batches."""
     text, seen = load_text(str(text_file)), []
 
-    def write(tokens):
-        seen.append(tuple(tokens.shape))
+    def complete(tokens, length, generator, settings, *model):
+        assert settings is run.settings and model == ("a", "model")
+        seen.append((tuple(tokens.shape), length, generator.initial_seed()))
         return tokens[:, :1].expand(-1, 8).clone()
 
-    run = SimpleNamespace(folder=tmp_path, settings=SimpleNamespace(seq_len=8, device="cpu", export=20))
+    run = SimpleNamespace(folder=tmp_path, settings=SimpleNamespace(seq_len=8, device="cpu", export=20, seed=7))
     run.last_round = False  # in which nothing is written yet
-    export_texts(run, text, write)
+    export_texts(run, text, complete, "a", "model")
     assert seen == [] and not (tmp_path / "texts.jsonl").exists()
     run.last_round = True
-    export_texts(run, text, write)
-    assert seen == [(16, 2), (4, 2)] and len(exported(tmp_path)) == 20
+    export_texts(run, text, complete, "a", "model")
+    assert seen == [((16, 2), 6, 7), ((4, 2), 6, 7)] and len(exported(tmp_path)) == 20
     assert all(line["written"] == 6 * line["prompt"][0] for line in exported(tmp_path))

@@ -19,11 +19,11 @@ import torch._dynamo  # as the plots below: not to be imported anew in each fork
 from conftest import ROOT, SMALL, needs_namespaces, same, tensors
 from test_run import make_run, train
 
-import nano_db.laboratory.plots  # noqa: F401
+import nano_db.trainer.plots  # noqa: F401
 import train_gpt
 from nano_db.errors import UsageError
-from nano_db.machinery.files import read_block, read_config, read_metrics
-from nano_db.machinery.run import Run, command
+from nano_db.trainer.checkpoints import read_block, read_config, read_metrics
+from nano_db.trainer.run import command
 
 FLAGS = [*SMALL, "--blocks", "2", "--ema", "0.9", "--rounds", "2"]  # saves each block at steps 5, 6, 10 and 12
 BLOCKS = range(2)
@@ -55,7 +55,7 @@ def end(pid):
 @pytest.fixture(scope="module", autouse=True)
 def short_samples():
     with pytest.MonkeyPatch.context() as patch:
-        quick = {"sample_length": 5, "calls_per_block": 1}
+        quick = {"sample_length": 5, "sampling_steps_per_block": 1}
         patch.setitem(train_gpt.PRESETS, "tiny", {**train_gpt.PRESETS["tiny"], **quick})
         yield
 
@@ -166,7 +166,7 @@ def writes_half_and_dies():
         dies(os, "fsync", 5),  # the first is config.json's
         dies(os, "replace", 5),
         dies(os, "replace", 5, after=True),
-        dies(Run, "keep_samples", 2),  # after the second round
+        dies(train_gpt, "keep_samples", 2),  # after the second round
     ],
     ids=["half written", "before the flush", "before the rename", "after the rename", "in the evaluation"],
 )
@@ -319,7 +319,7 @@ def test_a_batch_with_a_value_that_is_not_finite(tmp_path, poison):
     train(make_run(tmp_path / "whole", ema=0.9, only="1"))
     draws = []
 
-    def spoiled():
+    def corrupted():
         draws.append(1)
         x = torch.randn(16, 4)
         if len(draws) == 13:
@@ -327,7 +327,7 @@ def test_a_batch_with_a_value_that_is_not_finite(tmp_path, poison):
         return [x]
 
     with pytest.raises(UsageError, match=r"block 1: .* at step 13; .*keeps the last good state"):
-        train(make_run(tmp_path / "run", ema=0.9, only="1"), batch=spoiled)
+        train(make_run(tmp_path / "run", ema=0.9, only="1"), batch=corrupted)
     assert int(tensors(tmp_path / "run", 1)[-1]) == 10
     train(make_run(tmp_path / "run", ema=0.9, only="1"))
     assert same(tensors(tmp_path / "run", 1), tensors(tmp_path / "whole", 1))

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from data.images import load_images, to_floats
-from nano_db.laboratory.frechet import FrechetSmall, frechet_distance
+from nano_db.trainer.frechet import FrechetSmall, frechet_distance
 
 
 def whitened(n, d, generator):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nano_db.heads import DenoisingHead, EDMHead, PaperHead, PosteriorHead, log_likelihood, make_codebook
+from nano_db.heads import DenoisingHead, EDMHead, PaperHead, PosteriorHead, log_likelihood, make_target_embeddings
 from nano_db.schedule import edm_coefficients
 
 WIDTH, CLASSES = 8, 5
@@ -9,27 +9,29 @@ SHAPES = {"labels": (2, WIDTH), "tokens": (2, 3, WIDTH)}
 
 
 def test_codebook_rows_are_unit_and_orthonormal_where_they_fit():
-    narrow, wide = make_codebook(6, 8, seed=3), make_codebook(50, 8, seed=3)
+    narrow, wide = make_target_embeddings(6, 8, seed=3), make_target_embeddings(50, 8, seed=3)
     torch.testing.assert_close(narrow @ narrow.T, torch.eye(6))
     torch.testing.assert_close(wide.norm(dim=-1), torch.ones(50))
-    assert torch.equal(narrow, make_codebook(6, 8, seed=3)) and not torch.equal(narrow, make_codebook(6, 8, seed=4))
+    assert torch.equal(narrow, make_target_embeddings(6, 8, seed=3)) and not torch.equal(
+        narrow, make_target_embeddings(6, 8, seed=4)
+    )
 
 
 def test_the_likelihood_is_bayes_rule():
     """With p(y|x) known, the answer must be p(y) N(z; E[y], sigma^2) normalised, computed here the long way."""
-    codebook = make_codebook(5, 3)  # more classes than dimensions
+    target_embeddings = make_target_embeddings(5, 3)  # more classes than dimensions
     prior = torch.tensor([0.4, 0.3, 0.1, 0.1, 0.1])
     z, sigma = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)), 0.6
-    normal = torch.distributions.Normal(codebook, sigma).log_prob(z[:, None]).sum(-1)  # (7, 5)
+    normal = torch.distributions.Normal(target_embeddings, sigma).log_prob(z[:, None]).sum(-1)  # (7, 5)
     expected = (prior.log() + normal).softmax(-1)
-    torch.testing.assert_close((prior.log() + log_likelihood(z, sigma, codebook)).softmax(-1), expected)
+    torch.testing.assert_close((prior.log() + log_likelihood(z, sigma, target_embeddings)).softmax(-1), expected)
 
 
 def test_the_likelihood_stays_float32_under_bfloat16_autocast():
-    codebook, z = make_codebook(5, 8), torch.randn(4, 8)
+    target_embeddings, z = make_target_embeddings(5, 8), torch.randn(4, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = log_likelihood(z, 0.05, codebook)
-    assert torch.equal(inside, log_likelihood(z, 0.05, codebook))
+        inside = log_likelihood(z, 0.05, target_embeddings)
+    assert torch.equal(inside, log_likelihood(z, 0.05, target_embeddings))
 
 
 def inputs(shape):
@@ -41,24 +43,24 @@ def inputs(shape):
 
 def denoising_head():
     torch.manual_seed(0)
-    return DenoisingHead(make_codebook(CLASSES, WIDTH))
+    return DenoisingHead(make_target_embeddings(CLASSES, WIDTH))
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_posterior_head_adds_the_likelihood_to_what_the_network_says(shape):
-    head = PosteriorHead(make_codebook(CLASSES, WIDTH))
+    head = PosteriorHead(make_target_embeddings(CLASSES, WIDTH))
     features, z, sigma = inputs(shape)
     logits = head(features, z, sigma, temperature=0.5)
     assert logits.shape == (*shape[:-1], CLASSES)
     for i in range(2):
-        expected = head.readout(features[i]) / 0.5 + z[i] @ head.codebook.T / sigma[i] ** 2
+        expected = head.output_projection(features[i]) / 0.5 + z[i] @ head.target_embeddings.T / sigma[i] ** 2
         torch.testing.assert_close(logits[i], expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_a_new_denoising_head_is_a_posterior_head(shape):
-    head, plain = denoising_head(), PosteriorHead(make_codebook(CLASSES, WIDTH))
-    plain.readout.load_state_dict(head.readout.state_dict())
+    head, plain = denoising_head(), PosteriorHead(make_target_embeddings(CLASSES, WIDTH))
+    plain.output_projection.load_state_dict(head.output_projection.state_dict())
     logits = head(*inputs(shape))
     assert logits.shape == (*shape[:-1], CLASSES) and torch.equal(logits, plain(*inputs(shape)))
 
@@ -73,7 +75,7 @@ def test_a_denoising_head_learns_to_see_z_and_the_noise_level(shape):
     for step in range(2):
         head.zero_grad()
         head.loss(features, z, sigma, y).mean().backward()
-        assert head.out.weight.grad.abs().max() > 0 and head.readout.weight.grad.abs().max() > 0
+        assert head.out.weight.grad.abs().max() > 0 and head.output_projection.weight.grad.abs().max() > 0
         assert all((p.grad.abs().max() > 0) == (step > 0) for p in before)
         with torch.no_grad():
             for p in head.parameters():
@@ -106,7 +108,7 @@ def test_the_denoising_head_is_its_formula():
         for t in range(3):
             u = (1 + scale) * features[i, t] + shift + head.from_z.weight @ (c_in * z[i, t])
             h = features[i, t] + head.out.weight @ torch.nn.functional.relu(head.up.weight @ u)
-            torch.testing.assert_close(found[i, t], head.readout.weight @ h)
+            torch.testing.assert_close(found[i, t], head.output_projection.weight @ h)
 
 
 def test_no_position_of_a_denoising_head_sees_another():
@@ -119,15 +121,15 @@ def test_no_position_of_a_denoising_head_sees_another():
 
 
 def test_the_paper_head_is_edm():
-    head = PaperHead(make_codebook(CLASSES, WIDTH), sigma_data=0.5)
+    head = PaperHead(make_target_embeddings(CLASSES, WIDTH))
     features, z, sigma = inputs(SHAPES["tokens"])
     c_skip, c_out, _, _ = edm_coefficients(sigma[:, None, None], 0.5)
-    torch.testing.assert_close(head(features, z, sigma), head.readout(c_skip * z + c_out * features))
+    torch.testing.assert_close(head(features, z, sigma), head.output_projection(c_skip * z + c_out * features))
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_loss_of_a_class_is_one_number_a_sample(shape):
-    head, (features, z, sigma) = PosteriorHead(make_codebook(CLASSES, WIDTH)), inputs(shape)
+    head, (features, z, sigma) = PosteriorHead(make_target_embeddings(CLASSES, WIDTH)), inputs(shape)
     y = torch.randint(CLASSES, shape[:-1], generator=torch.Generator().manual_seed(0))
     logits, loss = head(features, z, sigma), head.loss(features, z, sigma, y)
     assert loss.shape == (2,)

@@ -2,10 +2,11 @@ import pytest
 import torch
 import torch.nn as nn
 
-from nano_db.images import ImageStack, MeanDenoiser, edm_loss, patch_positions, patchify, unpatchify
+from nano_db.images import ImageStack, edm_loss, patch_positions, patchify, unpatchify
 from nano_db.partition import make_partition
 from nano_db.sampler import euler_walk
-from nano_db.schedule import LogNormal, edm_weight, equal_mass_grid, karras_grid
+from nano_db.schedule import LogNormal, edm_weight, equal_probability_grid, karras_grid
+from nano_db.stack import Ensemble
 
 SHAPE, MEANS = (1, 2, 2), torch.tensor([[[[0.5]]], [[[-0.5]]], [[[0.0]]]])  # of class 0, class 1 and no class
 
@@ -59,7 +60,7 @@ def stack():
 
 def test_each_call_of_the_walk_is_answered_by_the_block_that_trained_there(stack):
     noise = LogNormal()
-    sigmas = equal_mass_grid(noise, 12)
+    sigmas = equal_probability_grid(noise, 12)
     list(stack.walk(torch.tensor([0, 1]), sigmas, generator=torch.Generator().manual_seed(0)))
     for b, block in enumerate(stack.blocks):
         low, high = stack.partition.interval(b)
@@ -76,25 +77,25 @@ def test_guidance_1_is_no_guidance_and_costs_one_call(stack):
     torch.testing.assert_close(stack.denoiser(labels, guidance=0.0)(z, 5.0), without)
 
 
-def test_the_walk_paints_the_distribution_of_its_class(stack):
+def test_the_walk_samples_the_distribution_of_its_class(stack):
     sigmas, generator = karras_grid(LogNormal(), 60), torch.Generator().manual_seed(0)
     labels = torch.arange(4000) % 2
     *_, last = stack.walk(labels, sigmas, generator=generator)
     for label in (0, 1):
-        painted = last.z[labels == label]
-        assert float(painted.mean()) == pytest.approx(float(MEANS[label]), abs=0.02)
-        assert float(painted.std()) == pytest.approx(0.5, rel=0.05)
+        sampled = last.z[labels == label]
+        assert float(sampled.mean()) == pytest.approx(float(MEANS[label]), abs=0.02)
+        assert float(sampled.std()) == pytest.approx(0.5, rel=0.05)
 
 
 def test_the_edm_loss_of_an_exact_denoiser_is_known_and_adds_up(stack):
     """E |D - y|^2 = std^2 sigma^2 / (std^2 + sigma^2), which is 1 / w for std = sigma_data: the loss is 1."""
     y = MEANS[torch.arange(6000) % 2] + 0.5 * torch.randn(6000, *SHAPE, generator=torch.Generator().manual_seed(1))
     batches = [(y[:2500], torch.arange(2500) % 2), (y[2500:], torch.arange(2500, 6000) % 2)]
-    found = edm_loss(stack, batches, LogNormal(), sigma_data=0.5)
+    found = edm_loss(stack, batches, sigma_data=0.5)
     assert found["edm_loss"] == pytest.approx(1.0, rel=0.02)
     assert sum(found["edm_loss_by_block"]) == pytest.approx(found["edm_loss"])
     torch.testing.assert_close(torch.tensor(found["edm_loss_by_block"]), torch.full((3,), 1 / 3), rtol=0.03, atol=0)
-    assert edm_loss(stack, batches, LogNormal(), sigma_data=0.5) == found, "the noise is fixed"
+    assert edm_loss(stack, batches, sigma_data=0.5) == found, "the noise is fixed"
 
 
 def test_a_mean_of_denoisers_errs_less_than_they_do():
@@ -109,19 +110,18 @@ def test_a_mean_of_denoisers_errs_less_than_they_do():
             return super().forward(labels, z, sigma) + self.by
 
     blocks, labels, z = [Wrong(+1.0), Wrong(-1.0)], torch.tensor([0, 1]), torch.randn(2, *SHAPE)
-    torch.testing.assert_close(MeanDenoiser(blocks)(labels, z, 2.0), Gaussian()(labels, z, 2.0))
+    torch.testing.assert_close(Ensemble(blocks)(labels, z, 2.0), Gaussian()(labels, z, 2.0))
     y = MEANS[torch.arange(1000) % 2] + 0.5 * torch.randn(1000, *SHAPE, generator=torch.Generator().manual_seed(1))
-    batches, noise = [(y, torch.arange(1000) % 2)], LogNormal()
-    whole = make_partition(noise, 1)
+    batches, whole = [(y, torch.arange(1000) % 2)], make_partition(LogNormal(), 1)
     mean, *each = (
-        edm_loss(ImageStack([block], whole, SHAPE, 2), batches, noise, sigma_data=0.5)["edm_loss"]
-        for block in (MeanDenoiser(blocks), *blocks)
+        edm_loss(ImageStack([block], whole, SHAPE, 2), batches, sigma_data=0.5)["edm_loss"]
+        for block in (Ensemble(blocks), *blocks)
     )
     assert mean == pytest.approx(1.0, rel=0.05) and min(each) > 2 * mean
 
 
 def test_the_walk_is_the_sampler_s(stack):
-    sigmas, labels = equal_mass_grid(LogNormal(), 6), torch.tensor([1])
+    sigmas, labels = equal_probability_grid(LogNormal(), 6), torch.tensor([1])
     *_, last = stack.walk(labels, sigmas, generator=torch.Generator().manual_seed(3))
     z = float(sigmas[0]) * torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(3))
     *_, expected = euler_walk(lambda z, sigma: stack.blocks[0](labels, z, sigma), z, sigmas)

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nano_db.layers import Layer, layer_norm, open_gates, rotary_angles, rotate
+from nano_db.layers import Layer, open_gates, rms_norm, rotary_angles, rotate
 
 WIDTH, HEADS, T = 16, 2, 6
 
@@ -55,6 +55,18 @@ def test_the_angles_are_those_of_the_paper():
     assert not turned[[0, 2, 3, 4, 6, 7]].any()
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_the_norm_is_torchs_also_in_its_gradient_and_under_autocast(size):
+    torch.manual_seed(0)
+    h, g = (size * torch.randn(3, 5, 24)).requires_grad_(), torch.randn(3, 5, 24)
+    expected = F.rms_norm(h, (24,))
+    torch.testing.assert_close(rms_norm(h), expected)
+    torch.testing.assert_close(torch.autograd.grad(rms_norm(h), h, g), torch.autograd.grad(expected, h, g))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(rms_norm(h), expected)
+    assert not rms_norm(torch.zeros(2, 4)).any()
+
+
 # --- modulation ---
 
 
@@ -74,9 +86,9 @@ def test_a_modulated_layer_is_its_formula():
     found = layer(h, cond=cond)
     for i in range(2):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = layer.modulation(F.silu(cond[i])).chunk(6)
-        read = layer_norm(h[i : i + 1]) * (1 + scale_a) + shift_a
+        read = rms_norm(h[i : i + 1]) * (1 + scale_a) + shift_a
         after = h[i : i + 1] + gate_a * layer.attention(read, None, None, False, None)
-        after = after + gate_m * layer.mlp(layer_norm(after) * (1 + scale_m) + shift_m)
+        after = after + gate_m * layer.mlp(rms_norm(after) * (1 + scale_m) + shift_m)
         torch.testing.assert_close(found[i : i + 1], after)
 
 

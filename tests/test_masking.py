@@ -5,14 +5,14 @@ import torch.nn as nn
 from nano_db.masking import (
     MaskedBlock,
     MaskSchedule,
-    average,
+    alpha_range,
     block_at,
-    hide,
+    low_discrepancy_times,
+    mask_tokens,
     score_masked,
-    spread_times,
     unmask,
-    visible_range,
 )
+from nano_db.stack import Ensemble
 
 KINDS = ("linear", "cosine")
 
@@ -30,11 +30,11 @@ class Unigram(nn.Module):
 
 
 def unigram_blocks(p, blocks=1, kind="linear"):
-    return [MaskedBlock(Unigram(p), MaskSchedule(kind), len(p), visible_range(b, blocks)) for b in range(blocks)]
+    return [MaskedBlock(Unigram(p), MaskSchedule(kind), len(p), alpha_range(b, blocks)) for b in range(blocks)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_schedules_run_from_visible_to_hidden_and_their_slope_and_inverse_are_right(kind):
+def test_schedules_run_from_unmasked_to_masked_and_their_slope_and_inverse_are_right(kind):
     schedule = MaskSchedule(kind)
     t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
     assert float(schedule.alpha(0.0)) == pytest.approx(1) and float(schedule.alpha(1.0)) == pytest.approx(0)
@@ -44,29 +44,29 @@ def test_schedules_run_from_visible_to_hidden_and_their_slope_and_inverse_are_ri
 
 
 def test_blocks_own_equal_parts_of_alpha_and_the_most_masked_runs_first():
-    assert [visible_range(b, 4) for b in range(4)] == [(0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1)]
-    assert visible_range(1, 4, overlap=0.1) == pytest.approx((0.225, 0.525))
-    assert visible_range(0, 4, overlap=0.1)[0] == 0 and visible_range(3, 4, overlap=0.1)[1] == 1
+    assert [alpha_range(b, 4) for b in range(4)] == [(0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1)]
+    assert alpha_range(1, 4, overlap=0.1) == pytest.approx((0.225, 0.525))
+    assert alpha_range(0, 4, overlap=0.1)[0] == 0 and alpha_range(3, 4, overlap=0.1)[1] == 1
     assert [block_at(alpha, 3) for alpha in (0, 0.33, 1 / 3, 0.6, 2 / 3, 1.0)] == [0, 0, 1, 1, 2, 2]
 
 
 def test_times_are_spread_evenly_with_one_shared_offset():
-    t = spread_times(10, 0.2, 0.7)
+    t = low_discrepancy_times(10, 0.2, 0.7)
     gaps = t.sort().values.diff()
     torch.testing.assert_close(gaps, torch.full((9,), 0.05, dtype=torch.float64))
     assert t.min() >= 0.2 and t.max() < 0.7
 
 
-def test_tokens_are_hidden_at_the_rate_of_their_own_time():
+def test_tokens_are_masked_at_the_rate_of_their_own_time():
     x, alpha = torch.zeros(3, 20_000, dtype=torch.long), torch.tensor([0.1, 0.5, 0.9])
-    masked, hidden = hide(x, alpha, mask_token=7, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(1 - hidden.float().mean(1), alpha, atol=0.01, rtol=0)
-    assert torch.equal(masked == 7, hidden) and torch.equal(masked[~hidden], x[~hidden])
+    noisy, masked = mask_tokens(x, alpha, mask_token=7, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(1 - masked.float().mean(1), alpha, atol=0.01, rtol=0)
+    assert torch.equal(noisy == 7, masked) and torch.equal(noisy[~masked], x[~masked])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("blocks", [1, 3])
-def test_training_hides_at_the_rates_of_the_blocks_own_interval(kind, blocks):
+def test_training_masks_at_the_rates_of_the_blocks_own_interval(kind, blocks):
     p = torch.full((5,), 0.2)
     for b, block in enumerate(unigram_blocks(p, blocks, kind)):
         torch.manual_seed(0)
@@ -80,7 +80,7 @@ def test_training_hides_at_the_rates_of_the_blocks_own_interval(kind, blocks):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("blocks", [1, 2, 4])
 def test_the_bound_of_a_unigram_model_is_its_entropy_and_splits_into_equal_shares(kind, blocks):
-    """Its guess does not depend on what is visible, so each visible share costs the same."""
+    """Its prediction does not depend on what is unmasked, so each alpha costs the same."""
     p = torch.tensor([0.4, 0.3, 0.2, 0.1])
     generator = torch.Generator().manual_seed(0)
     x = torch.multinomial(p, 400 * 50, replacement=True, generator=generator).view(400, 50)
@@ -103,7 +103,7 @@ def test_the_training_loss_is_the_mean_of_the_bound_over_the_blocks_own_interval
 
 
 class SurerWithTime(nn.Module):
-    """Its guess depends on the time, as a network's does on what is visible: -ln p of letter 0 is softplus(-4 t)."""
+    """Its answer depends on the time, as a network's does on what is unmasked: -ln p of letter 0 is softplus(-4 t)."""
 
     def forward(self, x, t):
         logits = torch.zeros(*x.shape, 2)
@@ -113,7 +113,7 @@ class SurerWithTime(nn.Module):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("least, most", [(0.0, 1.0), (0.0, 1 / 3), (1 / 3, 2 / 3)])
-def test_the_training_loss_weighs_times_so_that_equal_visible_shares_count_the_same(kind, least, most):
+def test_the_training_loss_weighs_times_so_that_equal_parts_of_alpha_count_the_same(kind, least, most):
     """By -alpha'(t): a mean over t alone would be another one, for the cosine schedule."""
     schedule = MaskSchedule(kind)
     torch.manual_seed(0)
@@ -128,7 +128,7 @@ def test_the_training_loss_weighs_times_so_that_equal_visible_shares_count_the_s
 
 
 class Bigram(nn.Module):
-    """The exact p(hidden | visible) of two-letter texts with a known joint distribution P (V, V)."""
+    """The exact p(masked | unmasked) of two-letter texts with a known joint distribution P (V, V)."""
 
     def __init__(self, joint):
         super().__init__()
@@ -160,7 +160,7 @@ def test_unmasking_with_an_oracle_samples_the_right_distribution():
     assert float(((counts - mistaken) ** 2 / mistaken).sum()) > 300  # and the test can tell
 
 
-def test_what_is_visible_never_changes_and_reveals_keep_pace():
+def test_what_is_unmasked_never_changes_and_reveals_keep_pace():
     p = torch.full((5,), 0.2)
     generator = torch.Generator().manual_seed(0)
     start = torch.where(
@@ -191,6 +191,6 @@ def test_each_block_is_called_for_its_own_interval():
 
 def test_an_average_is_the_mean_of_the_log_probabilities():
     p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.2, 0.2, 0.6])
-    both = average([*unigram_blocks(p), *unigram_blocks(q)])
+    both = MaskedBlock(Ensemble([Unigram(p), Unigram(q)]), MaskSchedule(), len(p))
     mean = (p.log() + q.log()) / 2
     torch.testing.assert_close(both.network(torch.zeros(1, 1), torch.zeros(1))[0, 0], mean)

@@ -17,12 +17,12 @@ import train_mdm
 import train_vit
 from nano_db import heads
 from nano_db.block import DiffusionBlock, EndToEnd
-from nano_db.heads import DenoisingHead, PosteriorHead, make_codebook
-from nano_db.laboratory.benchmark import print_costs
-from nano_db.layers import Layer, checkpoint_layers, show_in_parts
-from nano_db.machinery.memory import training_bytes
-from nano_db.machinery.run import Run
+from nano_db.heads import DenoisingHead, PosteriorHead, make_target_embeddings
+from nano_db.layers import Layer, checkpoint_layers
 from nano_db.schedule import LogNormal
+from nano_db.trainer.memory import training_bytes
+from nano_db.trainer.report import print_costs
+from nano_db.trainer.run import Run
 
 
 class PeakBytes(TorchDispatchMode):
@@ -64,7 +64,7 @@ def test_the_four_parts_of_a_network_counted_by_hand():
     count = training_bytes(model, [torch.randn(8, 10)], optimizer)
     weights = 4 * (10 * 20 + 20 * 5)
     assert count["weights"] == count["gradients"] == weights
-    assert count["optimizer"] == 2 * weights + 2 * 4  # two moments, and a step counter a tensor
+    assert count["optimizer"] == 2 * weights + 2 * 4  # two moments, and one step counter per tensor
     # saved: the input of each product (8 x 10, and relu's output 8 x 20, which relu keeps as well: once), the output
     # (8 x 5)
     assert count["activations"] == 4 * (8 * 10 + 8 * 20 + 8 * 5)
@@ -89,7 +89,7 @@ class Deep(nn.Module):
         return self(x).square().mean()
 
 
-def test_checkpointed_layers_keep_their_inputs_and_one_layer_at_work():
+def test_checkpointed_layers_keep_their_inputs_and_one_active_layer():
     x, counts = torch.randn(8, 32, 16, requires_grad=True), {}  # so that the first layer is as the others
     for on in (False, True):
         model = Deep()
@@ -127,32 +127,14 @@ def measured(model, x, y):
     return loss.detach(), tensors.peak, gradients, count
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_network_that_sees_parts_of_the_batch_has_the_same_gradient_and_a_lower_peak(checkpointed):
-    noise, codebook, x = LogNormal(sigma_min=0.1, sigma_max=10.0), make_codebook(7, 16), torch.randn(8, 64, 16)
-    y, found = torch.randint(7, (8, 64)), []
-    for rows in (8, 2):
-        torch.manual_seed(0)
-        model = DiffusionBlock(Deep(), DenoisingHead(codebook), noise, (0.1, 10.0))
-        if checkpointed:
-            checkpoint_layers(model)
-        show_in_parts(model.network, rows)
-        found.append(measured(model, x, y))
-    losses, peaks, gradients, counts = zip(*found, strict=True)
-    torch.testing.assert_close(*losses)
-    for whole, parts in zip(*gradients, strict=True):
-        torch.testing.assert_close(whole, parts)
-    assert peaks[1] < 0.7 * peaks[0] and counts[1] < 0.7 * counts[0]
-
-
 def test_cross_entropy_in_chunks_is_the_same_and_keeps_no_logits(monkeypatch):
     """A block and the end-to-end network, whole and two samples at a time: loss, gradients, and the true peak."""
     V, d = 3000, 16
-    noise, codebook = LogNormal(sigma_min=0.1, sigma_max=10.0), make_codebook(V, d)
+    noise, target_embeddings = LogNormal(sigma_min=0.1, sigma_max=10.0), make_target_embeddings(V, d)
     x, y = torch.randint(V, (2, 8, 12), generator=torch.Generator().manual_seed(0))
     for make in (
-        lambda: DiffusionBlock(nn.Embedding(V, d), DenoisingHead(codebook), noise, (0.1, 10.0)),
-        lambda: EndToEnd(nn.Embedding(V, d), PosteriorHead(codebook)),
+        lambda: DiffusionBlock(nn.Embedding(V, d), DenoisingHead(target_embeddings), noise, (0.1, 10.0)),
+        lambda: EndToEnd(nn.Embedding(V, d), PosteriorHead(target_embeddings)),
     ):
         found = []
         for numbers in (2**24, 2 * 12 * V):
@@ -181,7 +163,7 @@ IMAGES = ["--preset", "tiny", "--width", "16", "--steps", "4", "--warmup", "2", 
 
 
 @pytest.mark.parametrize(
-    "script, flags, turns",
+    "script, flags, trainings",
     [
         (train_gpt, [*SMALL, "--blocks", "2", "--rounds", "2", "--ema", "0.9"], 4),
         (train_mdm, [*SMALL, "--only", "0,1"], 2),
@@ -191,7 +173,7 @@ IMAGES = ["--preset", "tiny", "--width", "16", "--steps", "4", "--warmup", "2", 
     ids=["gpt", "mdm", "vit", "dit"],
 )
 def test_while_a_block_trains_nothing_of_another_is_in_memory(
-    small, cli, text_file, tmp_path, monkeypatch, script, flags, turns
+    small, cli, text_file, tmp_path, monkeypatch, script, flags, trainings
 ):
     """Weights, gradients, optimizer's state: all tensors of a block that has trained are gone before the next begins,
     and without the help of Python's garbage collector.
@@ -203,8 +185,8 @@ def test_while_a_block_trains_nothing_of_another_is_in_memory(
         assert not [reference() for reference in alive if reference() is not None]
         return build(run, *args)
 
-    def noted_load(run, *args):  # for an evaluation between two rounds
-        block = load(run, *args)
+    def noted_load(run, *args, **named):  # for an evaluation between two rounds
+        block = load(run, *args, **named)
         loaded.extend(map(weakref.ref, block.parameters()))
         return block
 
@@ -230,7 +212,7 @@ def test_while_a_block_trains_nothing_of_another_is_in_memory(
     data = [] if flags[: len(IMAGES)] == IMAGES else ["--data", text_file]
     code, _, err = cli(*flags, *data, "--out", tmp_path / "run", main=script.main)  # `small` keeps the samples short
     assert code == 0, err
-    assert len(trained) == turns and len(alive) > 20 * turns
+    assert len(trained) == trainings and len(alive) > 20 * trainings
 
 
 @pytest.mark.slow

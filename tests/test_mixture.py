@@ -1,6 +1,6 @@
 import torch
 
-from nano_db.laboratory.mixture import GaussianMixture
+from experiments.mixture import GaussianMixture
 
 MIXTURE = GaussianMixture([(2.0, 0.0), (-1.0, 1.5), (-1.0, -1.5)], std=0.3)
 

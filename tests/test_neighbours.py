@@ -6,8 +6,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nano_db.laboratory import compare
-from nano_db.laboratory.neighbours import forward_forward, greedy, noprop, noprop_network
+from experiments import compare
+from experiments.neighbours import forward_forward, greedy, noprop, noprop_network
 
 TINY = ("--steps", "3", "--warmup", "1", "--batch-size", "8", "--glyphs", "180", "--device", "cpu")
 
@@ -221,7 +221,7 @@ def test_a_tiny_run_leaves_a_result_that_compare_reads(cli, tmp_path, method, fl
         (noprop, ("--method", "dt", "--learning-rate", "1e30", "--channels", "2"), "smaller --learning-rate"),
         (forward_forward, ("--network", "vit", "--patch", "5"), "must divide"),
         (forward_forward, ("--network", "vit", "--width", "18"), "multiple of"),
-        (greedy, ("--blocks", "7"), "more than --layers 6"),
+        (greedy, ("--blocks", "7"), "more than 6 layers"),
         (greedy, ("--out", "/dev/null/x"), "choose another --out"),
     ],
 )

@@ -3,7 +3,7 @@ import torch
 
 from nano_db.errors import UsageError
 from nano_db.partition import Partition, make_partition, sampling_grid, split_layers
-from nano_db.schedule import LogNormal, equal_mass_grid, sample_sigma
+from nano_db.schedule import LogNormal, equal_probability_grid, sample_sigma
 
 # Interior edges of the paper's constants, by hand from exp(-1.2 + 1.2 * Phi^-1(q)).
 EDGES = {2: [0.301], 3: [0.505, 0.180], 4: [0.677, 0.301, 0.134], 6: [0.962, 0.505, 0.301, 0.180, 0.094]}
@@ -42,7 +42,7 @@ def test_each_block_is_called_equally_often_and_first_at_its_own_top_edge():
     noise = LogNormal()
     for blocks in (1, 2, 3, 4, 6):
         partition = make_partition(noise, blocks)
-        calls = equal_mass_grid(noise, 5 * blocks)[:-1]
+        calls = equal_probability_grid(noise, 5 * blocks)[:-1]
         owners = partition.route(calls).tolist()
         assert owners == [b for b in range(blocks) for _ in range(5)]
         assert [calls[5 * b].item() for b in range(blocks)] == list(partition.edges[:-1])
@@ -53,7 +53,7 @@ def test_each_block_is_called_equally_often_and_first_at_its_own_top_edge():
 def test_a_sampling_grid_calls_each_block_evenly_and_first_at_its_top_edge(kind, blocks, calls):
     for noise in (LogNormal(), LogNormal(1.0, 0.8, 0.2, 20.0)):
         partition = make_partition(noise, blocks, kind)
-        grid = sampling_grid(noise, partition, calls)
+        grid = sampling_grid(partition, calls)
         assert len(grid) == calls + 1 and grid[-1] == 0 and (grid.diff() < 0).all()
         owners = partition.route(grid[:-1])
         counts = torch.bincount(owners, minlength=blocks)
@@ -67,23 +67,23 @@ def test_a_sampling_grid_calls_each_block_evenly_and_first_at_its_top_edge(kind,
 
 @pytest.mark.parametrize("p_mean", [-11.0, 10.0])
 def test_a_sampling_grid_never_rises_even_far_out_in_a_tail(p_mean):
-    """Where a block has next to no mass, the inverse of the cdf is anywhere."""
+    """Where a block has next to no probability, the inverse of the cdf is anywhere."""
     noise = LogNormal(p_mean, 1.2, 0.002, 80.0)
     partition = make_partition(noise, 4, "uniform")
-    grid = sampling_grid(noise, partition, 8)
+    grid = sampling_grid(partition, 8)
     assert (grid.diff() <= 0).all() and set(partition.edges[:-1]) <= set(grid.tolist())
 
 
-def test_with_equal_probability_a_sampling_grid_is_the_grid_of_equal_mass():
+def test_with_equal_probability_a_sampling_grid_is_the_grid_of_equal_probability():
     noise = LogNormal(0.3, 0.8, 0.05, 20.0)
     for blocks in (1, 2, 4):
-        grid, partition = equal_mass_grid(noise, 16), make_partition(noise, blocks)
-        torch.testing.assert_close(sampling_grid(noise, partition, 16), grid, rtol=1e-12, atol=0)
+        grid, partition = equal_probability_grid(noise, 16), make_partition(noise, blocks)
+        torch.testing.assert_close(sampling_grid(partition, 16), grid, rtol=1e-12, atol=0)
 
 
-def test_fewer_calls_than_blocks_are_refused():
-    with pytest.raises(UsageError, match="--calls 2: each of the 3 blocks needs at least one call"):
-        sampling_grid(LogNormal(), make_partition(LogNormal(), 3), 2)
+def test_fewer_steps_than_blocks_are_refused():
+    with pytest.raises(UsageError, match="2 sampling steps: each of the 3 blocks needs at least one"):
+        sampling_grid(make_partition(LogNormal(), 3), 2)
 
 
 def test_overlap_stretches_both_ends_inside_the_whole_range():

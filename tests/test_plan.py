@@ -3,9 +3,10 @@ import sys
 import pytest
 
 import train_dit
+from experiments import plan
+from experiments.benchmark import script_and_settings
 from nano_db.errors import UsageError
-from nano_db.laboratory import plan
-from nano_db.laboratory.race import bench_of
+from nano_db.trainer.report import costs_of, end_to_end
 
 THIN = ["--preset", "tiny", "--layers", "3", "--device", "cpu"]
 
@@ -16,22 +17,25 @@ def run(monkeypatch, *flags):
 
 
 @pytest.mark.parametrize(
-    "script, more",
+    "name, more",
     [
         pytest.param("vit", ["--glyphs", "150"], marks=pytest.mark.slow),
         pytest.param("dit", [], marks=pytest.mark.slow),
         ("mdm", []),
-        ("gpt", ["--recipe", "paper", "--tokenizer", "word", "--codebook", "data"]),
+        ("gpt", ["--recipe", "paper"]),
     ],
 )
-def test_what_is_planned_is_what_a_true_step_takes(monkeypatch, script, more):
-    planned = {(blocks, checkpointed): count for blocks, checkpointed, count in plan.plans(script, [*THIN, *more])}
+def test_what_is_planned_is_what_a_true_step_takes(monkeypatch, name, more):
+    planned = {(blocks, checkpointed): count for blocks, checkpointed, count in plan.plans(name, [*THIN, *more])}
     assert [*planned] == [(1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]
     for blocks, checkpointed in [(1, False), (3, True)]:
         saving = ["--checkpoint-activations"] * checkpointed
-        bench = bench_of(script, [*THIN, *more, "--blocks", str(blocks), *saving])
-        make = bench.make_block if blocks > 1 else bench.make_baseline
-        assert planned[blocks, checkpointed] == bench.costs(make, blocks)["memory_bytes"]
+        script, settings = script_and_settings(name, [*THIN, *more, "--blocks", str(blocks), *saving])
+        shared = script.prepare(settings)
+        if blocks == 1:
+            settings = end_to_end(settings)
+        costs = costs_of(settings, script.build, script.batch, script.sample, *shared)
+        assert planned[blocks, checkpointed] == costs["memory_bytes"]
 
 
 def test_preset_paper_is_planned_without_its_text():
@@ -48,12 +52,12 @@ def test_a_text_that_is_named_is_the_one_that_is_planned_for(text_file, form):
     assert max(named) < min(manual), "fewer characters, a smaller table"
 
 
-def test_more_blocks_than_calls_are_planned_for(monkeypatch):
-    monkeypatch.setitem(train_dit.PRESETS, "tiny", {**train_dit.PRESETS["tiny"], "calls": 2})
+def test_more_blocks_than_sampling_steps_are_planned_for(monkeypatch):
+    monkeypatch.setitem(train_dit.PRESETS, "tiny", {**train_dit.PRESETS["tiny"], "sampling_steps": 2})
     assert max(blocks for blocks, _, _ in plan.plans("dit", THIN)) == 3
 
 
-def test_the_least_number_of_blocks_that_fits_is_named(monkeypatch, capsys):
+def test_the_smallest_number_of_blocks_that_fits_is_named(monkeypatch, capsys):
     counts = {(1, False): 900, (1, True): 700, (2, False): 500, (2, True): 400, (3, False): 300, (3, True): 200}
 
     def plans(script, flags):
@@ -66,7 +70,7 @@ def test_the_least_number_of_blocks_that_fits_is_named(monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "0.6 GB: enough for 2 blocks; or 2 blocks, checkpointed"
     run(monkeypatch, "gpt", "--memory", "250MiB", "--width", "8")
     assert capsys.readouterr().out.splitlines()[-1] == "250MiB: enough for 3 blocks, checkpointed"
-    with pytest.raises(UsageError, match=r"nothing fits; the least is 200\.0 MiB"):
+    with pytest.raises(UsageError, match=r"nothing fits; the minimum is 200\.0 MiB"):
         run(monkeypatch, "gpt", "--memory", "190 MiB", "--width", "8")
 
 

@@ -1,6 +1,7 @@
 import pytest
 
-from nano_db.laboratory.plots import block_colours, draw_idea
+from experiments.figures import draw_idea
+from nano_db.trainer.plots import block_colours
 
 
 def test_the_picture_of_the_idea_is_drawn(tmp_path):

@@ -14,13 +14,13 @@ from unittest import mock
 import pytest
 
 import nano_db
+from experiments import figures, results, summary
+from experiments.comparisons import NEIGHBOURS, ON_CIFAR10
+from experiments.neighbours import shared
+from experiments.tables import DEPTHS, MDM_TIMES, SCALES, Experiment, experiments
 from nano_db.errors import UsageError
-from nano_db.laboratory import plots, results, summary
-from nano_db.laboratory.comparisons import NEIGHBOURS, ON_CIFAR10
-from nano_db.laboratory.experiments import DEPTHS, MDM_TIMES, SCALES, Experiment, experiments
-from nano_db.laboratory.neighbours import shared
-from nano_db.machinery.memory import PARTS
-from nano_db.machinery.settings import read_settings
+from nano_db.trainer.memory import PARTS
+from nano_db.trainer.settings import read_settings
 
 ROOT = Path(__file__).parent.parent
 VIT = ("--preset", "tiny", "--layers", "3", "--steps", "4", "--glyphs", "180", "--samples", "0", "--device", "cpu")
@@ -93,7 +93,7 @@ def test_every_row_that_was_promised_is_there(scale):
         if group in ("vit", "gpt"):
             assert {s.recipe for s in read if not s.baseline} == {"nano", "paper"}
     assert {s.recipe for _, s in by_group["looped"] if not s.baseline} == {"nano", "paper"}
-    assert {(s.turns, s.calls) for row, s in by_group["looped"] if "one-turn" in row.name} == {(1, 1)}
+    assert {(s.recurrences, s.sampling_steps) for row, s in by_group["looped"] if "one-turn" in row.name} == {(1, 1)}
     for group in ("vit", "dit", "mdm", "gpt", "looped"):
         assert sum(bool(row.note) for row, _ in by_group[group]) == 2, "the paper's end to end, and its blocks"
         three = [row for row, _ in by_group[group] if group == "looped" or row.name != f"{group}-paper"]  # far off
@@ -108,7 +108,7 @@ def test_every_row_that_was_promised_is_there(scale):
     assert {1 if s.baseline else s.blocks for s in read} == {1, 2, 3, 4, 6}
     first, *others = (s for _, s in by_group["gpt-ablations"])
     changed = [{name for name in vars(first) if getattr(first, name) != getattr(s, name)} for s in others]
-    assert changed == [{"loss_weight"}, {"noise"}, {"head"}, {"walk"}] and first.walk == "last"
+    assert changed == [{"loss_weight"}, {"head"}, {"predict"}] and first.predict == "active"
     usual = next(s.steps for _, s in by_group["mdm"])
     steps = [s.steps for _, s in by_group["mdm-steps"]]
     assert steps == [round(times * usual) for times in MDM_TIMES for _ in range(4)]
@@ -152,7 +152,7 @@ def test_blocks_that_start_from_a_network_have_its_shape_and_its_seed():
         assert (mine.layers, mine.batch_size) == (read[network].layers, read[network].batch_size)
         way = name.split("-")[2]
         assert mine.baseline == (way in ("network", "further"))
-        assert row.start_from(1) == (f"{network}-s1" if way in ("further", "started") else "")
+        assert row.init_from(1) == (f"{network}-s1" if way in ("further", "started") else "")
         assert f"out/results/conversion/{network}-s1" in row.command(1) or way in ("network", "nothing")
         assert row.seeds <= rows[network].seeds
     assert rows["dit-conversion-started-200"].seeds == 3 and read["dit-conversion-network"].steps == 400
@@ -209,7 +209,7 @@ def test_runs_are_made_kept_and_skipped_and_a_failing_one_is_named(few, tmp_path
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_run_that_starts_from_another_waits_until_that_has_ended(tmp_path, monkeypatch, fails):
-    started = row("vit-started", "--start-from", "{out}/tiny/vit-network-s{seed}", seeds=2)
+    started = row("vit-started", "--init-from", "{out}/tiny/vit-network-s{seed}", seeds=2)
     network, events = row("vit-network", "--baseline", seeds=2), []
 
     class Process:
@@ -243,12 +243,12 @@ def test_a_run_that_starts_from_another_waits_until_that_has_ended(tmp_path, mon
 
 @pytest.mark.slow
 def test_blocks_start_from_the_network_that_was_trained_before_them(few, tmp_path):
-    started = row("vit-started", "--start-from", "{out}/tiny/vit-network-s{seed}")
+    started = row("vit-started", "--init-from", "{out}/tiny/vit-network-s{seed}")
     code, _, err = few([started, row("vit-network", "--baseline")], "--jobs", 2)
     assert code == 0, err
     record = json.loads((tmp_path / "results/tiny/vit-started-s0.json").read_text())
-    assert "--start-from out/results/tiny/vit-network-s0 " in record["command"]
-    assert len(record["start_from_sha256"]) == 64 and "start_from" not in record["settings"]
+    assert "--init-from out/results/tiny/vit-network-s0 " in record["command"]
+    assert len(record["init_from_sha256"]) == 64 and "init_from" not in record["settings"]
     (tmp_path / "results/tiny/vit-started-s0.json").unlink()
     shutil.rmtree(tmp_path / "out")  # the network's record is there, and its weights are not
     code, out, err = few([started, row("vit-network", "--baseline")])
@@ -261,7 +261,7 @@ def test_a_neighbours_run_is_kept_like_a_scripts(few, tmp_path):
     code, _, err = few([neighbour])
     assert code == 0, err
     record = json.loads((tmp_path / "results/tiny/greedy-s0.json").read_text())
-    line = f"python -m nano_db.laboratory.neighbours.greedy {' '.join(flags)} --seed 0"
+    line = f"python -m experiments.neighbours.greedy {' '.join(flags)} --seed 0"
     assert record["command"] == line and record["settings"]["glyphs"] == 180 and len(record["data_sha256"]) == 64
     page = (tmp_path / "results/tiny/summary.md").read_text()
     assert "| what passes between blocks |" in page and "| greedy | 2 | 1 |" in page and "| features |" in page
@@ -450,7 +450,7 @@ def test_the_figure_of_depth_has_each_row_at_the_layers_of_a_network_or_of_a_blo
     plain, blocks = lines.values()
     assert plain == {**{depth: [depth] for depth in (1, 2, 4, 6)}, 12: [12, 13, 14]}
     assert blocks == {depth: [depth + 0.5] for depth in (1, 2, 4, 6)}
-    plots.draw_depth(tmp_path / "depth.png", panels)
+    figures.draw_depth(tmp_path / "depth.png", panels)
     assert (tmp_path / "depth.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -463,7 +463,7 @@ def test_the_figure_of_depth_has_each_row_at_the_layers_of_a_network_or_of_a_blo
 def test_marked_tables_are_those_of_the_files(page):
     text = page.read_text()
     assert text.count("<!-- results:") == len(summary.MARKED.findall(text)), "a mark without its end"
-    mend = "python -m nano_db.laboratory.results --summary-only --readme"
+    mend = "python -m experiments.results --summary-only --readme"
     assert summary.fill(text, ROOT / "results") == text, mend
 
 
@@ -517,7 +517,7 @@ def test_the_version_is_the_same_everywhere(path):
 
 def test_committed_summaries_are_those_of_their_files():
     folders = [path for path in (ROOT / "results").glob("*") if path.is_dir()]
-    assert {path.name for path in folders} <= {*SCALES, "codebook"}
+    assert {path.name for path in folders} <= {*SCALES, "target_embeddings"}
     folders = [path for path in folders if path.name in SCALES and any(path.glob("*.json"))]
     for folder in folders:
         found, stale = summary.read_records(folder, folder.name)

@@ -13,7 +13,7 @@ import train_mdm
 import train_vit
 
 SCRIPTS = [train_dit, train_gpt, train_looped, train_mdm, train_vit]
-METHOD, MACHINERY, LABORATORY = "nano_db", "nano_db.machinery", "nano_db.laboratory"
+METHOD, TRAINER, EXPERIMENTS = "nano_db", "nano_db.trainer", "experiments"
 
 
 def imports(path):
@@ -45,36 +45,64 @@ def forbidden(folder, *packages, allowed=()):
     ]
 
 
-def test_the_method_imports_neither_machinery_nor_laboratory():
-    assert forbidden("nano_db", MACHINERY, LABORATORY, "data") == []
+NAMES = [script.__name__ for script in SCRIPTS]
 
 
-def test_the_machinery_does_not_import_the_laboratory():
-    assert forbidden("nano_db/machinery", LABORATORY, "data") == []
+def test_imports_point_one_way():
+    """experiments -> scripts -> trainer -> method. Data knows the errors alone."""
+    assert sorted(path.stem for path in ROOT.glob("train_*.py")) == sorted(NAMES)
+    assert forbidden("nano_db", TRAINER, EXPERIMENTS, "data", *NAMES) == []
+    assert forbidden("nano_db/trainer", EXPERIMENTS, "data", *NAMES) == []
+    assert forbidden(".", EXPERIMENTS, *NAMES) == []  # the scripts
+    assert forbidden("data", METHOD, EXPERIMENTS, *NAMES, allowed=["nano_db.errors"]) == []
 
 
-def test_data_imports_nothing_of_nano_db_but_its_errors():
-    assert forbidden("data", METHOD, allowed=["nano_db.errors"]) == []
+def test_there_is_one_folder_in_the_package():
+    assert {path.parent for path in (ROOT / "nano_db").rglob("*.py")} == {ROOT / "nano_db", ROOT / "nano_db/trainer"}
+    folders = {path.parent for path in (ROOT / "experiments").rglob("*.py")}
+    assert folders == {ROOT / "experiments", ROOT / "experiments/neighbours"}
 
 
-def test_scripts_are_imported_by_tests_and_notebooks_alone():
-    scripts = [script.__name__ for script in SCRIPTS]
-    assert sorted(path.stem for path in ROOT.glob("train_*.py")) == sorted(scripts)
-    for folder in (".", "data", "nano_db", "nano_db/machinery", "nano_db/laboratory", "nano_db/laboratory/neighbours"):
-        assert forbidden(folder, *scripts) == []
+def functions(path):
+    """(name, lines, node) of each function that a file defines, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            yield node.name, node.end_lineno - node.lineno + 1, node
 
 
-def test_there_is_no_fourth_room():
-    rooms = {ROOT / "nano_db", ROOT / "nano_db/machinery", ROOT / "nano_db/laboratory"}
-    rooms.add(ROOT / "nano_db/laboratory/neighbours")  # which the laboratory rents out to other methods
-    assert {path.parent for path in (ROOT / "nano_db").rglob("*.py")} == rooms
+@pytest.mark.parametrize("name", NAMES)
+def test_a_script_is_read_from_top_to_bottom(name):
+    """Its functions are short, stand at the level of the module or of a class, and are handed what they need."""
+    path = ROOT / f"{name}.py"
+    found = {function: node for function, _, node in functions(path)}
+    assert {"prepare", "build", "batch", "sample", "evaluate", "main"} <= found.keys()
+    assert max(lines for _, lines, _ in functions(path)) <= 40
+    for function, _, node in functions(path):
+        inner = [other for other in ast.walk(node) if isinstance(other, ast.FunctionDef) and other is not node]
+        assert not inner, f"{function} has a function inside"
+    assert "functools" not in imports(path) and "functools.partial" not in imports(path)
 
 
-@pytest.mark.parametrize("line", ["import nano_db.machinery.run", "from nano_db.machinery import run"])
+def test_nothing_is_patched_and_no_object_changes_its_class():
+    for folder in (".", "nano_db", "nano_db/trainer", "experiments", "experiments/neighbours", "data"):
+        for path in (ROOT / folder).glob("*.py"):
+            assert not any(inside(name, "unittest") for name in imports(path)), path
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                targets = getattr(node, "targets", [getattr(node, "target", None)])
+                assert not any(getattr(target, "attr", "") == "__class__" for target in targets), path
+
+
+def test_the_method_knows_no_flags():
+    for path in (ROOT / "nano_db").glob("*.py"):
+        strings = [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)]
+        assert not [text for text in strings if isinstance(text, str) and re.search(r"(^|\s)--[a-z]", text)], path
+
+
+@pytest.mark.parametrize("line", ["import nano_db.trainer.run", "from nano_db.trainer import run"])
 def test_these_tests_can_tell(tmp_path, monkeypatch, line):
     monkeypatch.setattr("test_rooms.ROOT", tmp_path)
     (tmp_path / "file.py").write_text(f"import nano_db\ndef f():\n    {line}\n")
-    assert ("file.py", "nano_db.machinery.run") in forbidden(".", MACHINERY) and not forbidden(".", LABORATORY)
+    assert ("file.py", "nano_db.trainer.run") in forbidden(".", TRAINER) and not forbidden(".", EXPERIMENTS)
 
 
 def headings(text):
@@ -89,11 +117,11 @@ def headings(text):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_a_script_has_at_most_38_flags_each_under_a_heading(cli, script):
+def test_a_script_has_at_most_35_flags_each_under_a_heading(cli, script):
     code, out, _ = cli("--help", main=script.main)
     flags = headings(out)
     assert code == 0 and flags.pop("options") == ["--help"]
     assert list(flags) == ["method", "network", "training", "output"] and all(flags.values())
     total = [flag for group in flags.values() for flag in group]
-    assert len(total) == len(set(total)) <= 38
+    assert len(total) == len(set(total)) <= 35
     assert {"--baseline", "--steps", "--out", "--device", "--preset"} <= {*total}

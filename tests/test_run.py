@@ -11,21 +11,21 @@ import torch.nn as nn
 from conftest import same, tensors
 
 from nano_db.errors import UsageError
-from nano_db.machinery.files import read_config, read_metrics
-from nano_db.machinery.run import Run, ema_decay, learning_rate, make_optimizer, seed_from
-from nano_db.machinery.settings import Blocks, Training
-from nano_db.machinery.workers import Team
+from nano_db.trainer.checkpoints import read_config, read_metrics
+from nano_db.trainer.distributed import Group
+from nano_db.trainer.run import Run, ema_decay, learning_rate, make_optimizer, seed_from
+from nano_db.trainer.settings import Blocks, Training
 
 
 class Regression(nn.Module):
-    """A network to train that is small enough to follow by hand; `spoil` is called on each loss."""
+    """A network to train that is small enough to follow by hand; `corrupt` is called on each loss."""
 
-    def __init__(self, spoil=lambda loss: loss):
+    def __init__(self, corrupt=lambda loss: loss):
         super().__init__()
-        self.network, self.spoil = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 1)), spoil
+        self.network, self.corrupt = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 1)), corrupt
 
     def loss(self, x):
-        return self.spoil((self.network(x) - x.sum(-1, keepdim=True)).square().mean())
+        return self.corrupt((self.network(x) - x.sum(-1, keepdim=True)).square().mean())
 
 
 @dataclass
@@ -39,13 +39,17 @@ def make_run(folder, data="abc", **options):
     return Run("regression", Settings(out=str(folder), **options), data_sha256=data)
 
 
-def train(run, make=lambda b: Regression(), batch=lambda: [torch.randn(16, 4)], rounds=None):
+def build(b, settings):
+    return Regression()
+
+
+def train(run, build=build, batch=lambda: [torch.randn(16, 4)], rounds=None):
     """The loop of the scripts, for so many rounds or for all. Returns the blocks that had steps to go."""
     trained = []
     for r in run.rounds():
-        for b in run.turns():
+        for b in run.blocks_to_train():
             trained.append(b)
-            module = run.build(make, b)
+            module = run.build(build, b)
             optimizer = make_optimizer(module, run.settings)
             for _ in run.steps(b, module, optimizer):
                 with run.autocast:
@@ -62,8 +66,8 @@ def train(run, make=lambda b: Regression(), batch=lambda: [torch.randn(16, 4)], 
     return trained
 
 
-def train_spoilt(run, spoil):
-    return train(run, lambda b: Regression(spoil))
+def train_corrupted(run, corrupt):
+    return train(run, lambda b, settings: Regression(corrupt))
 
 
 # --- training ---
@@ -102,7 +106,7 @@ def test_a_request_to_stop_saves_at_a_step_boundary_and_resumes_exactly(tmp_path
 
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
-        train_spoilt(make_run(tmp_path / "cut", only="1"), interrupt)
+        train_corrupted(make_run(tmp_path / "cut", only="1"), interrupt)
     assert signal.getsignal(number) == before
     assert torch.load(tmp_path / "cut" / "block_1.pt", weights_only=True)["step"] == 7
     train(make_run(tmp_path / "cut", only="1"))
@@ -115,12 +119,12 @@ def test_a_request_to_stop_saves_at_a_step_boundary_and_resumes_exactly(tmp_path
 def test_a_loss_that_is_not_finite_stops_and_names_block_and_step(tmp_path, poison):
     calls = []
 
-    def spoil(loss):
+    def corrupt(loss):
         calls.append(1)
         return loss * poison if len(calls) == 13 else loss
 
     with pytest.raises(UsageError, match=r"block 1: .* at step 13; .*keeps the last good state"):
-        train_spoilt(make_run(tmp_path, only="1"), spoil)
+        train_corrupted(make_run(tmp_path, only="1"), corrupt)
     kept = torch.load(tmp_path / "block_1.pt", weights_only=True)
     assert kept["step"] == 10 and all(torch.isfinite(t).all() for t in kept["weights"].values())
 
@@ -128,18 +132,18 @@ def test_a_loss_that_is_not_finite_stops_and_names_block_and_step(tmp_path, pois
 def test_a_finite_loss_with_an_infinite_gradient_stops_before_it_is_saved(tmp_path):
     calls = []
 
-    def spoil(loss):  # at the first step that is saved
+    def corrupt(loss):  # at the first step that is saved
         calls.append(1)
         return loss * 0 + (loss * 0).sqrt() if len(calls) == 10 else loss  # 0, with the gradient of a square root at 0
 
     with pytest.raises(UsageError, match="gradient's norm nan at step 10"):
-        train_spoilt(make_run(tmp_path), spoil)
+        train_corrupted(make_run(tmp_path), corrupt)
     assert not (tmp_path / "block_0.pt").exists()
 
 
 def test_ema_is_the_moving_average_of_the_weights(tmp_path):
     run = make_run(tmp_path, ema=0.9, rounds=24)  # of a step each: the average must survive its file
-    expected = run.build(lambda b: Regression(), 0).state_dict()
+    expected = run.build(build, 0).state_dict()
     for step in range(1, 5):
         train(run, rounds=step)
         state = torch.load(tmp_path / "block_0.pt", weights_only=True)
@@ -147,7 +151,7 @@ def test_ema_is_the_moving_average_of_the_weights(tmp_path):
         for name, tensor in state["weights"].items():
             decay = step / (9 + step)  # 0.1, 0.18, ...: of the ramp, (1 + k) / (10 + k) with k steps taken before
             expected[name] = decay * expected[name] + (1 - decay) * tensor
-    trained = run.trained_block(lambda b: Regression(), 0).state_dict()
+    trained = run.trained_block(0, build).state_dict()
     for name in expected:
         torch.testing.assert_close(trained[name], expected[name])
 
@@ -155,7 +159,7 @@ def test_ema_is_the_moving_average_of_the_weights(tmp_path):
 def test_the_average_of_a_short_run_is_not_of_its_first_weights(tmp_path):
     """With a decay of 0.9999 for all of 24 steps they would be 99.8% of it."""
     run = make_run(tmp_path, ema=0.9999, only="0")
-    first = run.build(lambda b: Regression(), 0).state_dict()
+    first = run.build(build, 0).state_dict()
     train(run)
     state, shares, share = torch.load(tmp_path / "block_0.pt", weights_only=True), [], 1.0
     for name, tensor in state["weights"].items():
@@ -190,7 +194,7 @@ def test_weight_decay_shrinks_matrices_and_no_vectors():
 def test_a_trained_block_is_in_evaluation_mode(tmp_path):
     run = make_run(tmp_path, only="0")
     train(run)
-    block, x = run.trained_block(lambda b: Regression(), 0), torch.randn(64, 4)
+    block, x = run.trained_block(0, build), torch.randn(64, 4)
     assert torch.equal(block.loss(x), block.loss(x)), "no dropout"
     assert not any(module.training for module in block.modules())
 
@@ -198,7 +202,7 @@ def test_a_trained_block_is_in_evaluation_mode(tmp_path):
 def test_the_rate_of_each_step_reaches_the_optimizer(tmp_path):
     run, seen = make_run(tmp_path, only="0"), []
     for _ in run.rounds():
-        module = run.build(lambda b: Regression(), 0)
+        module = run.build(build, 0)
         optimizer = make_optimizer(module, run.settings)
         for _ in run.steps(0, module, optimizer):
             seen.append({group["lr"] for group in optimizer.param_groups})
@@ -215,7 +219,7 @@ def test_a_run_logs_ten_times_or_every_fifty_steps(tmp_path, steps, every):
 
 def test_seeds_of_different_steps_are_unrelated_and_repeatable():
     draws = {}
-    for key in [(0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 2), (0, 0, 1, 1)]:  # the last: another member of a team
+    for key in [(0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 2), (0, 0, 1, 1)]:  # the last: another member of a group
         seed_from(*key)
         draws[key] = float(torch.rand(()))
     assert len(set(draws.values())) == 5
@@ -237,32 +241,32 @@ def test_a_compiled_network_is_freed_before_the_next_is_built(tmp_path, monkeypa
     compile, built = nn.Module.compile, []
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile(self, backend="eager"))
 
-    def make(b):
+    def build(b, settings):
         assert not [b for b, weights in built if weights() is not None]
         module = Regression()
         built.append((b, weakref.ref(module.network[0].weight)))
         return module
 
     run = make_run(tmp_path, compile=True, rounds=2)
-    train(run, make)
+    train(run, build)
     assert len(built) == 6
-    run.trained_block(make, 0)
+    run.trained_block(0, build)
 
 
 def test_the_first_weights_and_the_steps_draw_from_streams_of_their_own(tmp_path):
     draws = []
     run = make_run(tmp_path, only="0")
-    run.build(lambda b: draws.append(torch.randn(100)) or Regression(), 0)
+    run.build(lambda b, settings: draws.append(torch.randn(100)) or Regression(), 0)
     train(run, batch=lambda: draws.append(torch.randn(100)) or [torch.randn(16, 4)])
     first, *steps = draws
     assert len(steps) == 24 and not any(torch.isin(first, draw).any() for draw in steps)
 
 
-def test_each_member_of_a_team_draws_a_batch_of_its_own(tmp_path):
+def test_each_member_of_a_group_draws_a_batch_of_its_own(tmp_path):
     draws = []
-    for place in (0, 1, 0):
+    for rank in (0, 1, 0):
         run = make_run(tmp_path / str(len(draws)), only="0", steps=2)
-        run.team = Team(place)  # of size 1, so that it waits for nobody
+        run.group = Group(rank)  # of size 1, so that it waits for nobody
         train(run, batch=lambda: draws.append(torch.randn(16, 4)) or draws[-1:])
     assert len(draws) == 6 and all(map(torch.equal, draws[:2], draws[4:]))
     assert not any(torch.isin(mine, his).any() for mine in draws[:2] for his in draws[2:4])
@@ -285,10 +289,10 @@ def test_who_has_seen_all_blocks_finished_reports_and_nobody_else(tmp_path):
     train(first)
     assert not first.ready()
     train(second)
-    assert not first.complete() and second.ready() and second.complete()
+    assert not first.finished and second.ready() and second.finished
     again = make_run(tmp_path, blocks=2, eval_only=True)
     train(again)
-    assert again.ready() and not again.complete()
+    assert again.ready() and not again.finished
 
 
 # --- files ---
@@ -308,7 +312,7 @@ def test_a_block_comes_back_as_it_was_saved(tmp_path):
     run = take(make_run(tmp_path))
     assert run.step_of(0) == 0
     with pytest.raises(UsageError, match=r"block_0\.pt is missing: block 0 has not been trained yet"):
-        run.trained_block(lambda b: Regression(), 0)
+        run.trained_block(0, build)
     save(run)
     state = run.load_block(0)
     assert (state["step"], state["seconds"], run.step_of(0)) == (5, 1.5, 5)
@@ -328,9 +332,9 @@ def test_a_config_json_says_script_settings_data_and_versions(tmp_path):
 
 @pytest.mark.parametrize("more", [{}, {"eval_only": True}])
 def test_what_another_version_has_begun_is_left_to_it(tmp_path, more):
-    """Its layers and its random numbers are others: nothing that came of both would be a result of either."""
+    """Its weights have other names, its random numbers other streams: what came of both is no result of either."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nano_db.machinery.run.__version__", "0.2.0")
+        patch.setattr("nano_db.trainer.run.__version__", "0.2.0")
         train(make_run(tmp_path))
     config = read_config(tmp_path)
     config["versions"]["nano_db"] = "0.2.0"

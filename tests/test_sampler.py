@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
-from nano_db.heads import log_likelihood, make_codebook
-from nano_db.laboratory.mixture import GaussianMixture
+from experiments.mixture import GaussianMixture
+from nano_db.heads import log_likelihood, make_target_embeddings
 from nano_db.sampler import draw, euler_walk, heun_walk, sample_classes
-from nano_db.schedule import LogNormal, equal_mass_grid, karras_grid
+from nano_db.schedule import LogNormal, equal_probability_grid, karras_grid
 
 NOISE = LogNormal(0.3, 0.8, 0.05, 20.0)
 
@@ -53,17 +53,21 @@ def test_heun_is_of_higher_order():
     assert 3.6 < error(heun_walk, 100) / error(heun_walk, 200) < 4.4
 
 
-def oracle(prior, codebook):
-    return lambda z, sigma: (prior.log() + log_likelihood(z, sigma, codebook)).log_softmax(-1)
+def oracle(prior, target_embeddings):
+    return lambda z, sigma: (prior.log() + log_likelihood(z, sigma, target_embeddings)).log_softmax(-1)
 
 
 @pytest.mark.parametrize("calls", [1, 16, 64])
 def test_classes_sampled_with_an_oracle_follow_it(calls):
     """Chi-square against p(y|x), 7 degrees of freedom: 24.3 is exceeded by one seed in a thousand."""
     prior = torch.tensor([0.3, 0.25, 0.15, 0.1, 0.08, 0.06, 0.04, 0.02])
-    codebook, count = make_codebook(8, 12), 4000
+    target_embeddings, count = make_target_embeddings(8, 12), 4000
     y = sample_classes(
-        oracle(prior, codebook), codebook, (count,), equal_mass_grid(NOISE, calls), torch.Generator().manual_seed(1)
+        oracle(prior, target_embeddings),
+        target_embeddings,
+        (count,),
+        equal_probability_grid(NOISE, calls),
+        torch.Generator().manual_seed(1),
     )
     expected = prior * count
     chi_square = float(((torch.bincount(y, minlength=8) - expected) ** 2 / expected).sum())
@@ -71,15 +75,15 @@ def test_classes_sampled_with_an_oracle_follow_it(calls):
 
 
 def test_under_bfloat16_autocast_a_walk_with_an_oracle_ends_at_the_same_classes():
-    codebook, sigmas, z_seen = make_codebook(65, 64), equal_mass_grid(NOISE, 16), []
+    target_embeddings, sigmas, z_seen = make_target_embeddings(65, 64), equal_probability_grid(NOISE, 16), []
 
     def posterior(z, sigma):
         z_seen.append(z)
-        return oracle(torch.full((65,), 1 / 65), codebook)(z, sigma)
+        return oracle(torch.full((65,), 1 / 65), target_embeddings)(z, sigma)
 
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            sample_classes(posterior, codebook, (50,), sigmas, torch.Generator().manual_seed(0))
+            sample_classes(posterior, target_embeddings, (50,), sigmas, torch.Generator().manual_seed(0))
     assert all(map(torch.equal, z_seen[:16], z_seen[16:])) and len(z_seen) == 32
 
 

@@ -4,25 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from nano_db.heads import make_codebook
 from nano_db.schedule import (
-    Information,
     LogNormal,
     edm_coefficients,
     edm_weight,
-    equal_mass_grid,
+    equal_probability_grid,
     karras_grid,
     quantiles,
     sample_sigma,
 )
 
-
-def information():
-    frequencies = torch.arange(1.0, 11.0, dtype=torch.float64) / 55
-    return Information(frequencies, make_codebook(10, 16))
-
-
-NOISES = [LogNormal(), LogNormal(-0.7, 0.6, 0.05, 20.0), information()]
+NOISES = [LogNormal(), LogNormal(-0.7, 0.6, 0.05, 20.0)]
 
 
 @pytest.mark.parametrize("noise", NOISES)
@@ -47,7 +39,7 @@ def test_lognormal_density_is_the_formula():
     noise = LogNormal(0.2, 0.7, 0.1, 5.0)
     u = np.linspace(math.log(0.1), math.log(5.0), 20_001)
     density = np.exp(-0.5 * ((u - 0.2) / 0.7) ** 2)
-    share = density[u <= 0].sum() / density.sum()  # mass below sigma = 1, by a sum
+    share = density[u <= 0].sum() / density.sum()  # below sigma = 1, by a sum
     assert float(noise.cdf(1.0)) == pytest.approx(share, abs=1e-4)
 
 
@@ -56,30 +48,10 @@ def test_upper_quantiles_of_a_narrow_distribution_stay_finite():
     assert torch.isfinite(edges).all() and (edges.diff() < 0).all()
 
 
-def test_information_noise_spreads_the_nats_evenly():
-    """Half of the entropy of the class frequencies must lie above the median of the distribution."""
-    frequencies = torch.arange(1.0, 11.0, dtype=torch.float64) / 55
-    codebook = make_codebook(10, 16)
-    noise = information()
-    generator = torch.Generator().manual_seed(1)
-    y = torch.multinomial(frequencies, 20_000, replacement=True, generator=generator)
-    u = np.linspace(math.log(0.05), math.log(20), 60)
-    density = []
-    for sigma in np.exp(u):
-        z = codebook[y] + float(sigma) * torch.randn(len(y), 16, generator=generator)
-        p = (frequencies.log() + z @ codebook.T / sigma**2).softmax(-1).float()
-        density.append(float((codebook[y] - p @ codebook).square().sum(-1).mean()) / sigma**2)
-    density = np.array(density)
-    entropy = -float((frequencies * frequencies.log()).sum())
-    assert density.sum() * (u[1] - u[0]) == pytest.approx(entropy, rel=0.02)
-    above = density[u > math.log(float(noise.inverse_cdf(0.5)))].sum() / density.sum()
-    assert above == pytest.approx(0.5, abs=0.04)
-
-
 @pytest.mark.parametrize("blocks", [2, 3, 4, 6])
 def test_a_grid_of_a_multiple_of_B_calls_meets_the_edges_to_the_last_bit(blocks):
     for noise in NOISES:
-        grid, edges = equal_mass_grid(noise, 4 * blocks), quantiles(noise, blocks)
+        grid, edges = equal_probability_grid(noise, 4 * blocks), quantiles(noise, blocks)
         assert grid[0] == noise.sigma_max and grid[-1] == 0 and (grid.diff() < 0).all()
         assert torch.equal(grid[:-1:4], edges[:-1])
 

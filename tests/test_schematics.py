@@ -14,9 +14,9 @@ from matplotlib.text import Text
 
 import train_gpt
 import train_vit
-from nano_db.laboratory.plots import plt
-from nano_db.laboratory.schematics import DOCS, PICTURES, draw_all, label_walks
+from experiments.schematics import DOCS, PICTURES, draw_all, label_walks
 from nano_db.schedule import LogNormal
+from nano_db.trainer.plots import plt
 
 each_picture = pytest.mark.parametrize("name", PICTURES)
 PAGES = ["teaching.md", "method.md", "cheatsheet.md"]

@@ -20,14 +20,14 @@ from data.images import load_images
 from data.text import load_text
 from nano_db.block import DiffusionBlock
 from nano_db.classify import score_images
-from nano_db.heads import HEADS, make_codebook
-from nano_db.laboratory.benchmark import Bench
+from nano_db.heads import HEADS, make_target_embeddings
+from nano_db.images import ImageStack
 from nano_db.language import score_text
 from nano_db.layers import Layer
-from nano_db.machinery.files import read_block, read_metrics
-from nano_db.machinery.settings import read_settings
 from nano_db.partition import make_partition, sampling_grid, split_layers
 from nano_db.stack import Stack
+from nano_db.trainer.checkpoints import read_block, read_metrics
+from nano_db.trainer.settings import read_settings
 
 SCRIPTS = [train_dit, train_gpt, train_looped, train_mdm, train_vit]
 in_all_scripts = pytest.mark.parametrize("script", SCRIPTS, ids=attrgetter("__name__"))
@@ -39,7 +39,8 @@ FEW = ["--eval-windows", "8"]  # of the held-out text
 @pytest.fixture
 def no_report(monkeypatch):
     """Leaves out what a run's end costs: training steps of all networks, to count bytes, and samples by the clock."""
-    monkeypatch.setattr(Bench, "report", lambda *_: None)
+    for script in SCRIPTS:
+        monkeypatch.setattr(script, "report", lambda *_: None)
 
 
 @pytest.fixture
@@ -50,9 +51,9 @@ def tiny(cli, text_file, tmp_path, monkeypatch):
 
     def run(script, *flags):
         usual = {
-            train_dit: [*IMAGES, "--calls", "3", "--frechet-images", "0"],
+            train_dit: [*IMAGES, "--sampling-steps", "3", "--frechet-images", "0"],
             train_vit: [*IMAGES, "--glyphs", "180"],
-            train_looped: [*LOOPED, "--calls", "2", "--data", text_file, *FEW],
+            train_looped: [*LOOPED, "--sampling-steps", "2", "--data", text_file, *FEW],
             train_mdm: [*SMALL, "--data", text_file, *FEW],
             train_gpt: [*SMALL, "--data", text_file, *FEW],
         }
@@ -138,22 +139,33 @@ def test_a_dit_trains_on_edms_weighted_error(tiny, tmp_path):
     assert code == 0 and len(losses) == 3 and all(0.3 < loss < 3 for loss in losses), err
 
 
-@pytest.mark.parametrize("script, sampling", [(train_gpt, "continue_prompt"), (train_dit, "paint")])
+@pytest.mark.parametrize(
+    "script, owner, sampling", [(train_gpt, train_gpt, "generate"), (train_dit, ImageStack, "walk")]
+)
 @pytest.mark.usefixtures("no_report")
-def test_with_uniform_edges_each_block_is_called_equally_often(tiny, monkeypatch, script, sampling):
-    """Where the intervals do not hold the same mass. (A ViT: test_train_vit.py.)"""
-    sample, counts = getattr(script, sampling), []
+def test_with_uniform_edges_each_block_takes_equally_many_steps(tiny, monkeypatch, script, owner, sampling):
+    """Where the intervals do not hold the same probability. (A ViT: test_train_vit.py.)"""
+    sample, counts = getattr(owner, sampling), []
 
-    def recorded(stack, *more, **named):
-        (sigmas,) = (value for value in more if torch.is_tensor(value))
+    def recorded(stack, *more):
+        (sigmas,) = (value for value in more if torch.is_tensor(value) and value.dtype == torch.float64)
         counts.append(torch.bincount(stack.partition.route(sigmas[:-1])).tolist())
-        return sample(stack, *more, **named)
+        return sample(stack, *more)
 
-    monkeypatch.setattr(script, sampling, recorded)
-    calls = ("--calls", "12") if script is train_dit else ("--noise", "paper")
-    code, _, err = tiny(script, "--partition", "uniform", "--samples", "1", *calls)
+    monkeypatch.setattr(owner, sampling, recorded)
+    more = ("--sampling-steps", "12") if script is train_dit else ("--noise", "paper")
+    monkeypatch.setitem(script.PRESETS["tiny"], "partition", "uniform")
+    code, _, err = tiny(script, "--samples", "1", *more)
     assert code == 0 and counts, err
     assert all(found == [4] * len(found) and len(found) >= 3 for found in counts)
+
+
+@pytest.mark.parametrize("script", [train_dit, train_gpt, train_mdm, train_vit], ids=attrgetter("__name__"))
+def test_layers_that_cannot_be_split_are_refused_before_there_is_a_folder(tiny, tmp_path, script):
+    """Else the same command with the number corrected would meet a run of other settings there."""
+    code, _, err = tiny(script, "--blocks", "3", "--layers", "2")
+    assert code == 2 and "3 blocks are more than 2 layers" in err and err.count("\n") == 1, err
+    assert not (tmp_path / "run").exists()
 
 
 # --- the headline recipe ---
@@ -166,40 +178,40 @@ def settings_of(monkeypatch, script, out):
 
 def stack_by_hand(settings, out, classes, make_network, noise, average):
     """The blocks of a finished run, read from their files without the help of the script."""
-    codebook = make_codebook(classes, settings.width, settings.seed)
+    target_embeddings = make_target_embeddings(classes, settings.width, settings.seed)
     partition, blocks = make_partition(noise, settings.blocks), []
     for b, layers in enumerate(split_layers(settings.layers, settings.blocks)):
         span = make_partition(noise, settings.blocks, overlap=settings.overlap).training_range(b)
-        block = DiffusionBlock(make_network(layers), HEADS[settings.head](codebook), noise, span)
+        block = DiffusionBlock(make_network(layers), HEADS[settings.head](target_embeddings), noise, span)
         block.load_state_dict(read_block(out / f"block_{b}.pt")["weights"])
         blocks.append(block.eval())
-    return Stack(blocks, partition, average), sampling_grid(noise, partition, settings.calls_per_block * len(blocks))
+    return Stack(blocks, partition, average), sampling_grid(partition, settings.sampling_steps_per_block * len(blocks))
 
 
 def metrics_of(out):
     return json.loads((out / "result.json").read_text())["metrics"]
 
 
-@pytest.mark.parametrize("walk", ["averaged", "last"])
-def test_a_gpt_is_scored_by_the_walk_that_is_asked_for(tiny, tmp_path, text_file, monkeypatch, walk):
-    """All blocks together or the block at work alone, by default the former; in evaluation mode."""
+@pytest.mark.parametrize("predict", ["averaged", "active"])
+def test_a_gpt_is_scored_by_the_prediction_that_is_asked_for(tiny, tmp_path, text_file, monkeypatch, predict):
+    """All blocks so far or only the active one, by default the former; in evaluation mode."""
     set_preset(monkeypatch, train_gpt, dropout=0.5)
-    flags = ("--samples", "0", "--learning-rate", "0.03", *(("--walk", "last") if walk == "last" else ()))
+    flags = ("--samples", "0", "--learning-rate", "0.03", *(("--predict", "active") if predict == "active" else ()))
     code, _, err = tiny(train_gpt, *flags)
     assert code == 0, err
     out, text = tmp_path / "run", load_text(text_file, seq_len=8)
     settings, classes = settings_of(monkeypatch, train_gpt, out), text.tokenizer.classes
     bits = {}
-    for name in ("averaged", "last"):
+    for name in ("averaged", "active"):
         make = lambda layers: train_gpt.GPT(classes, settings, layers)  # noqa: E731
         stack, _ = stack_by_hand(settings, out, classes, make, train_gpt.NOISE["nano"], name == "averaged")
         bits[name] = score_text(stack, text, 8, 8, settings.seed)["bits_per_char"]
-    assert metrics_of(out)["bits_per_char"] == pytest.approx(bits[walk], rel=1e-5)
-    assert abs(bits["averaged"] / bits["last"] - 1) > 1e-3, "and the test can tell"
+    assert metrics_of(out)["bits_per_char"] == pytest.approx(bits[predict], rel=1e-5)
+    assert abs(bits["averaged"] / bits["active"] - 1) > 1e-3, "and the test can tell"
 
 
-@pytest.mark.parametrize("walk", ["averaged", "last"])
-def test_a_vit_is_scored_by_the_walk_that_is_asked_for(tiny, tmp_path, monkeypatch, walk):
+@pytest.mark.parametrize("predict", ["averaged", "active"])
+def test_a_vit_is_scored_by_the_prediction_that_is_asked_for(tiny, tmp_path, monkeypatch, predict):
     set_preset(monkeypatch, train_vit, dropout=0.5)
     scored = SimpleNamespace(log_p=None)
 
@@ -208,15 +220,15 @@ def test_a_vit_is_scored_by_the_walk_that_is_asked_for(tiny, tmp_path, monkeypat
         return metrics, scored.log_p, labels
 
     monkeypatch.setattr(train_vit, "score_images", score)
-    flags = ("--samples", "0", "--learning-rate", "0.03", *(("--walk", "last") if walk == "last" else ()))
+    flags = ("--samples", "0", "--learning-rate", "0.03", *(("--predict", "active") if predict == "active" else ()))
     code, _, err = tiny(train_vit, *flags)
     assert code == 0, err
     out, images = tmp_path / "run", load_images("glyphs", count=180)
     settings, log_p = settings_of(monkeypatch, train_vit, out), {}
-    for name in ("averaged", "last"):
+    for name in ("averaged", "active"):
         make = lambda layers: train_vit.ViT(images.shape, settings, layers)  # noqa: E731
         noise, average = train_vit.NOISE["nano"], name == "averaged"
         stack, grid = stack_by_hand(settings, out, len(images.classes), make, noise, average)
         _, log_p[name], _ = score_images(stack, images.test_batches(256), grid, settings.walks, settings.seed)
-    torch.testing.assert_close(scored.log_p, log_p[walk])
-    assert (log_p["averaged"] - log_p["last"]).abs().max() > 1e-3, "and the test can tell"
+    torch.testing.assert_close(scored.log_p, log_p[predict])
+    assert (log_p["averaged"] - log_p["active"]).abs().max() > 1e-3, "and the test can tell"

@@ -16,7 +16,7 @@ import train_looped
 import train_mdm
 import train_vit
 from nano_db.errors import UsageError
-from nano_db.machinery.settings import Discrete, Training, method, network, output, read_settings, training
+from nano_db.trainer.settings import RENAMED, Discrete, Training, method, network, output, read_settings, training
 
 in_all_scripts = pytest.mark.parametrize(
     "script", [train_dit, train_gpt, train_looped, train_mdm, train_vit], ids=attrgetter("__name__")
@@ -25,7 +25,7 @@ in_all_scripts = pytest.mark.parametrize(
 
 @dataclass
 class Settings(Discrete, Training):
-    width: int = network(8, "features", least=2, below=100)
+    width: int = network(8, "features", at_least=2, below=100)
     hidden: int = network(1, "no user needs it", flag=False)
     sharpness: float = method(0.5, "of the head", above=0, of="blocks")
     ways: str = training("one", "to go", choices=("one", "two"))
@@ -104,9 +104,9 @@ def test_help_has_each_flag_under_its_heading_with_what_it_is_when_none_is_given
         (["--sharpness", 0], "--sharpness must be greater than 0, not 0.0"),
         (["--sharpness", "nan"], "--sharpness must be a finite number, not nan"),
         (["--learning-rate", "inf"], "--learning-rate must be a finite number, not inf"),
-        (["--baseline", "--sharpness", 1], "--sharpness does nothing for the baseline method: drop it"),
-        (["--baseline", "--recipe", "paper"], "--recipe does nothing for the baseline method: drop it"),
-        (["--device", "mps"], "--device mps: there is none at hand"),
+        (["--baseline", "--sharpness", 1], "--sharpness does nothing with the baseline method: drop it"),
+        (["--baseline", "--recipe", "paper"], "--recipe does nothing with the baseline method: drop it"),
+        (["--device", "mps"], "--device mps is not available on this machine"),
         (["--eval-only", "--preset", "tiny"], "--preset does nothing with --eval-only"),
         (["--eval-only", "--recipe", "paper"], "--recipe does nothing with --eval-only"),
         (["--eval-only", "--compile"], "--compile does nothing with --eval-only"),
@@ -124,8 +124,8 @@ def test_what_is_out_of_its_limits_or_does_nothing_is_refused(read, monkeypatch,
 
 
 @in_all_scripts
-def test_an_evaluation_alone_refuses_what_only_training_heeds(cli, tmp_path, script):
-    values = {"preset": ["tiny"], "recipe": ["nano"], "rounds": [2], "only": [1], "micro_batch": [1]}
+def test_an_evaluation_alone_refuses_what_only_training_uses(cli, tmp_path, script):
+    values = {"preset": ["tiny"], "recipe": ["nano"], "rounds": [2], "only": [1]}
     refused = values.keys() & {f.name for f in fields(script.Settings)} | {"compile", "checkpoint_activations"}
     for name in refused:
         flag = "--" + name.replace("_", "-")
@@ -142,7 +142,7 @@ def test_an_evaluation_alone_refuses_what_only_training_heeds(cli, tmp_path, scr
         (train_gpt, "--samples 0 --temperature 1", "--temperature does nothing with --samples 0"),
         (train_looped, "--samples 0 --temperature 1", "--temperature does nothing with --samples 0"),
         (train_mdm, "--samples 0 --temperature 1", "--temperature does nothing with --samples 0"),
-        (train_mdm, "--samples 0 --unmask-steps 9", "--unmask-steps does nothing with --samples 0"),
+        (train_mdm, "--samples 0 --sampling-steps 9", "--sampling-steps does nothing with --samples 0"),
         (train_vit, "--data cifar10 --glyphs 200", "--glyphs does nothing with --data cifar10"),
     ],
 )
@@ -158,6 +158,29 @@ def test_preset_paper_does_not_train_on_another_text_than_the_papers_unasked(cli
     assert "--preset paper needs --data" in err and "LM1B or OpenWebText" in err
     sys.argv = ["train.py", "--preset", "paper", "--data", text_file]
     assert read_settings("x", script.Settings, script.PRESETS, script.RECIPES).data == text_file
+
+
+NEW_NAMES = {
+    "--walk": ("--predict", train_gpt, train_vit),
+    "--calls": ("--sampling-steps", train_dit, train_looped),
+    "--unmask-steps": ("--sampling-steps", train_mdm),
+    "--turns": ("--recurrences", train_looped),
+    "--backprop-turns": ("--backprop-depth", train_looped),
+    "--start-from": ("--init-from", train_dit, train_gpt, train_mdm, train_vit),
+    "--readout": ("--pooling", train_vit),
+    "--micro-batch": ("--checkpoint-activations", train_dit, train_gpt, train_mdm, train_vit),
+}
+
+
+@pytest.mark.parametrize("old", NEW_NAMES | RENAMED)
+def test_a_flag_of_an_earlier_edition_is_refused_by_the_name_of_the_new_one(cli, tmp_path, old):
+    new, *scripts = NEW_NAMES[old]
+    for script in scripts:
+        assert new[2:].replace("-", "_") in {f.name for f in fields(script.Settings)}, "no such flag"
+        for form in ([old, "4"], [f"{old}=4"], ["--eval-only", old, "4"], ["--no-such-flag", old, "4"]):
+            code, out, err = cli(*form, "--out", tmp_path / "run", main=script.main)
+            assert code == 2 and out == "" and err.count("\n") == 1 and not (tmp_path / "run").exists(), err
+            assert re.search(rf"error: {old} .*use {new}\b", err), err
 
 
 def write_config(folder, **settings):
@@ -202,9 +225,9 @@ def test_presets_and_recipes_set_fields_that_there_are_to_values_that_they_may_h
 @in_all_scripts
 def test_there_is_no_setting_that_nothing_reads(script):
     paths = [ROOT / f"{script.__name__}.py", ROOT / "nano_db/language.py"]
-    paths += [*ROOT.glob("nano_db/machinery/*.py"), *ROOT.glob("nano_db/laboratory/*.py")]
+    paths += ROOT.glob("nano_db/trainer/*.py")
     code = "\n".join(path.read_text() for path in paths)
-    elsewhere = {"preset", "recipe", "ensemble", "blocks", "only", "micro_batch"}  # on the command line, or by getattr
+    elsewhere = {"preset", "recipe", "ensemble", "blocks", "only"}  # on the command line, or by getattr
     for f in fields(script.Settings):
         assert re.search(rf"settings\.{f.name}\b", code) or f.name in elsewhere, f"nothing reads {f.name}"
 
@@ -217,7 +240,7 @@ def another(field, value):
 
 
 @pytest.mark.parametrize(
-    "field", [f for f in fields(RunSettings) if f.name not in ("out", "device", "start_from")], ids=attrgetter("name")
+    "field", [f for f in fields(RunSettings) if f.name not in ("out", "device", "init_from")], ids=attrgetter("name")
 )
 def test_a_run_goes_on_with_other_resumable_settings_and_with_no_others(tmp_path, monkeypatch, field):
     monkeypatch.setattr("torch.nn.Module.compile", lambda self: None)

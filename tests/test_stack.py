@@ -5,15 +5,15 @@ import torch
 import torch.nn as nn
 
 from nano_db.block import DiffusionBlock, EndToEnd
-from nano_db.heads import DenoisingHead, PaperHead, PosteriorHead, log_likelihood, make_codebook
+from nano_db.heads import DenoisingHead, PaperHead, PosteriorHead, log_likelihood, make_target_embeddings
 from nano_db.likelihood import nats_per_block
 from nano_db.partition import make_partition
 from nano_db.sampler import sample_classes
-from nano_db.schedule import LogNormal, equal_mass_grid, sample_sigma
+from nano_db.schedule import LogNormal, equal_probability_grid, sample_sigma
 from nano_db.stack import Ensemble, Stack
 
 NOISE, WIDTH, CLASSES, CONTEXTS = LogNormal(0.3, 0.8, 0.05, 20.0), 16, 4, 3
-CODEBOOK = make_codebook(CLASSES, WIDTH)
+CODEBOOK = make_target_embeddings(CLASSES, WIDTH)
 P = torch.tensor([[0.7, 0.2, 0.05, 0.05], [0.1, 0.4, 0.4, 0.1], [0.25, 0.25, 0.25, 0.25]])  # p(y | x), by context
 
 
@@ -51,8 +51,8 @@ def count_calls(module):
 def test_a_walk_of_16_calls_asks_the_heads_at_each_and_the_trunks_once(average, asked):
     stack = make_stack(4, average=average)
     trunks = [count_calls(block.network) for block in stack.blocks]
-    heads = [count_calls(block.head.readout) for block in stack.blocks]
-    x, sigmas = torch.tensor([0, 1, 2]), equal_mass_grid(NOISE, 16)
+    heads = [count_calls(block.head.output_projection) for block in stack.blocks]
+    x, sigmas = torch.tensor([0, 1, 2]), equal_probability_grid(NOISE, 16)
     y = sample_classes(stack.posterior(x), CODEBOOK, (3,), sigmas, torch.Generator().manual_seed(0))
     assert y.shape == (3,) and [len(calls) for calls in trunks] == [1, 1, 1, 1]
     assert sum(map(len, heads)) == asked >= 16
@@ -63,7 +63,7 @@ def test_a_walk_of_16_calls_asks_the_heads_at_each_and_the_trunks_once(average, 
 def test_a_network_that_is_shown_z_is_asked_at_each_call_of_its_own_interval(head):
     stack = make_stack(4, head)
     networks = [count_calls(block.network) for block in stack.blocks]
-    sigmas = equal_mass_grid(NOISE, 16)
+    sigmas = equal_probability_grid(NOISE, 16)
     sample_classes(stack.posterior(torch.tensor([0])), CODEBOOK, (1,), sigmas, torch.Generator().manual_seed(0))
     assert [len(calls) for calls in networks] == [4, 4, 4, 4]
 
@@ -107,13 +107,13 @@ def test_an_ensemble_is_the_mean_of_the_log_probabilities_normalised():
     torch.manual_seed(0)
     networks = [EndToEnd(nn.Embedding(CONTEXTS, WIDTH), PosteriorHead(CODEBOOK)) for _ in range(3)]
     for network in networks:
-        nn.init.normal_(network.head.readout.weight)
+        nn.init.normal_(network.head.output_projection.weight)
     x, product = torch.tensor([0, 1, 2]), torch.ones(3, CLASSES)
     for network in networks:
-        product = product * network.log_p(x).exp()
+        product = product * network(x).softmax(-1)
     expected = product ** (1 / 3) / (product ** (1 / 3)).sum(-1, keepdim=True)
     torch.testing.assert_close(Ensemble(networks).log_p(x).exp(), expected)
-    torch.testing.assert_close(Ensemble(networks[:1]).log_p(x), networks[0].log_p(x))
+    torch.testing.assert_close(Ensemble(networks[:1]).log_p(x), networks[0](x).log_softmax(-1))
 
 
 # --- a task whose p(y | x) is known ---

@@ -10,11 +10,12 @@ from test_memory import PeakBytes
 import train_dit
 from nano_db.block import DiffusionBlock
 from nano_db.heads import EDMHead
-from nano_db.machinery.run import OneAtATime, Run
+from nano_db.partition import make_partition
 from nano_db.sampler import State
 from nano_db.schedule import LogNormal
+from nano_db.trainer.run import OneAtATime, Run
 
-TINY = ("--preset", "tiny", "--layers", "3", "--steps", "6", "--device", "cpu", "--calls", "6")
+TINY = ("--preset", "tiny", "--layers", "3", "--steps", "6", "--device", "cpu", "--sampling-steps", "6")
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def result_of(folder):
         ("--partition", "uniform", "--layer-split", "1,1,1", "--frechet-images", "0"),
     ],
 )
-def test_a_run_scores_paints_and_resumes(dit, tmp_path, flags):
+def test_a_run_scores_samples_and_resumes(dit, tmp_path, flags):
     code, out, err = dit(*flags)
     assert code == 0, err
     result = result_of(tmp_path)
@@ -52,16 +53,16 @@ def test_a_run_scores_paints_and_resumes(dit, tmp_path, flags):
 def test_three_blocks_evaluate_a_third_of_the_layers(dit, tmp_path):
     quick = ("--frechet-images", "0", "--samples", "0")
     dit("--guidance", "1", *quick)
-    assert result_of(tmp_path)["one_sample"]["layer_evaluations"] == 6 * 1  # calls, layers a block
+    assert result_of(tmp_path)["one_sample"]["layer_evaluations"] == 6 * 1  # steps, layers per block
     for networks in (1, 2):
         out = tmp_path / str(networks)
         dit("--baseline", "--ensemble", networks, "--guidance", "2", *quick, "--out", out / "run")
         assert result_of(out)["one_sample"]["layer_evaluations"] == 6 * 3 * 2 * networks
 
 
-def test_painted_images_can_be_exported(dit, tmp_path):
+def test_sampled_images_can_be_exported(dit, tmp_path):
     code, _, err = dit("--frechet-images", "0", "--samples", "0", "--export", "3", "--rounds", "2")
-    assert code == 0, err  # painted after the last round alone
+    assert code == 0, err  # sampled only after the last round
     paths = sorted((tmp_path / "run" / "images").iterdir())
     assert [path.name for path in paths] == ["00000.png", "00001.png", "00002.png"]
     assert plt.imread(paths[1]).shape[:2] == (32, 32)
@@ -71,20 +72,20 @@ def test_painted_images_can_be_exported(dit, tmp_path):
     assert code == 2 and "EDM loss" not in out, "it is refused at once, not after all has been evaluated"
 
 
-def test_a_run_that_has_exported_can_be_painted_again(dit, cli, tmp_path):
+def test_a_run_that_has_exported_can_be_sampled_again(dit, cli, tmp_path):
     """As the script's own documentation says."""
     assert dit("--frechet-images", "0", "--samples", "2", "--export", "3")[0] == 0
     code, out, err = cli("--eval-only", "--guidance", "1", "--out", tmp_path / "run", main=train_dit.main)
     assert code == 0 and "samples-again.png" in out and len(list((tmp_path / "run" / "images").iterdir())) == 3, err
 
 
-def test_an_evaluation_alone_that_paints_nothing_refuses_to_be_told_how(dit, cli, tmp_path):
+def test_an_evaluation_alone_that_samples_nothing_refuses_to_be_told_how(dit, cli, tmp_path):
     assert dit("--frechet-images", "0", "--samples", "0", "--guidance", "1")[0] == 0  # a sample's cost depends on it
     evaluate = ("--eval-only", "--out", tmp_path / "run")
-    for flag in ("--guidance", "--calls"):
+    for flag in ("--guidance", "--sampling-steps"):
         code, _, err = cli(*evaluate, flag, "9", main=train_dit.main)
         assert code == 2 and f"{flag} does nothing with --samples 0 --frechet-images 0" in err and err.count("\n") == 1
-    code, _, err = cli(*evaluate, "--calls", "9", "--export", "1", main=train_dit.main)
+    code, _, err = cli(*evaluate, "--sampling-steps", "9", "--export", "1", main=train_dit.main)
     assert code == 0, err
 
 
@@ -104,44 +105,45 @@ def test_only_one_block_is_in_memory_at_a_time(tmp_path):
     class Run:
         count, built, paths = 3, [], [tmp_path / f"block_{b}.pt" for b in range(3)]
 
-        def trained_block(self, make, b, whole):
+        def trained_block(self, b, build, *shared, whole):
             self.built.append((b, whole))
-            return make(b)
+            return build(b, *shared)
 
     for path in Run.paths:
         path.write_text("")
-    blocks = OneAtATime(Run(), "block {}".format)
-    assert [blocks[b] for b in (0, 0, 1, 1, 1, 2)] == [f"block {b}" for b in (0, 0, 1, 1, 1, 2)]
+    blocks = OneAtATime(Run(), "block {} of {}".format, "the run")
+    assert [blocks[b] for b in (0, 0, 1, 1, 1, 2)] == [f"block {b} of the run" for b in (0, 0, 1, 1, 1, 2)]
     assert Run.built == [(0, True), (1, True), (2, True)] and len(blocks) == 3
-    assert list(blocks) == ["block 0", "block 1", "block 2"]
+    assert list(blocks) == [f"block {b} of the run" for b in range(3)]
     assert Run.built[3:] == [(0, False), (1, False), (2, False)], "verified once, then the weights alone are read"
     os.utime(Run.paths[0], ns=(0, 0))
-    assert blocks[0] == "block 0" and Run.built[6:] == [(0, True)], "another file, which is verified, too"
+    assert blocks[0] == "block 0 of the run" and Run.built[6:] == [(0, True)], "another file, which is verified, too"
 
 
 def test_nor_do_copies_in_bfloat16_of_earlier_blocks_stay_in_memory(tmp_path):
     """Autocast keeps a copy of each weight that it has cast, until it ends."""
     run = SimpleNamespace(paths=[tmp_path / "block_0.pt", tmp_path / "block_1.pt"], count=2)
-    run.trained_block = lambda make, b, whole: torch.nn.Linear(500, 500, bias=False)
+    run.trained_block = lambda b, build, whole: torch.nn.Linear(500, 500, bias=False)
     blocks, x, held = OneAtATime(run, None), torch.randn(1, 500), []
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), PeakBytes() as tensors:
         for b in (0, 1, 0, 1):
             blocks[b](x)
             held.append(tensors.now)
     assert max(held) < 1.5 * held[0], "the copies of one block, however many have been asked"
+    assert tensors.peak < 1.2 * held[0], "and a block is freed before the next one is read"
 
 
-def test_a_block_is_read_once_for_all_images_that_are_painted(dit, tmp_path, monkeypatch):
+def test_a_block_is_read_once_for_all_images_that_are_sampled(dit, tmp_path, monkeypatch):
     """And weights that are read without the rest of the file are the same."""
     loads, trained_block = [], Run.trained_block
 
-    def recorded(run, make, b, whole=True):
-        block = trained_block(run, make, b, whole)
+    def recorded(run, b, *builder, whole=True):
+        block = trained_block(run, b, *builder, whole=whole)
         loads.append((b, whole, [p.detach().clone() for p in block.parameters()]))
         return block
 
     monkeypatch.setattr(Run, "trained_block", recorded)
-    monkeypatch.setattr(train_dit, "PAINT_BATCH", 10)
+    monkeypatch.setattr(train_dit, "BATCH", 10)
     code, _, err = dit("--samples", "0", "--ema", "0.5")
     assert code == 0, err
     # once for the held-out loss, once for the 66 images of frechet_small
@@ -152,15 +154,17 @@ def test_a_block_is_read_once_for_all_images_that_are_painted(dit, tmp_path, mon
 
 def test_a_share_of_the_labels_is_dropped_in_the_batch_and_nowhere_else(dit, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    labels = torch.arange(1000) % 10
-    dropped = train_dit.drop_labels(labels, 0.3, 10)
+    labels, pixels = torch.arange(1000) % 10, torch.randn(1000, 1, 32, 32)
+    images = SimpleNamespace(batch=lambda size, augment, device: (pixels[:size], labels[:size]), classes="0123456789")
+    settings = train_dit.Settings(width=16, heads=2, patch=8, device="cpu", label_dropout=0.3)
+    dropped, y = train_dit.batch(1000, settings, images, None)
     assert 250 < (dropped == 10).sum() < 350 and ((dropped == 10) | (dropped == labels)).all()
+    assert torch.equal(y, pixels)
 
-    settings = train_dit.Settings(width=16, heads=2, patch=8)
     network, seen = train_dit.DiT((1, 32, 32), 10, settings, 1), []
     network.label_embedding.register_forward_hook(lambda module, given, result: seen.extend(given[0].tolist()))
     block = DiffusionBlock(network, EDMHead(), LogNormal(), (0.002, 80.0))
-    block.train().loss(labels, torch.randn(1000, 1, 32, 32))
+    block.train().loss(labels, pixels)
     assert seen == labels.tolist(), "a network draws nothing: checkpointed or not, it sees the same labels"
 
     loss, told = DiffusionBlock.loss, []
@@ -183,35 +187,36 @@ def test_an_untrained_network_answers_c_skip_z():
         (("--frechet-images", "20"), "more than 64"),
         (("--frechet-images", "300"), "at most half"),
         (("--recipe", "nano"), "unrecognized"),
-        (("--calls", "0"), "at least 1"),
-        (("--calls", "2"), "--calls 2: each of the 3 blocks needs at least one call"),
+        (("--sampling-steps", "0"), "at least 1"),
+        (("--sampling-steps", "2"), "2 sampling steps: each of the 3 blocks needs at least one"),
         (("--width", "18"), "multiple of 4"),
-        (("--p-mean", "50"), "no mass"),
+        (("--p-mean", "50"), "next to no probability"),
         (("--layer-split", "1,1"), "must name 3 blocks"),
-        (("--baseline", "--partition", "uniform"), "does nothing for the baseline"),
+        (("--baseline", "--partition", "uniform"), "--partition does nothing with the baseline method"),
     ],
 )
-def test_bad_input_gets_one_clear_line(dit, flags, message):
+def test_bad_input_gets_one_clear_line(dit, tmp_path, flags, message):
     code, _, err = dit(*flags)
     assert code == 2 and message in err and err.count("\n") == 1, err
+    assert not list(tmp_path.glob("run/*.pt")), "nothing is trained before"
 
 
-def test_the_baseline_heeds_the_noise_levels(dit, tmp_path):
+def test_the_baseline_uses_the_noise_levels(dit, tmp_path):
     code, _, err = dit("--baseline", "--p-mean", "0.5", "--sigma-data", "0.9", "--frechet-images", "0")
     assert code == 0, err
 
 
 def test_across_batches_images_are_of_each_class_in_turn(monkeypatch):
     class Stack:  # its images say which class they are of
-        null_label = 3
+        null_label, partition = 3, make_partition(LogNormal(), 1)
 
         def walk(self, labels, *_):
             yield State(0.0, (labels / 10).view(-1, 1, 1, 1), None)
 
-    monkeypatch.setattr(train_dit, "PAINT_BATCH", 4)
-    monkeypatch.setattr(train_dit, "PAINT_TOGETHER", 8)
-    settings = train_dit.Settings(device="cpu", calls=2)
-    parts = list(train_dit.paint_many(Stack(), 10, None, settings))
+    monkeypatch.setattr(train_dit, "BATCH", 4)
+    monkeypatch.setattr(train_dit, "TOGETHER", 8)
+    settings = train_dit.Settings(device="cpu", sampling_steps=2)
+    parts = list(train_dit.sample_many(Stack(), 10, settings))
     assert [first for first, _ in parts] == [0, 4, 8]
     labels = [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
     assert torch.cat([images for _, images in parts]).mul(10).round().flatten().tolist() == labels

@@ -66,14 +66,14 @@ def test_fill_keeps_the_text_and_fills_the_gaps(mdm, cli, tmp_path):
         (("--fill", "Ä_"), "'Ä'"),
         (("--fill", "the dog"), "--fill has no gap to fill: write _"),
         (("--fill", "the brown fox is"), "--fill has no gap to fill: write _"),  # as long as the network reads
-        (("--blocks", "4"), "more than --layers 3"),
+        (("--blocks", "4"), "4 blocks are more than 3 layers"),
         (("--recipe", "paper"), "unrecognized"),
-        (("--unmask-steps", "0"), "at least 1"),
+        (("--sampling-steps", "0"), "at least 1"),
         (("--schedule", "square"), "invalid choice"),
-        (("--baseline", "--overlap", "0.1"), "does nothing for the baseline"),
+        (("--baseline", "--overlap", "0.1"), "--overlap does nothing with the baseline method"),
         (("--layer-split", "1,1"), "must name 3 blocks"),
         (("--layer-split", "1,1,x"), "not a list of whole numbers"),
-        (("--width", "18"), "--width 18 must be a multiple"),
+        (("--width", "18"), "a width of 18 is no multiple of 4"),
     ],
 )
 def test_bad_input_gets_one_clear_line(mdm, flags, message):

@@ -23,7 +23,7 @@ def result_of(folder):
         (),
         ("--recipe", "paper"),
         ("--baseline", "--ensemble", "2"),
-        ("--readout", "mean", "--head", "posterior", "--walk", "last"),
+        ("--pooling", "mean", "--head", "posterior", "--predict", "active"),
     ],
 )
 def test_a_run_scores_draws_and_resumes(vit, tmp_path, flags):
@@ -39,9 +39,10 @@ def test_a_run_scores_draws_and_resumes(vit, tmp_path, flags):
     assert code == 0 and "loss" not in out and result_of(tmp_path)["metrics"] == metrics
 
 
-def test_with_uniform_edges_too_each_block_is_asked(vit, tmp_path):
-    """By the equal masses of the whole range, one call a block, the last block was never asked."""
-    code, _, err = vit("--partition", "uniform", "--samples", "0")
+def test_with_uniform_edges_too_each_block_is_asked(vit, tmp_path, monkeypatch):
+    """With equal probabilities of the whole range and one step per block, the last block would never be asked."""
+    monkeypatch.setitem(train_vit.PRESETS["tiny"], "partition", "uniform")
+    code, _, err = vit("--samples", "0")
     metrics = result_of(tmp_path)["metrics"]
     assert code == 0 and len(metrics["accuracy_walk_after_each_block"]) == 3, err
     assert len(metrics["accuracy_noise_free_after_each_block"]) == 3
@@ -75,12 +76,12 @@ def test_a_trunk_reads_the_image_alone_and_has_no_weights_for_noise():
     [
         (("--patch", "5"), "must divide"),
         (("--width", "18"), "multiple of 4"),
-        (("--blocks", "4"), "more than --layers 3"),
+        (("--blocks", "4"), "4 blocks are more than 3 layers"),
         (("--glyphs", "10"), "at least 100"),
         (("--data", "mnist"), "invalid choice"),
-        (("--head", "paper"), "--walk averaged needs --head denoising"),
-        (("--head", "posterior"), "--walk averaged needs --head denoising"),
-        (("--baseline", "--walk", "last"), "does nothing for the baseline"),
+        (("--head", "paper"), "--predict averaged needs --head denoising"),
+        (("--head", "posterior"), "--predict averaged needs --head denoising"),
+        (("--baseline", "--predict", "active"), "--predict does nothing with the baseline method"),
     ],
 )
 def test_bad_input_gets_one_clear_line(vit, flags, message):

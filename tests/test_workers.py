@@ -18,8 +18,8 @@ import torch.distributed as dist
 from conftest import ROOT, SMALL, needs_namespaces, same, tensors
 from test_run import make_run
 
-import nano_db.machinery.files
 import nano_db.masking
+import nano_db.trainer.checkpoints
 import train_dit
 import train_gpt
 import train_looped
@@ -27,12 +27,12 @@ import train_mdm
 import train_vit
 from nano_db.block import DiffusionBlock, EndToEnd
 from nano_db.errors import UsageError
-from nano_db.heads import DenoisingHead, PosteriorHead, make_codebook
-from nano_db.machinery.files import lock, read_metrics
-from nano_db.machinery.run import Run, seed_from
-from nano_db.machinery.workers import Team, Worker
+from nano_db.heads import DenoisingHead, PosteriorHead, make_target_embeddings
 from nano_db.masking import MaskedBlock, MaskSchedule
 from nano_db.schedule import LogNormal
+from nano_db.trainer.checkpoints import lock, read_metrics
+from nano_db.trainer.distributed import Group, Worker
+from nano_db.trainer.run import Run, seed_from
 from train_gpt import GPT, Settings
 
 # What torchrun is started with. Addresses are given, since a machine's own name cannot be resolved everywhere.
@@ -56,27 +56,27 @@ def losses(folder, b):
 # --- who trains what ---
 
 
-def test_each_rank_gets_its_block_several_or_a_place_in_a_team():
+def test_each_rank_gets_its_block_several_or_a_rank_in_a_group():
     batch = math.lcm(*range(1, 20))
-    shares = lambda ranks, blocks: [  # noqa: E731
-        (mine, team.place, team.size)
-        for mine, team in (Worker(rank, ranks).share(list(range(blocks)), batch) for rank in range(ranks))
+    assigned = lambda ranks, blocks: [  # noqa: E731
+        (mine, group.rank, group.size)
+        for mine, group in (Worker(rank, ranks).assign(list(range(blocks)), batch) for rank in range(ranks))
     ]
-    assert shares(1, 3) == [([0, 1, 2], 0, 1)]
-    assert shares(3, 3) == [([0], 0, 1), ([1], 0, 1), ([2], 0, 1)]
-    assert shares(2, 5) == [([0, 2, 4], 0, 1), ([1, 3], 0, 1)]
-    assert shares(5, 2) == [([0], 0, 3), ([0], 1, 3), ([0], 2, 3), ([1], 0, 2), ([1], 1, 2)]
+    assert assigned(1, 3) == [([0, 1, 2], 0, 1)]
+    assert assigned(3, 3) == [([0], 0, 1), ([1], 0, 1), ([2], 0, 1)]
+    assert assigned(2, 5) == [([0, 2, 4], 0, 1), ([1, 3], 0, 1)]
+    assert assigned(5, 2) == [([0], 0, 3), ([0], 1, 3), ([0], 2, 3), ([1], 0, 2), ([1], 1, 2)]
     for ranks in range(1, 20):
         for blocks in range(1, 9):
-            found = shares(ranks, blocks)
+            found = assigned(ranks, blocks)
             assert sorted({b for mine, _, _ in found for b in mine}) == list(range(blocks))
-            assert sum(place == 0 for _, place, _ in found) == min(ranks, max(blocks, ranks if ranks < blocks else 0))
+            assert sum(rank == 0 for _, rank, _ in found) == min(ranks, max(blocks, ranks if ranks < blocks else 0))
 
 
 def test_without_a_launcher_a_process_is_alone_and_half_a_launcher_is_named(tmp_path, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     run = make_run(tmp_path)
-    assert (run.worker, run.team, run.batch_size) == (Worker(0, 1), Team(0, 1), 32)
+    assert (run.worker, run.group, run.batch_size) == (Worker(0, 1), Group(0, 1), 32)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(UsageError, match="torchrun"):
@@ -85,59 +85,59 @@ def test_without_a_launcher_a_process_is_alone_and_half_a_launcher_is_named(tmp_
 
 @pytest.mark.parametrize("rank, size", [(0, 2), (1, 2), (2, 1)])
 def test_a_batch_is_shared_evenly_or_not_at_all(small, tmp_path, monkeypatch, rank, size):
-    """Three processes for two blocks: ranks 0 and 1 form a team."""
+    """Three processes for two blocks: ranks 0 and 1 form a group."""
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(dist.HashStore(), rank, 3)]))
     run = make_run(tmp_path / "shared", blocks=2, batch_size=8)
-    assert (run.mine, run.team.place, run.team.size) == ([rank // 2], rank % 2, size) and run.batch_size == 8 // size
+    assert (run.mine, run.group.rank, run.group.size) == ([rank // 2], rank % 2, size) and run.batch_size == 8 // size
     if size == 2:
         code, _, err = small("--blocks", "2", "--batch-size", "7", "--out", tmp_path / "run")
         assert code == 2 and "--batch-size 7 must be a multiple of the 2 processes" in err and err.count("\n") == 1
         assert not (tmp_path / "run").exists()
 
 
-# --- teams ---
+# --- groups ---
 
 
-def as_team(size, work, folder):
-    """What work(team) returns, by place, in `size` forks of this process that are connected; a UsageError as text."""
+def as_group(size, work, folder):
+    """What work(group) returns, by rank, in `size` forks of this process that are connected; a UsageError as text."""
     folder.mkdir()
     pids = []
-    for place in range(size):
+    for rank in range(size):
         pids.append(os.fork())
         if pids[-1] == 0:
             code = 70
             try:
                 os.environ.update(ENVIRONMENT)
-                result = work(Team(place, size, dist.FileStore(str(folder / "store"), size)))
-                torch.save(result, folder / f"{place}.pt")
+                result = work(Group(rank, size, dist.FileStore(str(folder / "store"), size)))
+                torch.save(result, folder / f"{rank}.pt")
                 code = 0
             except UsageError as error:
-                torch.save(str(error), folder / f"{place}.pt")
+                torch.save(str(error), folder / f"{rank}.pt")
                 code = 0
             finally:
                 os._exit(code)
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    return [torch.load(folder / f"{place}.pt") if code == 0 else code for place, code in enumerate(codes)]
+    return [torch.load(folder / f"{rank}.pt") if code == 0 else code for rank, code in enumerate(codes)]
 
 
 def make_blocks():
-    noise, codebook = LogNormal(0.3, 0.8, 0.05, 20.0), make_codebook(11, 16)
+    noise, target_embeddings = LogNormal(0.3, 0.8, 0.05, 20.0), make_target_embeddings(11, 16)
     gpt = Settings(width=16, heads=2, seq_len=10)
     looped = train_looped.Settings(width=16, heads=2, seq_len=10, prelude=1, core=1, coda=1, mean_recurrence=4.0)
     return {
-        "block": DiffusionBlock(GPT(11, gpt, 1), DenoisingHead(codebook), noise, (0.05, 20.0)),
+        "block": DiffusionBlock(GPT(11, gpt, 1), DenoisingHead(target_embeddings), noise, (0.05, 20.0)),
         "two streams": DiffusionBlock(
-            GPT(11, gpt, 1, shows_z=True), PosteriorHead(codebook), noise, (0.1, 1.0), loss_weight="edm"
+            GPT(11, gpt, 1, shows_z=True), PosteriorHead(target_embeddings), noise, (0.1, 1.0), loss_weight="edm"
         ),
-        "baseline": EndToEnd(GPT(11, gpt, 1), PosteriorHead(codebook)),
+        "baseline": EndToEnd(GPT(11, gpt, 1), PosteriorHead(target_embeddings)),
         "masked": MaskedBlock(train_mdm.Unmasker(11, gpt, 1), MaskSchedule("cosine"), 11, (0.2, 0.7)),
-        "huginn": train_looped.Huginn(train_looped.Looped(11, looped, False), PosteriorHead(codebook), looped),
+        "huginn": train_looped.Huginn(train_looped.Looped(11, looped, False), PosteriorHead(target_embeddings), looped),
     }
 
 
 DRAWS = [(torch, "rand"), (torch, "randn"), (torch, "randn_like"), (torch, "poisson")]
-DRAWS += [(nano_db.masking, "spread_times")]  # whose times are those of a whole batch
+DRAWS += [(nano_db.masking, "low_discrepancy_times")]  # whose times are those of a whole batch
 
 
 def losses_one_by_one(module, batch, monkeypatch):
@@ -166,27 +166,27 @@ def losses_one_by_one(module, batch, monkeypatch):
 
 @pytest.mark.parametrize("kind", make_blocks())
 @pytest.mark.parametrize("size", [2, 3])
-def test_the_averaged_gradients_of_a_team_are_those_of_the_joined_batch(kind, size, tmp_path, monkeypatch):
+def test_the_averaged_gradients_of_a_group_are_those_of_the_joined_batch(kind, size, tmp_path, monkeypatch):
     """Against a slow loop over the samples of all members' batches, each with the noise that its member draws."""
     torch.manual_seed(0)
     module, run = make_blocks()[kind], make_run(tmp_path / "run")
 
-    def draw(place):
-        seed_from(0, 1, 7, place)
+    def draw(rank):
+        seed_from(0, 1, 7, rank)
         x, y = torch.randint(11, (2, 12 // size, 10))
         return [x] if kind == "masked" else [x, y]
 
-    def work(team):
-        run.team = team
-        with team.connected(1, "cpu", 7):
-            loss = module.loss(*draw(team.place))
+    def work(group):
+        run.group = group
+        with group.connected(1, "cpu", 7):
+            loss = module.loss(*draw(group.rank))
             loss.backward()
             own = [p.grad.clone() for p in module.parameters() if p.grad is not None]
             run.average_gradients(module)
-            return own, [p.grad for p in module.parameters() if p.grad is not None], team.mean(loss.detach().clone())
+            return own, [p.grad for p in module.parameters() if p.grad is not None], group.mean(loss.detach().clone())
 
-    members = as_team(size, work, tmp_path / "team")
-    alone = [loss for place in range(size) for loss in losses_one_by_one(module, draw(place), monkeypatch)]
+    members = as_group(size, work, tmp_path / "group")
+    alone = [loss for rank in range(size) for loss in losses_one_by_one(module, draw(rank), monkeypatch)]
     assert len(alone) == 12
     joined = torch.stack(alone).mean()
     joined.backward()
@@ -200,37 +200,37 @@ def test_the_averaged_gradients_of_a_team_are_those_of_the_joined_batch(kind, si
 
 
 def test_a_step_on_which_the_members_do_not_agree_is_one_line(tmp_path):
-    def work(team):
-        with team.connected(3, "cpu", step=5 * team.place):  # as where only one of them sees the block's file
+    def work(group):
+        with group.connected(3, "cpu", step=5 * group.rank):  # as where only one of them sees the block's file
             return "went on"
 
-    for answer in as_team(2, work, tmp_path / "team"):
+    for answer in as_group(2, work, tmp_path / "group"):
         assert "block 3's file is not the same to all processes" in answer and "\n" not in answer
 
 
 def test_a_stop_asked_of_one_member_is_heard_by_all(tmp_path):
-    def work(team):
-        with team.connected(0, "cpu", 0):
-            return [team.any(flags, "cpu") for flags in ([], [15] if team.place == 1 else [])]
+    def work(group):
+        with group.connected(0, "cpu", 0):
+            return [group.any(flags, "cpu") for flags in ([], [15] if group.rank == 1 else [])]
 
-    assert as_team(3, work, tmp_path / "team") == [[False, True]] * 3
+    assert as_group(3, work, tmp_path / "group") == [[False, True]] * 3
 
 
 def test_a_member_that_dies_is_one_line_to_the_other(tmp_path):
-    def work(team):
-        with team.connected(0, "cpu", 0):
-            if team.place == 1:
+    def work(group):
+        with group.connected(0, "cpu", 0):
+            if group.rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             while True:
-                team.average([torch.ones(1000)])
+                group.average([torch.ones(1000)])
 
-    answer, died = as_team(2, work, tmp_path / "team")
-    assert "lost a process of its team: the same command goes on from the last save" in answer and "\n" not in answer
+    answer, died = as_group(2, work, tmp_path / "group")
+    assert "lost a process of its group: the same command goes on from the last save" in answer and "\n" not in answer
     assert died == -signal.SIGKILL
 
 
-def test_a_lost_member_of_a_team_is_one_line_and_other_errors_stay_what_they_are(monkeypatch):
-    team = Team(0, 2, dist.HashStore())
+def test_a_lost_member_of_a_group_is_one_line_and_other_errors_stay_what_they_are(monkeypatch):
+    group = Group(0, 2, dist.HashStore())
     for kind, text, expected, words in [
         (
             RuntimeError,
@@ -247,18 +247,18 @@ def test_a_lost_member_of_a_team_is_one_line_and_other_errors_stay_what_they_are
 
         monkeypatch.setattr(dist, "all_reduce", fail)
         for use in (
-            lambda: team.average([torch.ones(2)]),
-            lambda: team.mean(torch.ones(2)),
-            lambda: team.any([], "cpu"),
+            lambda: group.average([torch.ones(2)]),
+            lambda: group.mean(torch.ones(2)),
+            lambda: group.any([], "cpu"),
         ):
             with pytest.raises(expected, match=words):
                 use()
-    with pytest.raises(UsageError, match="mps"), team.connected(3, "mps", 0):
+    with pytest.raises(UsageError, match="mps"), group.connected(3, "mps", 0):
         pass
 
 
 class Joined(Run):
-    """A slow reference for a team of two: one process that plays both members in each step, averages their gradients
+    """A slow reference for a group of two: one process that plays both members in each step, averages their gradients
     by hand, and then lets the optimizer take the step.
     """
 
@@ -269,8 +269,8 @@ class Joined(Run):
     def steps(self, b, module, optimizer):
         for step in super().steps(b, module, optimizer):
             self.members = []
-            for place in range(2):
-                seed_from(self.settings.seed, b, step, place)
+            for rank in range(2):
+                seed_from(self.settings.seed, b, step, rank)
                 yield step
 
     def average_gradients(self, module):
@@ -324,7 +324,7 @@ def test_four_ranks_one_process_and_four_lone_runs_write_the_same_blocks_and_ran
 
 
 @pytest.mark.slow
-def test_three_ranks_for_two_blocks_the_team_averages_and_the_third_is_as_one_process(
+def test_three_ranks_for_two_blocks_the_group_averages_and_the_third_is_as_one_process(
     small, text_file, tmp_path, monkeypatch
 ):
     flags = ["--blocks", "2", "--layers", "4", "--ema", "0.9"]
@@ -337,9 +337,9 @@ def test_three_ranks_for_two_blocks_the_team_averages_and_the_third_is_as_one_pr
     )
     records = [json.loads((tmp_path / f"record.{rank}").read_text()) for rank in range(3)]
     groups = [record["groups"] for record in records]
-    assert groups == [[[0, 1]], [[0, 1]], []]  # the team of block 0; block 1's process joins no group at all
+    assert groups == [[[0, 1]], [[0, 1]], []]  # the group of block 0; block 1's process joins no group at all
     assert records[0]["weights"].keys() == {"0"} and records[2]["weights"].keys() == {"1"}
-    assert records[0]["weights"] == records[1]["weights"], "the members of a team end with the same weights"
+    assert records[0]["weights"] == records[1]["weights"], "the members of a group end with the same weights"
     assert same(tensors(tmp_path / "three", 1), tensors(tmp_path / "one", 1))
     monkeypatch.setattr(train_gpt, "Run", Joined)
     small("--out", tmp_path / "joined", *flags, "--only", "0")
@@ -355,7 +355,7 @@ TEXT, IMAGES = ("--seq-len", "8"), ("--samples", "0")
     "script, flags",
     [
         (train_gpt, (*TEXT, "--blocks", "1", "--recipe", "paper")),
-        (train_gpt, (*TEXT, "--blocks", "1", "--head", "posterior", "--walk", "last")),
+        (train_gpt, (*TEXT, "--blocks", "1", "--head", "posterior", "--predict", "active")),
         (train_gpt, (*TEXT, "--baseline")),
         (train_mdm, (*TEXT, "--blocks", "1")),
         (train_looped, TEXT),
@@ -364,14 +364,14 @@ TEXT, IMAGES = ("--seq-len", "8"), ("--samples", "0")
         (train_dit, (*IMAGES, "--blocks", "1", "--frechet-images", "0")),
     ],
 )
-def test_a_team_goes_the_way_of_the_joined_batch_in_every_script(cli, text_file, tmp_path, monkeypatch, script, flags):
+def test_a_group_goes_the_way_of_the_joined_batch_in_every_script(cli, text_file, tmp_path, monkeypatch, script, flags):
     shared = ["--preset=tiny", "--width=16", "--steps=12", "--warmup=2", "--device=cpu"]
     shared += [*(("--data", text_file) if "--seq-len" in flags else ()), *flags, "--out"]
-    torchrun(2, tmp_path / "team", script=(f"{script.__name__}.py",), small=shared)
+    torchrun(2, tmp_path / "group", script=(f"{script.__name__}.py",), small=shared)
     monkeypatch.setattr(script, "Run", Joined)
     assert cli(*shared, tmp_path / "joined", main=script.main)[0] == 0
-    assert losses(tmp_path / "team", 0) == losses(tmp_path / "joined", 0)
-    assert same(tensors(tmp_path / "team", 0), tensors(tmp_path / "joined", 0))
+    assert losses(tmp_path / "group", 0) == losses(tmp_path / "joined", 0)
+    assert same(tensors(tmp_path / "group", 0), tensors(tmp_path / "joined", 0))
 
 
 @pytest.mark.slow
@@ -413,7 +413,7 @@ def test_a_killed_rank_leaves_whole_files_and_the_same_command_resumes(text_file
 
 @pytest.mark.slow
 @needs_namespaces
-def test_the_network_carries_gradients_within_a_team_and_nothing_between_blocks(text_file, tmp_path):
+def test_the_network_carries_gradients_within_a_group_and_nothing_between_blocks(text_file, tmp_path):
     """All bytes are counted: each job runs in a network of its own that has a loopback device and nothing else. Runs of
     10 and of 210 steps log equally often: 10 times.
     """
@@ -430,9 +430,9 @@ def test_the_network_carries_gradients_within_a_team_and_nothing_between_blocks(
         return int(counted.stdout), 4 * sum(tensor.numel() for tensor in weights.values())
 
     (short, gradient), (long, _) = bytes_sent(10, blocks=1), bytes_sent(210, blocks=1)
-    assert long - short > 200 * gradient  # a team sends at least its gradient each step: the count sees it
+    assert long - short > 200 * gradient  # a group sends at least its gradient each step: the count sees it
     assert long - short < 2.2 * 200 * gradient  # and little more: once out of each of the two, in packets
-    print(f"\n200 steps of a team: {long - short} bytes; its gradient has {gradient}")
+    print(f"\n200 steps of a group: {long - short} bytes; its gradient has {gradient}")
     (short, gradient), (long, _) = bytes_sent(10, blocks=2), bytes_sent(210, blocks=2)
     print(f"200 steps of two blocks: {long - short} bytes; a gradient has {gradient}")
     assert long - short < gradient  # torchrun's own heartbeat, which goes by the second, not by the step
@@ -464,7 +464,7 @@ def test_a_folder_in_use_is_not_taken_by_other_settings(small, tmp_path):
 def test_a_lock_dies_with_its_owner(tmp_path):
     path = tmp_path / "lock"
     hold = f"with lock({str(path)!r}, 'it'):\n    print('held', flush=True); input()"
-    hold = f"from nano_db.machinery.files import lock\n{hold}"
+    hold = f"from nano_db.trainer.checkpoints import lock\n{hold}"
     owner = subprocess.Popen([sys.executable, "-c", hold], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert owner.stdout.readline() == b"held\n"
     with pytest.raises(UsageError, match=f"it is in the hands of process {owner.pid} on"), lock(path, "it"):
@@ -481,9 +481,9 @@ def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch, capsy
         raise OSError(errno.ENOLCK, "No locks available")
 
     if absent == "on Windows":
-        monkeypatch.setattr(nano_db.machinery.files, "fcntl", None)
+        monkeypatch.setattr(nano_db.trainer.checkpoints, "fcntl", None)
     else:
-        monkeypatch.setattr(nano_db.machinery.files.fcntl, "flock", refuse)
+        monkeypatch.setattr(nano_db.trainer.checkpoints.fcntl, "flock", refuse)
     with lock(tmp_path / "lock", "block 3"):
         assert "warning: no locks here" in (err := capsys.readouterr().err) and "block 3" in err
 

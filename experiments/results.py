@@ -1,7 +1,7 @@
-"""The tables of results, by one command: `python -m nano_db.laboratory.results --scale cpu --jobs 2`
+"""The tables of results, by one command: `python -m experiments.results --scale cpu --jobs 2`
 
-It runs the scripts for every experiment of the scale (experiments.py) that has no file yet. What comes out goes into
-results/<scale>: a JSON file a run with its exact command, versions and machine, and summary.md. Stop it
+It runs the scripts for every experiment of the scale (tables.py) that has no file yet. What comes out goes into
+results/<scale>: a JSON file per run with its exact command, versions and machine, and summary.md. Stop it
 whenever you like; the same command goes on, even in the middle of a run. A run that fails does not stop the others.
 """
 
@@ -15,15 +15,15 @@ from pathlib import Path
 
 import torch
 
+from experiments.compare import read_result
+from experiments.summary import depth_panels, fill, groups, read_records, summary
+from experiments.tables import SCALES
 from nano_db.errors import UsageError
-from nano_db.laboratory.compare import read_result
-from nano_db.laboratory.experiments import SCALES
-from nano_db.laboratory.summary import depth_panels, fill, groups, read_records, summary
-from nano_db.machinery.files import read_config, write_json, write_text
-from nano_db.machinery.run import command, stop_requests
-from nano_db.machinery.settings import Parser
+from nano_db.trainer.checkpoints import read_config, write_json, write_text
+from nano_db.trainer.run import command, stop_requests
+from nano_db.trainer.settings import Parser
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_all(todo, jobs, out, folder):
@@ -36,7 +36,7 @@ def run_all(todo, jobs, out, folder):
         try:
             while (waiting or running) and not stop:
                 unfinished = {experiment.file(seed) for experiment, seed in (*waiting, *running.values())}
-                free = [job for job in waiting if job[0].start_from(job[1]) not in unfinished]
+                free = [job for job in waiting if job[0].init_from(job[1]) not in unfinished]
                 for job in free[: jobs - len(running)]:
                     waiting.remove(job)
                     running[start(*job, out)] = job
@@ -90,14 +90,14 @@ def keep_record(experiment, seed, out, folder, jobs):
     else:
         machine["gpu"] = torch.cuda.get_device_name() if result["device"] == "cuda" else result["device"]
     record = {"experiment": experiment.name, "seed": seed, "command": experiment.command_line(seed), "machine": machine}
-    record |= {name: depends_on[name] for name in ("data_sha256", "start_from_sha256") if depends_on.get(name)}
-    settings = {name: value for name, value in settings.items() if name not in ("out", "start_from")}
+    record |= {name: depends_on[name] for name in ("data_sha256", "init_from_sha256") if depends_on.get(name)}
+    settings = {name: value for name, value in settings.items() if name not in ("out", "init_from")}
     record |= {"settings": settings, "result": result}
     write_json(folder / f"{experiment.file(seed)}.json", record)
 
 
 def main():
-    parser = Parser(prog="python -m nano_db.laboratory.results", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m experiments.results", description=__doc__, allow_abbrev=False)
     parser.add_argument("--scale", choices=tuple(SCALES), default="cpu", help="how large (default cpu)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1; on CPUs no more than cores)")
     parser.add_argument("--only", metavar="TABLE,...", help="these tables alone (default: all of the scale)")
@@ -122,7 +122,7 @@ def main():
         if args.list:
             print(f"{experiment.name:40} {len(missing)} of {experiment.seeds} to run  {experiment.row}")
     files = {experiment.file(seed): (experiment, seed) for experiment in found for seed in range(experiment.seeds)}
-    networks = {experiment.start_from(seed) for experiment, seed in todo.values()} - {""}
+    networks = {experiment.init_from(seed) for experiment, seed in todo.values()} - {""}
     todo |= {name: files[name] for name in networks if not (out / name).exists()}  # its record is no network
     if args.list:
         return print(f"to run: {len(todo)}; at scale cpu a run takes a core two minutes or so")
@@ -133,11 +133,11 @@ def main():
 
     found, stale = read_records(folder, args.scale)
     for path in stale:
-        print(f"{path} is left out: its flags are no longer those of experiments.py")
+        print(f"{path} is left out: its flags are no longer those of tables.py")
     write_text(folder / "summary.md", summary(found, args.scale))
     print(f"written: {folder / 'summary.md'}")
     if panels := depth_panels(found):
-        from nano_db.laboratory.plots import draw_depth  # matplotlib is slow to import
+        from experiments.figures import draw_depth  # matplotlib is slow to import
 
         draw_depth(folder / "depth.png", panels)
     if args.readme is not None:

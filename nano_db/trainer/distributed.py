@@ -2,11 +2,11 @@
 
 torchrun (or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) starts R processes. With as many
 blocks, process r trains block r. With more blocks, a process takes several, one after the other. With more processes,
-those of one block form a team, which is ordinary data-parallel training: each draws its own share of the batch, from
-(seed, block, step, place), and the gradients are averaged. What a team sends stays in the team, because the only
-process group that a process ever joins is its team's; a process that trains alone joins none. Between blocks nothing
-passes but, at the end of the training, a count of who has finished, so that process 0 knows when to evaluate. Files
-do the rest (run.py).
+those of one block form a group, which is ordinary data-parallel training: each draws its own local batch, from (seed,
+block, step, rank), and the gradients are averaged. What a group sends stays in the group, because the only process
+group that a process ever joins is its block's; a process that trains alone joins none. Between blocks nothing passes
+but, at the end of the training, a count of who has finished, so that process 0 knows when to evaluate. Files do the
+rest (run.py).
 """
 
 import os
@@ -22,26 +22,26 @@ from nano_db.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Team:
-    """The processes that train one block, seen from one of them: number `place` of `size`. Most often it is alone.
+class Group:
+    """The processes that train one block, seen from that of number `rank` of `size`. Most often it is alone.
 
     store: where the members find each other (a torch.distributed.Store).
     """
 
-    place: int = 0
+    rank: int = 0
     size: int = 1
     store: Any = None
 
     @contextmanager
     def connected(self, b, device, step):
-        """A context in which the members of block b's team can talk to each other. All must have reached one `step`."""
+        """A context in which the group of block b can talk. All members must have reached one `step`."""
         if device == "mps":
-            raise UsageError("--device mps cannot share a block between processes: start one process a block")
+            raise UsageError("--device mps cannot share a block between processes: start one process per block")
         if device == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
             raise UsageError(f"{self.size} processes share block {b}, and need a GPU each: start fewer processes")
         backend, store = "nccl" if device == "cuda" else "gloo", dist.PrefixStore(f"block {b}", self.store)
         own = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None
-        dist.init_process_group(backend, store=store, rank=self.place, world_size=self.size, device_id=own)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, device_id=own)
         try:
             ends = torch.tensor([step, -step], device=device)
             self._all_reduce(ends, dist.ReduceOp.MAX)
@@ -78,49 +78,48 @@ class Team:
             dist.all_reduce(tensor, operation)
         except RuntimeError as error:
             if isinstance(error, dist.DistError) or "peer" in str(error):  # the latter is what gloo says
-                raise UsageError(
-                    "this block lost a process of its team: the same command goes on from the last save"
-                ) from error
+                message = "this block lost a process of its group: the same command goes on from the last save"
+                raise UsageError(message) from error
             raise
 
 
 @dataclass(frozen=True)
 class Worker:
-    """One process of a job: number `rank` of `ranks`."""
+    """One process of a job: number `rank` of `world_size`."""
 
     rank: int = 0
-    ranks: int = 1
+    world_size: int = 1
     store: Any = None
 
-    def share(self, blocks, batch_size):
-        """Which of `blocks` this process trains, and its team: (list of blocks, Team).
+    def assign(self, blocks, batch_size):
+        """Which of `blocks` this process trains, and with whom: (list of blocks, Group).
 
-        Neighbouring ranks form a team, as they stand on one machine, most likely.
+        Neighbouring ranks form a group, as they stand on one machine, most likely.
         """
-        if self.ranks <= len(blocks):
-            return blocks[self.rank :: self.ranks], Team()
-        of_rank = [rank * len(blocks) // self.ranks for rank in range(self.ranks)]  # index into blocks
+        if self.world_size <= len(blocks):
+            return blocks[self.rank :: self.world_size], Group()
+        of_rank = [rank * len(blocks) // self.world_size for rank in range(self.world_size)]  # index into blocks
         mine = of_rank[self.rank]
-        team = Team(self.rank - of_rank.index(mine), of_rank.count(mine), self.store)
-        if batch_size % team.size:
-            raise UsageError(f"--batch-size {batch_size} must be a multiple of the {team.size} processes of a block")
-        return [blocks[mine]], team
+        group = Group(self.rank - of_rank.index(mine), of_rank.count(mine), self.store)
+        if batch_size % group.size:
+            raise UsageError(f"--batch-size {batch_size} must be a multiple of the {group.size} processes of a block")
+        return [blocks[mine]], group
 
     def wait_for_all(self):
-        """Say that this process has trained its share. Process 0 waits here until all have, however long it takes."""
-        if self.ranks > 1:
+        """Say that this process has trained its blocks. Process 0 waits here until all have, however long it takes."""
+        if self.world_size > 1:
             self.store.add("finished", 1)
-            while self.rank == 0 and self.store.add("finished", 0) < self.ranks:
-                time.sleep(0.5)  # in Python, so that a signal is heeded
+            while self.rank == 0 and self.store.add("finished", 0) < self.world_size:
+                time.sleep(0.5)  # in Python, so that a signal can stop it
 
 
 def join():
     """This process as a Worker, from what torchrun sets. On CUDA each process takes a GPU, as far as they go."""
     try:
-        store, rank, ranks = next(dist.rendezvous("env://"))
+        store, rank, world_size = next(dist.rendezvous("env://"))
     except ValueError as error:
         raise UsageError(f"WORLD_SIZE is set, but {error}: start with torchrun, or unset WORLD_SIZE") from error
     if torch.cuda.is_available():
         local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", rank))
         torch.cuda.set_device(int(local) % torch.cuda.device_count())
-    return Worker(rank, ranks, store)
+    return Worker(rank, world_size, store)

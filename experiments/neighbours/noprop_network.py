@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nano_db.heads import make_codebook
+from nano_db.heads import make_target_embeddings
 from nano_db.layers import NoiseEmbedding
 
 
@@ -54,7 +54,7 @@ class Shared(nn.Module):
 
     def __init__(self, classes, d, length=1.0):
         super().__init__()
-        codes = make_codebook(classes, d)
+        codes = make_target_embeddings(classes, d)
         self.u, self.out = nn.Parameter(length * codes), nn.Linear(d, classes)
         self.out.weight.data = 10 / length * codes
 

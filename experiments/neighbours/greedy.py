@@ -1,7 +1,7 @@
 """Greedy blocks of a vision transformer: each reads what the frozen blocks before it make of the image.
 
-    python -m nano_db.laboratory.neighbours.greedy                    # every block with a classifier of its own
-    python -m nano_db.laboratory.neighbours.greedy --look-ahead 2     # and two more layers, thrown away afterwards
+    python -m experiments.neighbours.greedy                    # every block with a classifier of its own
+    python -m experiments.neighbours.greedy --look-ahead 2     # and two more layers, thrown away afterwards
 
 Blocks are trained in turn, by cross-entropy (Belilovsky et al. 2019). Memory is that of one block, as with
 DiffusionBlocks. The difference is what they give up for it. A block of DiffusionBlocks needs no other, so each begins
@@ -20,12 +20,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.images import load_images
+from experiments.neighbours.shared import progress, read_arguments, report, share_right, start, whole
 from nano_db.images import patch_positions, patchify
-from nano_db.laboratory.neighbours.shared import progress, read_arguments, report, share_right, start, whole
-from nano_db.layers import Layer, layer_norm
-from nano_db.machinery.memory import training_bytes
-from nano_db.machinery.run import learning_rate, make_optimizer, seed_from
+from nano_db.layers import Layer, rms_norm
 from nano_db.partition import split_layers
+from nano_db.trainer.memory import training_bytes
+from nano_db.trainer.run import learning_rate, make_optimizer, seed_from
 
 
 class Embedding(nn.Module):
@@ -54,7 +54,7 @@ class GreedyBlock(nn.Module):
 
     def scores(self, h):
         """h: images, or what the block before makes of them, (B, 1 + T, width). Logits (B, V)."""
-        return self.readout(layer_norm(self.look_ahead(self.own(h)))[:, 0])
+        return self.readout(rms_norm(self.look_ahead(self.own(h)))[:, 0])
 
     def loss(self, h, y):
         return F.cross_entropy(self.scores(h), y)

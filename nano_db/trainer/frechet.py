@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nano_db.machinery.run import seed_from
+from nano_db.trainer.run import seed_from
 
 FEATURES = 64
 

@@ -3,40 +3,34 @@ bytes.
 """
 
 from contextlib import nullcontext
-from unittest.mock import patch
 
 import torch
 
-from nano_db import layers
+from nano_db.layers import watch_recomputing
 
 PARTS = ("weights", "gradients", "optimizer", "activations")
 
 
-def training_bytes(module, batch, optimizer, context=None):
+def training_bytes(module, batch, optimizer, context=nullcontext()):  # noqa: B008
     """Take one training step of `module` and count. Returns {part: bytes} for PARTS and their "total".
 
-    Activations are the tensors that autograd saves in the forward pass, each storage once, weights excluded. Of layers
-    that are checkpointed (layers.py) their inputs count, and what the largest of them saves when it is evaluated again.
-    Codebooks and other fixed buffers count as weights. On CUDA "allocator_peak" is added: the most the allocator held
-    during the step, which also has the temporaries. `context`: the autocast to compute in.
+    Activations are the tensors that autograd saves in the forward pass, each storage once, weights excluded. Of what is
+    recomputed (layers.py) the inputs count, and what the largest such part saves when it is evaluated again. Target
+    embeddings and other fixed buffers count as weights. On CUDA "allocator_peak" is added: the most the allocator held
+    during the step, which also has the temporaries. context: the autocast to compute in.
     """
     fixed = [*module.parameters(), *module.buffers()]
     on_cuda = fixed[0].is_cuda
     activations = _activation_bytes(module, batch, fixed, context)
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
-    with context or nullcontext():
+    with context:
         loss = module.loss(*batch)
     loss.backward()
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     optimizer.step()
     state = [v for per_weight in optimizer.state.values() for v in per_weight.values() if torch.is_tensor(v)]
-    count = {
-        "weights": _bytes(fixed),
-        "gradients": _bytes(gradients),
-        "optimizer": _bytes(state),
-        "activations": activations,
-    }
+    count = dict(zip(PARTS, (_bytes(fixed), _bytes(gradients), _bytes(state), activations), strict=True))
     count["total"] = sum(count[part] for part in PARTS)
     if on_cuda:
         count["allocator_peak"] = torch.cuda.max_memory_allocated()
@@ -44,9 +38,9 @@ def training_bytes(module, batch, optimizer, context=None):
 
 
 def _activation_bytes(module, batch, fixed, context):
-    """See training_bytes. We take the place of `checkpoint`, to see what a function saves when evaluated alone."""
+    """See training_bytes. What is recomputed is watched, to see what it saves when it is evaluated alone."""
     fixed = {tensor.untyped_storage()._cdata for tensor in fixed}  # as fake tensors (plan.py) have no data_ptr
-    levels, held = [({}, [0])], []  # {storage: its bytes} kept; what each function keeps while it is evaluated again
+    levels, held = [({}, [0])], []  # {storage: its bytes} kept; what each part keeps while it is evaluated again
 
     def note(tensor):
         storage = tensor.untyped_storage()
@@ -54,9 +48,7 @@ def _activation_bytes(module, batch, fixed, context):
             levels[-1][0][storage._cdata] = storage.nbytes()
         return tensor.detach()  # itself would be a circle: an output, its graph, and what the graph saved
 
-    def look_inside(function, *inputs, use_reentrant, **named):
-        if not torch.is_grad_enabled():  # nothing is kept: a turn of a loop before the last few
-            return function(*inputs, **named)
+    def look_inside(function, *inputs, **named):
         held.append(inputs)  # with the graphs behind them
         for tensor in filter(torch.is_tensor, inputs):
             note(tensor)
@@ -67,7 +59,7 @@ def _activation_bytes(module, batch, fixed, context):
         return result.detach().requires_grad_()  # what was saved inside is free again
 
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    with patch.object(layers, "checkpoint", look_inside), hooks, context or nullcontext():
+    with watch_recomputing(look_inside), hooks, context:
         module.loss(*batch)
     [(kept, inside)] = levels
     return sum(kept.values()) + max(inside)

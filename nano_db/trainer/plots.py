@@ -1,4 +1,4 @@
-"""Pictures of runs, and the README's of the method: draw_idea("notebooks/blocks.png")."""
+"""The pictures that a run leaves: its curves, and its samples."""
 
 import math
 import os
@@ -10,18 +10,13 @@ if "MPLBACKEND" not in os.environ:  # a notebook has set it, to show figures in 
     matplotlib.use("Agg")  # files only, no window
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 
 from nano_db.errors import UsageError
-from nano_db.laboratory.mixture import GaussianMixture
-from nano_db.machinery.files import read_metrics, write_atomically
-from nano_db.partition import make_partition
-from nano_db.sampler import euler_walk
-from nano_db.schedule import LogNormal
+from nano_db.trainer.checkpoints import read_metrics, write_atomically
 
 
 def block_colours(blocks):
-    """A colour a block. The light end of the scale, which is faint on white, is left out."""
+    """One colour per block. The light end of the scale, which is faint on white, is left out."""
     return [plt.get_cmap("viridis")(0.7 * b / max(1, blocks - 1)) for b in range(blocks)]
 
 
@@ -30,7 +25,7 @@ def save_figure(figure, path):
     plt.close(figure)
 
 
-def draw_curves(folder, metric, unit, shares=()):
+def draw_curves(folder, metric, shares=()):
     """curves.png of a run: training loss by block, the held-out `metric` by round, and its `shares` by block."""
     training, evaluations = read_metrics(folder, "train"), read_metrics(folder, "evaluation")
     blocks, panels = sorted({record["block"] for record in training}), 3 if len(shares) > 1 else 2
@@ -42,10 +37,10 @@ def draw_curves(folder, metric, unit, shares=()):
     if len(blocks) > 1:
         axes[0].legend()
     axes[1].plot([r["step"] for r in evaluations], [r[metric] for r in evaluations], "o-", color="black")
-    axes[1].set(xlabel="steps of each block", ylabel=unit, title="held-out " + metric.replace("_", " "))
+    axes[1].set(xlabel="steps of each block", ylabel=metric.replace("_", " "), title="held-out")
     if len(shares) > 1:
         axes[2].bar(range(len(shares)), shares, color=block_colours(len(shares)))
-        axes[2].set(xlabel="block (0 is the noisiest)", ylabel="nats a symbol", title="what each block answers for")
+        axes[2].set(xlabel="block (0 is the noisiest)", ylabel="nats per symbol", title="each block's share")
         axes[2].set_xticks(range(len(shares)))
     save_figure(figure, Path(folder) / "curves.png")
 
@@ -63,24 +58,26 @@ def draw_classification(path, images, log_p, labels, metrics, hardest):
     figure, axes = plt.subplots(1, 1 + walks, figsize=(5 + 5 * walks, 4.8), layout="constrained", squeeze=False)
     left, right = axes[0, 0], axes[0, -1]
     _show_mosaic(left, tiles, titles, columns=5, gap=16)
-    left.set_title("the hardest test images: true -> named")
+    left.set_title("the hardest test images: true -> predicted")
     if walks:
         for name, style, label in (("noise_free", "o-", "from z = 0"), ("walk", "s--", "from noise")):
             right.plot(metrics[f"accuracy_{name}_after_each_block"], style, label=label)
         right.axhline(metrics["accuracy_mean_of_walks"], ls=":", color="black", label="mean of walks, at the end")
-        right.set(xlabel="after block", ylabel="share of test images named right", title="accuracy along the walk")
+        right.set(xlabel="after block", ylabel="accuracy on test images", title="accuracy along the walk")
         right.xaxis.get_major_locator().set_params(integer=True)
         right.legend()
     save_figure(figure, path)
 
 
-def draw_images(path, states, owners, names, sigma_data, walks=3, columns=13):
+def draw_images(path, states, partition, classes, sigma_data, walks=3, columns=13):
     """samples.png of an image generator: images with their classes, and some walks from noise to image.
 
-    states: of the whole walk (sampler.State), images (B, C, H, W) in [-1, 1]. owners: the block of each call. names: B
-    classes. A walk is two rows: the noisy image z, scaled to the range of a clean one, and D, what the block at work
-    takes it for. The frame has the colour of the block.
+    states: of the whole walk (sampler.State), images (B, C, H, W) in [-1, 1], classes in turn. A walk is two rows: the
+    noisy image z, scaled to the range of a clean one, and D, what the active block takes it for. The frame has the
+    colour of the block.
     """
+    owners = [partition.route(sigma) for sigma in (partition.edges[0], *(state.sigma for state in states[:-1]))]
+    names = [classes[i % len(classes)] for i in range(len(states[-1].z))]
     chosen = np.linspace(0, len(states) - 1, min(columns, len(states))).round().astype(int)
     colours = [block_colours(max(owners) + 1)[owners[k]] for k in chosen]
     tiles = []
@@ -93,7 +90,7 @@ def draw_images(path, states, owners, names, sigma_data, walks=3, columns=13):
     figure, (top, bottom) = plt.subplots(2, 1, figsize=size, height_ratios=heights, layout="constrained")
     _show_mosaic(top, list(states[-1].z.cpu()), names, columns, gap=8)
     _show_mosaic(bottom, tiles, labels, len(chosen), gap=4, frames=colours * (len(tiles) // len(chosen)))
-    bottom.set_title("from noise to image: above z, below what the block at work takes it for", fontsize=10, pad=32)
+    bottom.set_title("from noise to image: above z, below what the active block takes it for", fontsize=10, pad=32)
     save_figure(figure, path)
 
 
@@ -133,59 +130,3 @@ def _show_mosaic(ax, images, labels, columns, gap, frames=None):
             ax.text(x + W / 2, y - 2, labels[i], ha="center", va="bottom", fontsize=7, color=colour)
     ax.imshow(canvas)
     ax.set_axis_off()
-
-
-def draw_depth(path, panels):
-    """depth.png of results: quality against the layers of a network or of a block, in a panel for each table.
-
-    panels: {(title, unit): {label: {layers: a number a seed}}}
-    """
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.8), layout="constrained", squeeze=False)
-    for ax, ((title, unit), lines) in zip(axes[0], panels.items(), strict=True):
-        for style, (label, seeds) in zip(("o--", "s-", "^:")[: len(lines)], lines.items(), strict=True):
-            means, spreads = [np.mean(v) for v in seeds.values()], [np.std(v, ddof=len(v) > 1) for v in seeds.values()]
-            ax.errorbar(list(seeds), means, spreads, fmt=style, capsize=3, label=label)
-        ticks = sorted({layers for seeds in lines.values() for layers in seeds})
-        ax.set(xscale="log", xlabel="layers of the network, or of a block", ylabel=unit, title=title)
-        ax.set_xticks(ticks, ticks)
-        ax.minorticks_off()
-        ax.legend()
-    save_figure(figure, path)
-
-
-def draw_idea(path, blocks=4):
-    """The README's picture: the noise levels cut into blocks, and a walk from noise to data that passes through them.
-
-    Nothing in it is trained: the data is a mixture of Gaussians, whose denoiser is known.
-    """
-    noise = LogNormal(sigma_max=20.0)
-    partition, colours = make_partition(noise, blocks), block_colours(blocks)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-
-    def density(log_sigma):
-        return np.exp(-0.5 * ((log_sigma - noise.p_mean) / noise.p_std) ** 2)
-
-    for b, colour in enumerate(colours):
-        log_sigma = np.linspace(*np.log(partition.interval(b)), 200)
-        left.fill_between(log_sigma, density(log_sigma), color=colour)
-        middle = math.log(noise.inverse_cdf((blocks - b - 0.5) / blocks))
-        left.text(middle, density(middle) / 2, f"block\n{b}", ha="center", va="center", color="white")
-    ticks = [20, 5, 1, 0.3, 0.1, 0.02, 0.002]
-    left.set_xticks(np.log(ticks), ticks)
-    left.set(xlabel="noise level sigma, from pure noise to none", yticks=[], xlim=left.get_xlim()[::-1])
-    left.set_title("Each block trains alone, on its own noise levels\n(equal areas: equal shares of the training)")
-
-    corners = [(math.cos(a), math.sin(a)) for a in torch.arange(5) * 2 * math.pi / 5]
-    z = 20.0 * torch.randn(24, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    sigmas = torch.tensor([*np.geomspace(20, 0.002, 400), 0.0])
-    states = euler_walk(GaussianMixture(corners, std=0.06).denoise, z, sigmas)
-    walk = torch.stack([z, *(state.z for state in states)])  # (steps + 1, 24, 2)
-    for b, colour in enumerate(colours):
-        steps = (partition.route(sigmas[:-1]) == b).nonzero()
-        span = walk[steps.min() : steps.max() + 2]
-        right.plot(span[..., 0], span[..., 1], color=colour, lw=1.2)
-    right.plot(*zip(*corners, strict=True), "k*", ms=11, ls="none", label="data")
-    right.set(xlim=(-3, 3), ylim=(-2.2, 2.2), aspect="equal")
-    right.set_title("Run one after the other, they walk from noise to data\n(colour: the block that takes the step)")
-    right.legend(loc="upper right")
-    save_figure(figure, path)

@@ -12,10 +12,10 @@ from functools import reduce
 from operator import getitem
 from pathlib import Path
 
+from experiments.comparisons import CONVERSION
+from experiments.tables import GROUPS, SCALES, experiments
 from nano_db.errors import UsageError
-from nano_db.laboratory.comparisons import CONVERSION
-from nano_db.laboratory.experiments import GROUPS, SCALES, experiments
-from nano_db.machinery.memory import PARTS
+from nano_db.trainer.memory import PARTS
 
 MARKED = re.compile(r"(<!-- results: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TRAINING = f"training MiB: {' + '.join(PARTS)}"
@@ -37,14 +37,14 @@ MAIN = {  # columns of the main table, and which rows of an architecture's own t
 PAPER = {"vit": "accuracy in %", "dit": "FID", "mdm": "bits per character", "gpt": "MAUVE", "looped": "MAUVE"}
 
 
-def read_json(path, keys, mend):
-    """The dictionary in a file, which must have `keys`. mend: what to do where the file is missing or damaged."""
+def read_json(path, keys, advice):
+    """The dictionary in a file, which must have `keys`. advice: what to do where the file is missing or damaged."""
     try:
         content = json.loads(Path(path).read_text())
         assert content.keys() >= set(keys)
         return content
     except (OSError, ValueError, AttributeError, AssertionError):
-        raise UsageError(f"{path} is missing or damaged: {mend}") from None
+        raise UsageError(f"{path} is missing or damaged: {advice}") from None
 
 
 def read_records(folder, scale):
@@ -108,7 +108,7 @@ def shown_metrics(rows):
 
 
 def depth_panels(found):
-    """What plots.draw_depth draws, of those tables of depth that have been run."""
+    """What figures.draw_depth draws, of those tables of depth that have been run."""
     panels = {}
     for group in ("vit-depth", "dit-depth", "gpt-depth"):
         plain, cut = {}, {}  # {layers of the network, or of a block: a number a seed}
@@ -178,7 +178,7 @@ def milliseconds(records):
 def main_table(found):
     """Quality by method; and what blocks take of the end-to-end network's memory, and of its layers for a sample.
 
-    No seconds: runs of one table may stand on different machines. race.py times in pairs.
+    No seconds: runs of one table may stand on different machines. benchmark.py times in pairs.
     """
     columns = ["architecture", *MAIN, "training memory", "layers evaluated", "the paper: end to end; blocks"]
     costs = ("memory_bytes", "total"), ("one_sample", "layer_evaluations")
@@ -262,7 +262,7 @@ def summary(found, scale):
     """The text of summary.md. found: as of read_records."""
     text = f"""# Results at scale {scale}
 
-`python -m nano_db.laboratory.results --scale {scale}` wrote this page from the JSON files beside it. Quality is the
+`python -m experiments.results --scale {scale}` wrote this page from the JSON files beside it. Quality is the
 mean ± standard deviation over seeds. Seconds are medians. Ratios are taken within a seed, for machines drift. Memory is
 that of the largest network in training. `docs/running.md` says what each number means.
 """
@@ -276,7 +276,7 @@ that of the largest network in training. `docs/running.md` says what each number
         title, notes = GROUPS[group]
         text += f"\n## {title}\n\n{notes} Measured on: {measured or NONE}.\n\n{table(group, found)}"
     folder = f" --out out/results/{scale}/"  # where other runs look for the network that they start from
-    named = any(experiment.start_from(0) for experiment in found)
+    named = any(experiment.init_from(0) for experiment in found)
     lines = (e.command_line(0) + (folder + e.file(0) if named else "") for e in found)
     also = "Rows of several seeds also have `--seed 1`, and 2" + (
         " (`-s1` and `-s2` in the folders)." if named else "."

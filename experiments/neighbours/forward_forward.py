@@ -1,7 +1,7 @@
 """Forward-Forward (Hinton 2022, arXiv 2212.13345): no backward pass between layers at all.
 
-    python -m nano_db.laboratory.neighbours.forward_forward                  # an MLP, as in the paper
-    python -m nano_db.laboratory.neighbours.forward_forward --network vit    # a vision transformer
+    python -m experiments.neighbours.forward_forward                  # an MLP, as in the paper
+    python -m experiments.neighbours.forward_forward --network vit    # a vision transformer
 
 A layer sees an image together with a label. Its *goodness* is how strongly it answers, and it learns to answer strongly
 where the label is right, and weakly where it is wrong. Its input is scaled to one length first, so that it cannot just
@@ -19,12 +19,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.images import load_images
-from nano_db.heads import make_codebook
+from experiments.neighbours.shared import progress, read_arguments, report, share_right, start, whole
+from nano_db.heads import make_target_embeddings
 from nano_db.images import patch_positions, patchify
-from nano_db.laboratory.neighbours.shared import progress, read_arguments, report, share_right, start, whole
 from nano_db.layers import Layer
-from nano_db.machinery.memory import training_bytes
-from nano_db.machinery.run import learning_rate, make_optimizer, seed_from
+from nano_db.trainer.memory import training_bytes
+from nano_db.trainer.run import learning_rate, make_optimizer, seed_from
 
 # Goodness is a logit. The paper's is the sum of 1000 squares less 1000: 1000 times what stands here without SHARPNESS.
 # In a short run nearly every sample is then out of the sigmoid's reach.
@@ -55,7 +55,7 @@ class Patches(nn.Module):
         super().__init__()
         self.patch, self.linear, self.label = patch, nn.Linear(shape[0] * patch**2, width), nn.Linear(width, width)
         self.register_buffer("positions", patch_positions(shape, patch, width), persistent=False)
-        self.register_buffer("codes", width**0.5 * make_codebook(classes, width), persistent=False)
+        self.register_buffer("codes", width**0.5 * make_target_embeddings(classes, width), persistent=False)
 
     def forward(self, x, y):
         patches = self.linear(patchify(x, self.patch)) + self.positions

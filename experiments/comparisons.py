@@ -1,5 +1,5 @@
 """The experiments of two more scales: other methods (neighbours/) beside ours, and blocks that begin with the layers of
-a trained network (--start-from).
+a trained network (--init-from).
 """
 
 from functools import partial
@@ -61,7 +61,7 @@ def add_conversion(tables):
         add = partial(tables.add, f"{script}-conversion")
         three = 3 if script in ("dit", "gpt") else 1  # a sentence of the README rests on these
         add("network", f"the network, {first} steps", seeds=three, baseline=True, **lasting(script, first))
-        start = dict(start_from=f"{{out}}/conversion/{script}-conversion-network-s{{seed}}")
+        start = dict(init_from=f"{{out}}/conversion/{script}-conversion-network-s{{seed}}")
         for steps in more:
             changes = lasting(script, steps)
             if steps < first:

@@ -1,6 +1,6 @@
 """The course's schematics and its cheat sheet, drawn by code:
 
-    python -m nano_db.laboratory.schematics      # writes docs/pictures/*.svg and docs/cheatsheet.svg
+    python -m experiments.schematics      # writes docs/pictures/*.svg and docs/cheatsheet.svg
 
 A colour means one thing in all of them: blue the condition x, gold the target y, red the noise (z and sigma), and the
 colours from violet to green the blocks, noisiest first. Nothing in the pictures is trained: the denoisers are exact.
@@ -14,15 +14,15 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.patches import FancyBboxPatch
 
-from nano_db.heads import log_likelihood, make_codebook
-from nano_db.laboratory.mixture import GaussianMixture
-from nano_db.laboratory.plots import block_colours, plt
-from nano_db.machinery.files import write_atomically
+from experiments.mixture import GaussianMixture
+from nano_db.heads import log_likelihood, make_target_embeddings
 from nano_db.partition import make_partition
 from nano_db.sampler import euler_walk
-from nano_db.schedule import LogNormal, equal_mass_grid, quantiles
+from nano_db.schedule import LogNormal, equal_probability_grid, quantiles
+from nano_db.trainer.checkpoints import write_atomically
+from nano_db.trainer.plots import block_colours, plt
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[1] / "docs"
 X, Y, Z, GREY = "#1971c2", "#e69f00", "#d6336c", "#868e96"  # condition, target, noise; and what is none of these
 DASHED = (0, (3, 2))
 
@@ -65,7 +65,7 @@ def draw_block():
     box(ax, 335, 110, 380, 112, "", own, tint=0.05, style="--")
     for x, y, width, height, text, colour in (
         (75, 325, 110, 56, "y\nthe class", Y),
-        (232, 325, 154, 72, "codebook E\na fixed unit vector\na class", GREY),
+        (232, 325, 154, 72, "target embeddings E\none fixed unit vector\nper class", GREY),
         (362, 325, 24, 24, "+", GREY),
         (505, 325, 150, 56, "z = E[y] + σ ε\nthe noisy target", Z),
         (805, 325, 150, 56, "loss of the block\n− ln p(y | z, x)", Y),
@@ -107,13 +107,13 @@ def draw_networks():
     z, sigma, label, time = ("z, σ", Z), ("σ", Z), ("x", X), ("t", Z)  # what enters from the side, by height
     for i, (name, given, layers, head, answer, enters, words) in enumerate((
         ("GPT", ("x: the text so far", X), back, "denoising head", "p(next token)", {400: z},
-         "Noise enters at the head.\nThe layers read x alone,\nand run once a token."),
+         "Noise enters at the head.\nThe layers read x alone,\nand run once per token."),
         ("ViT", ("x: an image", X), around, "denoising head", "p(label)", {400: z},
-         "Noise enters at the head.\nThe layers read x alone,\nand run once an image."),
+         "Noise enters at the head.\nThe layers read x alone,\nand run once per image."),
         ("DiT", ("z: a noisy image", Z), around, "EDM head", "D: the image", {400: z, 290: sigma, 250: label},
-         "The layers read z.\nσ and the class x modulate\nthem, at each call anew."),
-        ("masked diffusion", ("z: text with gaps", Z), around, "readout", "p(hidden letters)", {270: time},
-         "Noise hides letters: z is\nthe text itself. The time t\nmodulates each layer."),
+         "The layers read z.\nσ and the class x modulate\nthem, at each step anew."),
+        ("masked diffusion", ("z: text with gaps", Z), around, "lm_head", "p(masked letters)", {270: time},
+         "Noise masks letters: z is\nthe text itself. The time t\nmodulates each layer."),
         ("looped", ("x: the text so far", X), loop, "posterior head", "p(next token)", {400: z, 270: z},
          "z takes the place of the\nstate. One block serves\nall noise levels."),
     )):  # fmt: skip
@@ -192,13 +192,13 @@ def draw_walk(blocks=4):
     steps = np.linspace(0.05, 0.8, 6)
     ax.contourf(shares(levels), heights, torch.stack(rows, 1), steps, cmap="Greys", alpha=0.4, extend="max")
     z, end = 20.0 * torch.linspace(-1.9, 1.9, 14, dtype=torch.float64)[:, None], torch.zeros(1, dtype=torch.float64)
-    fine, few = torch.cat([quantiles(noise, 40 * blocks), end]), equal_mass_grid(noise, 2 * blocks)
+    fine, few = torch.cat([quantiles(noise, 40 * blocks), end]), equal_probability_grid(noise, 2 * blocks)
     many = walks(z, fine)
     for b, colour in enumerate(block_colours(blocks)):
         mine = slice(40 * b, 40 * (b + 1) + (2 if b == blocks - 1 else 1))
         ax.plot(shares(fine[mine]), many[mine], color=colour, lw=1.6)
         ax.text(b + 0.5, 2.3, f"block {b}", ha="center", color=colour, weight="bold")
-    ax.plot(shares(few), walks(z[3:4], few), "ko--", ms=5, lw=1.2, label="one of them in 8 calls, 2 of each block")
+    ax.plot(shares(few), walks(z[3:4], few), "ko--", ms=5, lw=1.2, label="one of them in 8 sampling steps, 2 per block")
     ax.set(xlim=(-0.02, blocks + 0.02), ylim=(-2.2, 2.2), yticks=[], ylabel="z, over its standard deviation")
     ax.set_xticks(range(blocks + 1), [f"{edge:.2g}" for edge in partition.edges])
     ax.set_xlabel("noise level σ (a block is as wide as its share of the training)")
@@ -206,15 +206,15 @@ def draw_walk(blocks=4):
     return figure
 
 
-def label_walks(calls=60):
-    """Class names, and the exact p(y | z, x) at each call, (calls, 3, V): of two walks from noise, of one from 0."""
+def label_walks(steps=60):
+    """Class names, and the exact p(y | z, x) at each step, (steps, 3, V): of two walks from noise, of one from 0."""
     names, prior = ["cat", "dog", "fox", "owl", "bee"], torch.tensor([0.42, 0.27, 0.16, 0.1, 0.05])  # p(y | x)
-    codebook, found = make_codebook(len(names), 16), []
-    sigmas = [*quantiles(LogNormal(1.0, 0.8, 0.2, 20.0), calls - 1).tolist(), 0.0]  # the last call is at sigma_min
+    target_embeddings, found = make_target_embeddings(len(names), 16), []
+    sigmas = [*quantiles(LogNormal(1.0, 0.8, 0.2, 20.0), steps - 1).tolist(), 0.0]  # the last step begins at sigma_min
 
     def denoise(z, sigma):
-        found.append((prior.log() + log_likelihood(z, sigma, codebook)).softmax(-1))
-        return found[-1] @ codebook
+        found.append((prior.log() + log_likelihood(z, sigma, target_embeddings)).softmax(-1))
+        return found[-1] @ target_embeddings
 
     z = 20.0 * torch.randn(2, 16, generator=torch.Generator().manual_seed(28))
     list(euler_walk(denoise, torch.cat([z, torch.zeros(1, 16)]), sigmas))
@@ -237,7 +237,7 @@ def draw_label(blocks=3):
         ax.set(xlim=(0, blocks), ylim=(0, 1), xticks=[])
         ax.spines[:].set_visible(False)
     axes[0].set_ylabel("p(y | z, x)")
-    figure.supxlabel("calls of the walk, noisiest first", size=10)
+    figure.supxlabel("sampling steps, noisiest first", size=10)
     return figure
 
 

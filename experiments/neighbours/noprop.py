@@ -1,10 +1,10 @@
 """NoProp (Li, Teh, Pascanu 2025, arXiv 2503.24322): blocks that denoise a label, each with a loss of its own.
 
-    python -m nano_db.laboratory.neighbours.noprop                    # DT: a block for each of T diffusion steps
-    python -m nano_db.laboratory.neighbours.noprop --method ct        # one network for continuous time
-    python -m nano_db.laboratory.neighbours.noprop --method fm        # one network, by flow matching
-    python -m nano_db.laboratory.neighbours.noprop --method backprop  # DT's chain of blocks, end to end
-    python -m nano_db.laboratory.neighbours.noprop --method blocks    # DiffusionBlocks, of this CNN
+    python -m experiments.neighbours.noprop                    # DT: a block for each of T diffusion steps
+    python -m experiments.neighbours.noprop --method ct        # one network for continuous time
+    python -m experiments.neighbours.noprop --method fm        # one network, by flow matching
+    python -m experiments.neighbours.noprop --method backprop  # DT's chain of blocks, end to end
+    python -m experiments.neighbours.noprop --method blocks    # DiffusionBlocks, of this CNN
 
 Class y has an embedding u_y. Noise on it, z_t ~ N(sqrt(abar_t) u_y, 1 - abar_t), falls while abar rises from near 0 to
 near 1. A block sees the image x and z, and guesses u_y. Unlike DiffusionBlocks, all blocks share the embeddings and the
@@ -22,16 +22,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.images import load_images
+from experiments.neighbours.noprop_network import CNN, Shared, noisy
+from experiments.neighbours.shared import positive, progress, read_arguments, report, share_right, start, whole
 from nano_db.block import DiffusionBlock
 from nano_db.classify import classify
-from nano_db.heads import PosteriorHead, make_codebook
-from nano_db.laboratory.neighbours.noprop_network import CNN, Shared, noisy
-from nano_db.laboratory.neighbours.shared import positive, progress, read_arguments, report, share_right, start, whole
-from nano_db.machinery.memory import training_bytes
-from nano_db.machinery.run import learning_rate, make_optimizer, seed_from
+from nano_db.heads import PosteriorHead, make_target_embeddings
 from nano_db.partition import make_partition
-from nano_db.schedule import LogNormal, equal_mass_grid
+from nano_db.schedule import LogNormal, equal_probability_grid
 from nano_db.stack import Stack
+from nano_db.trainer.memory import training_bytes
+from nano_db.trainer.run import learning_rate, make_optimizer, seed_from
 
 
 def cosine_schedule(steps):
@@ -138,12 +138,15 @@ def build(args, shape, classes):
     """(networks to train, each with a loss of its own; scores(x) of the class, made of them)."""
     d, T = args.embedding, args.blocks
     if args.method == "blocks":
-        noise, codebook = LogNormal(1.0, 0.8, 0.2, 20.0), make_codebook(classes, d, args.seed)  # as train_vit.py's
+        noise, target_embeddings = (
+            LogNormal(1.0, 0.8, 0.2, 20.0),
+            make_target_embeddings(classes, d, args.seed),
+        )  # as train_vit.py's
         partition = make_partition(noise, T, overlap=0.05)
         networks = [CNN(shape, d, d, args.channels, timed=True) for _ in range(T)]
         head, spans = PosteriorHead, map(partition.training_range, range(T))
-        parts = [DiffusionBlock(n, head(codebook), noise, s) for n, s in zip(networks, spans, strict=True)]
-        return parts, lambda x: classify(Stack(parts, partition), x, equal_mass_grid(noise, T))
+        parts = [DiffusionBlock(n, head(target_embeddings), noise, s) for n, s in zip(networks, spans, strict=True)]
+        return parts, lambda x: classify(Stack(parts, partition), x, equal_probability_grid(noise, T))
     shared, abar = Shared(classes, d, args.length), cosine_schedule(T)
     if args.method in ("ct", "fm"):
         out, kind = (classes, CT) if args.method == "ct" else (d, FM)

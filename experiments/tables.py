@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from nano_db.laboratory import comparisons
+from experiments import comparisons
 
 CPU = dict(device="cpu")
 FOR_ALL = {  # flags of all runs of a scale; below, those of each table. Baselines go without `blocks` and `overlap`
@@ -43,7 +43,7 @@ SCALES = {  # a table "vit-..." has the flags of "vit", but for those in its own
     },
 }  # fmt: skip
 SCALES["real"] = {  # as cpu, but on photographs and on Shakespeare
-    "vit": SCALES["cpu"]["vit"] | dict(data="cifar10", positions=0.3, readout="mean", test_images=4000),
+    "vit": SCALES["cpu"]["vit"] | dict(data="cifar10", positions=0.3, pooling="mean", test_images=4000),
     "gpt": SCALES["cpu"]["gpt"] | dict(data="shakespeare"),
 }
 SCALES |= comparisons.SCALES
@@ -57,8 +57,8 @@ GROUPS = {  # the tables: their titles, and what to know of them; first what the
                "partitioned: B = 1, and the control of a block's size is a plain transformer of all layers."),
     "dit-ablations": ("Partition, overlap and number of blocks", "The paper: DiT-S/2, CIFAR-10, FID (tables 2, 7, A2). "
                       "A row differs from the first, which has 3 blocks and no overlap, in what it names."),
-    "gpt-ablations": ("Head, loss weight and noise", "Ours. In all rows but the last the block at work answers alone "
-                      "(`--walk last`). A row differs from the first in what it names."),
+    "gpt-ablations": ("Head, loss weight and noise", "Ours. In all rows but the last the active block predicts alone "
+                      "(`--predict active`). A row differs from the first in what it names."),
     "vit-depth": ("How deep must a block be? Vision transformer", "Ours: 12 layers in all. A row of blocks stands "
                   "beside a plain network of as many layers as one of them has."),
     "dit-depth": ("How deep must a block be? Diffusion transformer", "Alike."),
@@ -98,7 +98,7 @@ class Experiment:
         """What follows `python`, without --out."""
         flags = [flag.format(seed=seed, out=out) for flag in (*self.flags, "--seed", "{seed}")]
         if self.script in comparisons.MODULES:
-            return ["-m", f"nano_db.laboratory.neighbours.{self.script}", *flags]
+            return ["-m", f"experiments.neighbours.{self.script}", *flags]
         return [f"train_{self.script}.py", *flags]
 
     def command_line(self, seed):
@@ -107,9 +107,9 @@ class Experiment:
     def file(self, seed):
         return f"{self.name}-s{seed}"
 
-    def start_from(self, seed):
+    def init_from(self, seed):
         """The file name of the run with whose network this one begins."""
-        return Path(self.given("--start-from", "").format(seed=seed, out="")).name
+        return Path(self.given("--init-from", "").format(seed=seed, out="")).name
 
     def given(self, flag, default=None):
         """The value of a flag, as text."""
@@ -166,14 +166,14 @@ def add_architectures(tables):
         add("ensemble", f"control: mean of {B} such networks", "", tables.seeds, **shallow, ensemble=B)
 
     looped, seven = partial(tables.add, "looped", seeds=tables.seeds), tables.longer("looped", 7)
-    looped("baseline", "Huginn: about 33 turns a step", "0.49", baseline=True)
+    looped("baseline", "Huginn: about 33 recurrences per step", "0.49", baseline=True)
     looped("nano", "one noisy pass, recipe nano", recipe="nano")
     looped("paper", "one noisy pass, recipe paper", "0.70", recipe="paper")
     row = "one noisy pass, recipe nano, 7 times the steps (about Huginn's seconds)"
     looped("nano-7-times", row, recipe="nano", **seven)
-    row = "control: one turn, no noise (a plain transformer of the same layers)"
-    looped("one-turn", row, baseline=True, turns=1, calls=1)
-    looped("one-turn-7-times", f"{row}, 7 times the steps", baseline=True, turns=1, calls=1, **seven)
+    row = "control: one recurrence, no noise (a plain transformer of the same layers)"
+    looped("one-turn", row, baseline=True, recurrences=1, sampling_steps=1)
+    looped("one-turn-7-times", f"{row}, 7 times the steps", baseline=True, recurrences=1, sampling_steps=1, **seven)
 
 
 def add_ablations(tables):
@@ -192,10 +192,9 @@ def add_ablations(tables):
         add(f"{B}-blocks", f"{B} blocks", fid, blocks=B, overlap=0.0)
 
     add = partial(tables.add, "gpt-ablations", seeds=1, recipe="nano")
-    add("first", "recipe nano, the block at work alone", walk="last")
-    add("weight", "loss weighted by w(sigma)", walk="last", loss_weight="edm")
-    add("noise", "information noise", walk="last", noise="information")
-    add("head", "the paper's head, two streams", walk="last", head="paper")
+    add("first", "recipe nano, the active block alone", predict="active")
+    add("weight", "loss weighted by w(sigma)", predict="active", loss_weight="edm")
+    add("head", "the paper's head, two streams", predict="active", head="paper")
     add("walk", "the mean of all blocks so far")
 
 

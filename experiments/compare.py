@@ -1,11 +1,11 @@
-"""Runs side by side: `python -m nano_db.laboratory.compare out/a out/b ...` In brackets, ratios to the first run."""
+"""Runs side by side: `python -m experiments.compare out/a out/b ...` In brackets, ratios to the first run."""
 
 from pathlib import Path
 
+from experiments.summary import markdown, read_json
 from nano_db.errors import UsageError
-from nano_db.laboratory.summary import markdown, read_json
-from nano_db.machinery.run import command
-from nano_db.machinery.settings import Parser
+from nano_db.trainer.run import command
+from nano_db.trainer.settings import Parser
 
 KEYS = ("script", "blocks", "steps", "metrics", "parameters", "memory_bytes", "seconds_per_step_all_blocks")
 
@@ -15,7 +15,7 @@ def read_result(folder):
 
 
 def main():
-    parser = Parser(prog="python -m nano_db.laboratory.compare", description=__doc__)
+    parser = Parser(prog="python -m experiments.compare", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="output folders of finished runs")
     args = parser.parse_args()
     results, names = [read_result(folder) for folder in args.folders], [folder.name for folder in args.folders]

@@ -9,8 +9,6 @@ interruption, nor training a block alone elsewhere can change its weights: bit f
 """
 
 import gc
-import hashlib
-import json
 import math
 import os
 import platform
@@ -30,23 +28,25 @@ import torch
 
 from nano_db import __version__
 from nano_db.errors import UsageError, is_out_of_memory
-from nano_db.layers import checkpoint_layers, show_in_parts
-from nano_db.machinery.conversion import begin, start_checksum
-from nano_db.machinery.files import (
+from nano_db.layers import checkpoint_layers
+from nano_db.partition import split_layers
+from nano_db.trainer.checkpoints import (
     FORMAT,
+    append_json,
     differences,
     identity,
+    initial_checksum,
+    initial_weights,
+    layers_of,
     lock,
     read_block,
     read_config,
-    read_tensors,
     write_atomically,
     write_json,
-    write_text,
 )
-from nano_db.machinery.workers import Team, Worker, join
+from nano_db.trainer.distributed import Group, Worker, join
 
-OUT_OF_MEMORY = "try more --blocks (`python -m nano_db.laboratory.plan` says how many), --micro-batch or --batch-size"
+OUT_OF_MEMORY = "try more --blocks (`python -m experiments.plan` says how many), or a smaller --batch-size"
 VERSIONS = {
     "nano_db": __version__,
     "python": platform.python_version(),
@@ -62,7 +62,7 @@ def seed_from(*numbers):
 
 def seed_first_weights(seed, b):
     """Seed torch's generators for the first weights of block b. Its steps draw from other streams: those of (seed, b,
-    step, place in the team).
+    step, rank in the group).
     """
     seed_from(seed, b, 0, 0, 1)
 
@@ -91,8 +91,27 @@ def ema_decay(step, settings):
     return min(settings.ema, (1 + step) / (10 + step))
 
 
+def networks(settings):
+    """How many networks a run trains, each with a file."""
+    return getattr(settings, "ensemble" if settings.baseline else "blocks", 1)
+
+
+def autocast(settings):
+    """The context to compute in."""
+    return torch.autocast(settings.device, torch.bfloat16, settings.dtype == "bfloat16")
+
+
+def first_weights(build, b, settings, *shared):
+    """build(b, settings, *shared) on the device, from the stream of random numbers for the first weights of block b."""
+    seed_first_weights(settings.seed, b)
+    module = build(b, settings, *shared).to(settings.device)
+    if settings.checkpoint_activations:
+        checkpoint_layers(module)
+    return module
+
+
 class Run:
-    """script: its name, like "gpt". settings: those of machinery/settings.py. depends_on: what else the weights depend
+    """script: its name, like "gpt". settings: those of trainer/settings.py. depends_on: what else the weights depend
     on, like the data's checksum, as plain values.
 
     count: networks to train, each with a file. batch_size: samples that this process draws a step.
@@ -101,30 +120,24 @@ class Run:
     def __init__(self, script, settings, **depends_on):
         self.script, self.settings, self.device, self.depends_on = script, settings, settings.device, depends_on
         self.folder = Path(settings.out)
-        self.autocast = torch.autocast(settings.device, torch.bfloat16, settings.dtype == "bfloat16")
-        self.count = getattr(settings, "ensemble" if settings.baseline else "blocks", 1)
-        if getattr(settings, "start_from", ""):
-            depends_on["start_from_sha256"] = start_checksum(settings, script, depends_on)
+        self.autocast, self.count = autocast(settings), networks(settings)
+        if hasattr(settings, "layers") and not settings.baseline:  # refuses before there is a folder
+            self.split = split_layers(settings.layers, settings.blocks, getattr(settings, "layer_split", ""))
+        if getattr(settings, "init_from", ""):
+            depends_on["init_from_sha256"] = initial_checksum(settings, script, depends_on["data_sha256"])
         fixed = {f.name: getattr(settings, f.name) for f in fields(settings) if not f.metadata["resumable"]}
-        self.fixed = {
-            **fixed,
-            "script": script,
-            "version": __version__,
-            **depends_on,
-        }  # for a block's file to agree with
+        # What a block's file must agree with:
+        self.fixed = {**fixed, "script": script, "version": __version__, **depends_on}
         self.paths = [self.folder / f"block_{b}.pt" for b in range(self.count)]
-        self.only, self.worker, self.team = getattr(settings, "only", ""), Worker(), Team()
+        self.only, self.worker, self.group = getattr(settings, "only", ""), Worker(), Group()
         self.mine = chosen_blocks(self.only, self.count) if self.only else list(range(self.count))
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             self.worker = join()
-            self.mine, self.team = self.worker.share(self.mine, settings.batch_size)
-        self.batch_size = settings.batch_size // self.team.size
-        self.micro_batch = getattr(settings, "micro_batch", 0)
-        if self.micro_batch and self.batch_size % self.micro_batch:
-            raise UsageError(f"--micro-batch {self.micro_batch} must divide the batch of {self.batch_size} samples")
-        # Of this round; steps taken by this process so far; (loss, gradient norm) since the last look; files of `keep`:
-        self.step_to_reach, self.trained, self.losses, self.kept = 0, 0, [], {}
-        self.finished = False  # whether `ready` has found all blocks at their last step, and told to evaluate them
+            self.mine, self.group = self.worker.assign(self.mine, settings.batch_size)
+        self.batch_size = settings.batch_size // self.group.size
+        # The end of this round; steps taken by this process so far; (loss, gradient norm) since the last look:
+        self.step_to_reach, self.trained, self.losses = 0, 0, []
+        self.finished = False  # whether all blocks had taken all steps when `ready` looked: a run reports then
 
     # --- the training loop, from outside to inside ---
 
@@ -133,16 +146,13 @@ class Run:
         With --only or torchrun there is one. Raises UsageError if another process trains one of these blocks.
         """
         self._take_folder()
-        for path, state in self.kept.items():
-            if not (path.exists() or self.settings.eval_only):
-                write_atomically(path, partial(torch.save, state))
-        settings, alone = self.settings, self.only or self.worker.ranks > 1 or self.settings.eval_only
+        settings, alone = self.settings, self.only or self.worker.world_size > 1 or self.settings.eval_only
         if not (self.worker.rank or settings.eval_only):
             where = f"{self.device}, {settings.dtype}"
             print(f"preset {settings.preset} on {where}: {self.count} x {settings.steps} steps")
         rounds = 1 if alone else settings.rounds
         with ExitStack() as locks:
-            for b in () if self.team.place or settings.eval_only else self.mine:
+            for b in () if self.group.rank or settings.eval_only else self.mine:
                 locks.enter_context(lock(self.folder / f".block_{b}.lock", f"block {b}"))
                 for aside in self.folder.glob(f".block_{b}.pt.*"):  # what a killed owner left half-written
                     aside.unlink(missing_ok=True)
@@ -150,23 +160,17 @@ class Run:
                 self.step_to_reach = settings.steps * r // rounds
                 yield r
 
-    def turns(self):
-        """The blocks for this process to train in this round, one after the other: those with steps to go."""
+    def blocks_to_train(self):
+        """This process's blocks, one after the other, that have steps to go in this round."""
         for b in () if self.settings.eval_only else self.mine:
             if self.step_of(b) < self.step_to_reach:
                 yield b
 
-    def build(self, make, b):
-        """Block b = make(b) with its first weights, which depend on the seed and b alone, on the device."""
+    def build(self, build, b, *shared):
+        """Block b = build(b, settings, *shared) on the device. Its first weights depend on the seed and b alone."""
         if self.settings.compile:
             gc.collect()  # a compiled network refers to itself: the block before is still there
-        seed_first_weights(self.settings.seed, b)
-        module = make(b).to(self.device)
-        if self.settings.checkpoint_activations:
-            checkpoint_layers(module)
-        if self.micro_batch:
-            show_in_parts(module.network, self.micro_batch)
-        return module
+        return first_weights(build, b, self.settings, *shared)
 
     def steps(self, b, module, optimizer):
         """Count block b's steps of this round, for a loop whose body takes a step and hands its loss to `record`.
@@ -175,16 +179,16 @@ class Run:
         the moving average and, at times, a line of metrics and the file. Raises KeyboardInterrupt after saving, upon
         Ctrl-C or SIGTERM; UsageError for a loss that is not finite, with the last good file in place.
         """
-        settings, team = self.settings, self.team
+        settings, group = self.settings, self.group
         at = self._restore(b, module, optimizer)
         if settings.compile:
             module.network.compile()  # in place: the names of the weights stay as they are
         module.train()
-        with team.connected(b, self.device, at.step) if team.size > 1 else nullcontext(), stop_requests() as stop:
+        with group.connected(b, self.device, at.step) if group.size > 1 else nullcontext(), stop_requests() as stop:
             while at.step < self.step_to_reach and not at.stopped:
-                seed_from(settings.seed, b, at.step, team.place)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(at.step, settings)
+                seed_from(settings.seed, b, at.step, group.rank)
+                for parameters in optimizer.param_groups:
+                    parameters["lr"] = learning_rate(at.step, settings)
                 yield at.step
                 self._after_step(b, module, optimizer, at, stop)
         if stop or at.stopped:
@@ -192,8 +196,8 @@ class Run:
 
     def average_gradients(self, module):
         """Where several processes train this block, put the mean of their gradients in the place of each one's own."""
-        if self.team.size > 1:
-            self.team.average([p.grad for p in module.parameters() if p.grad is not None])
+        if self.group.size > 1:
+            self.group.average([p.grad for p in module.parameters() if p.grad is not None])
 
     def record(self, loss, norm):
         """Note the loss and the norm of the gradient of a step, as tensors: looking at them would make a GPU wait."""
@@ -214,51 +218,30 @@ class Run:
         to_train = f"still to train: blocks {', '.join(map(str, unfinished))} of {self.folder}"
         if self.settings.eval_only and 0 in steps:
             raise UsageError(f"{to_train}; an evaluation needs all of them")
-        if unfinished and (self.only or self.worker.ranks > 1):
+        if unfinished and (self.only or self.worker.world_size > 1):
             print(to_train)
             return False
         if self.trained or self.last_round:
             print(f"after {min(steps)} steps" + (" of each network:" if self.count > 1 else ":"))
-            self.finished = not unfinished
+            self.finished = not (unfinished or self.settings.eval_only)
             return True
         return False
 
-    def complete(self):
-        """Whether this process has evaluated blocks that had taken all steps, and is to report (after --eval-only: no).
-        It goes by what `ready` saw: another process may have finished the last block since.
-        """
-        return self.finished and not self.settings.eval_only
-
     # --- files ---
 
-    def keep(self, name, make):
-        """Tensors that make() derives from the data, and on which the weights depend. The run's folder keeps them in
-        <name>.pt, since another machine might round otherwise.
-        """
-        path, state = self.folder / f"{name}.pt", {"settings": dict(self.fixed)}
-        if path.exists():
-            state = read_tensors(path)
-            self._check(path, state)
-        else:
-            state["tensors"] = make()
-        self.kept[path], tensors = state, state["tensors"]
-        checksum = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
-        self.depends_on[f"{name}_sha256"] = self.fixed[f"{name}_sha256"] = checksum
-        return tensors
-
-    def trained_block(self, make, b, whole=True):
+    def trained_block(self, b, build, *shared, whole=True):
         """Block b as its file has it, for evaluation: with the moving average of its weights, where there is one.
 
         whole=False: of the file these weights alone are read, and not verified, as in read_block.
         """
         if not self.paths[b].exists():
             raise UsageError(f"{self.paths[b]} is missing: block {b} has not been trained yet")
-        state, module = self.load_block(b, whole), self.build(make, b)
+        state, module = self.load_block(b, whole), self.build(build, b, *shared)
         self._fill(module.load_state_dict, state["ema"] or state["weights"], b)
         return module.eval()
 
-    def trained_blocks(self, make):
-        return [self.trained_block(make, b) for b in range(self.count)]
+    def trained_blocks(self, build, *shared):
+        return [self.trained_block(b, build, *shared) for b in range(self.count)]
 
     def step_of(self, b):
         """The step at which block b's file stands; 0 if there is none."""
@@ -281,33 +264,15 @@ class Run:
 
     def log(self, kind, **record):
         """Append a record to the metrics: to those of its block, if it names one, which its trainer alone writes."""
-        path = self.folder / (f"metrics_{record['block']}.jsonl" if "block" in record else "metrics.jsonl")
-        try:
-            with open(path, "ab+") as file:
-                line = json.dumps({"kind": kind, **record}).encode() + b"\n"
-                if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-                    line = b"\n" + line  # a killed process left half a line: it stays alone, and read_metrics skips it
-                file.write(line)
-        except OSError as error:
-            raise UsageError(f"cannot write {path} ({error.strerror}): make room, then run again") from error
+        append_json(
+            self.folder / (f"metrics_{record['block']}.jsonl" if "block" in record else "metrics.jsonl"),
+            {"kind": kind, **record},
+        )
 
     def log_evaluation(self, metrics):
         """Append the metrics of an evaluation, but for one with --eval-only, which leaves the run as it is."""
         if not self.settings.eval_only:
             self.log("evaluation", step=self.step_to_reach, **metrics)
-
-    def keep_samples(self, texts):
-        """Print texts, and leave them in samples.txt (not with --eval-only)."""
-        if texts:
-            print("", *texts, sep="\n---\n")
-            if not self.settings.eval_only:
-                write_text(self.folder / "samples.txt", "\n---\n".join(texts))
-
-    def picture(self):
-        """Where the run's picture goes. With --eval-only it gets a name of its own: the one of the training stays."""
-        path = self.folder / ("samples-again.png" if self.settings.eval_only else "samples.png")
-        print(f"picture: {path}")
-        return path
 
     def _check(self, path, state):
         if different := differences(state["settings"], self.fixed):
@@ -343,8 +308,8 @@ class Run:
                 self._fill(module.load_state_dict, at.ema, b)  # to see that it fits; the weights come next
             self._fill(module.load_state_dict, state["weights"], b)
             self._fill(partial(_load_moments, optimizer), state["optimizer"], b)
-        elif self.fixed.get("start_from"):
-            begin(module, b, self)
+        elif self.fixed.get("init_from"):
+            self._start_from_network(b, module)
         if self.settings.ema:
             at.ema = {name: tensor.clone().to(self.device) for name, tensor in (at.ema or module.state_dict()).items()}
         return at
@@ -358,13 +323,13 @@ class Run:
         at.step, self.trained = at.step + 1, self.trained + 1
         log_every = max(1, min(50, self.settings.steps // 10))
         save = at.step == self.step_to_reach or at.step % (5 * log_every) == 0
-        # A team looks at requests to stop at fixed steps only: all its members must stop at the same one.
-        if not (save or at.step % log_every == 0 or (stop and self.team.size == 1)):
+        # A group looks at requests to stop at fixed steps only: all its members must stop at the same one.
+        if not (save or at.step % log_every == 0 or (stop and self.group.size == 1)):
             return
         loss = self._mean_loss(b, at.step)  # also waits for the device, so that the clock is right
-        at.stopped, now = self.team.any(stop, self.device), time.perf_counter()
+        at.stopped, now = self.group.any(stop, self.device), time.perf_counter()
         at.seconds += max(0.0, now - at.clock)  # clocks have been seen to run backwards
-        if self.team.place == 0:
+        if self.group.rank == 0:
             rate = optimizer.param_groups[0]["lr"]
             self.log("train", block=b, step=at.step, loss=loss, learning_rate=rate, seconds=at.seconds)
             pace = max(1e-9, now - at.began) / (at.step - at.start)
@@ -374,8 +339,16 @@ class Run:
                 self.save_block(b, at.step, at.seconds, module.state_dict(), optimizer.state_dict(), at.ema)
         at.clock = time.perf_counter()
 
+    def _start_from_network(self, b, module):
+        """Give block b, which has no file yet, its layers of the network of --init-from."""
+        settings, (weights, sha256, _) = self.settings, initial_weights(self.settings)
+        if sha256 != self.fixed["init_from_sha256"]:
+            raise UsageError(f"--init-from {settings.init_from}: its weights are not those with which this run began")
+        first = 0 if settings.baseline else sum(self.split[:b])  # a baseline starts with all layers
+        module.load_state_dict(layers_of(weights, module.state_dict(), first))
+
     def _fill(self, load, state, b):
-        """Let load(state) take up a part of block b's file."""
+        """Let load(state) read a part of block b's file."""
         try:
             load(state)
         except Exception as error:  # which one depends on what does not fit
@@ -389,7 +362,7 @@ class Run:
 
     def _mean_loss(self, b, step):
         """Mean of the losses since the last look, over the whole batch, if all of them were sound."""
-        values, self.losses = self.team.mean(torch.stack(self.losses)).tolist(), []
+        values, self.losses = self.group.mean(torch.stack(self.losses)).tolist(), []
         for i, (loss, norm) in enumerate(values):
             if not (math.isfinite(loss) and math.isfinite(norm)):  # an infinite gradient would spoil the weights, too
                 path = self.paths[b]
@@ -405,8 +378,8 @@ class OneAtATime(Sequence):
     A file is verified as a whole when its block is first asked for; then its weights alone are read.
     """
 
-    def __init__(self, run, make):
-        self.run, self.make, self.held, self.block, self.verified = run, make, None, None, set()
+    def __init__(self, run, build, *shared):
+        self.run, self.builder, self.held, self.block, self.verified = run, (build, *shared), None, None, set()
 
     def __len__(self):
         return self.run.count
@@ -419,7 +392,7 @@ class OneAtATime(Sequence):
             torch.clear_autocast_cache()  # which keeps weights in bfloat16, also of modules that are gone
             path = self.run.paths[b]
             file = (b, path.stat().st_mtime_ns) if path.exists() else None  # that it is missing is said below
-            self.held, self.block = b, self.run.trained_block(self.make, b, whole=file not in self.verified)
+            self.held, self.block = b, self.run.trained_block(b, *self.builder, whole=file not in self.verified)
             self.verified.add(file)
         return self.block
 

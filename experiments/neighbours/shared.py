@@ -14,9 +14,9 @@ import torch
 
 from data.images import NAMES
 from nano_db.errors import UsageError
-from nano_db.machinery.files import write_json
-from nano_db.machinery.run import VERSIONS, command
-from nano_db.machinery.settings import Parser
+from nano_db.trainer.checkpoints import write_json
+from nano_db.trainer.run import VERSIONS, command
+from nano_db.trainer.settings import Parser
 
 
 def whole(least):
@@ -38,10 +38,10 @@ def positive(text):
 
 def read_arguments(name, description, methods, add_flags, **defaults):
     """The command line. add_flags(parser) adds a method's own flags; `defaults` are those of the common ones, and
-    weight_decay and final_rate, which make_optimizer and learning_rate (machinery/run.py) ask for.
+    weight_decay and final_rate, which make_optimizer and learning_rate (trainer/run.py) ask for.
     """
     how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = Parser(prog=f"python -m nano_db.laboratory.neighbours.{name}", description=description, **how)
+    parser = Parser(prog=f"python -m experiments.neighbours.{name}", description=description, **how)
     if methods:
         parser.add_argument("--method", choices=methods, default=methods[0])
     add_flags(parser)
@@ -91,11 +91,11 @@ def share_right(scores, images, args):
 
 def report(args, images, metrics, networks, memory, seconds):
     """Write result.json, which compare.py reads, and print it. networks: those that are kept of what was trained, each
-    by a loss of its own. memory: of the largest of them (machinery/memory.py). seconds: of a step of all of them.
+    by a loss of its own. memory: of the largest of them (trainer/memory.py). seconds: of a step of all of them.
     """
     result = {"script": "vit", "method": args.method, "blocks": len(networks), "steps": args.steps}  # train_vit's task
     parameters = sum(p.numel() for p in torch.nn.ModuleList(networks).parameters())  # shared ones count once
-    flags = shlex.join(["python", "-m", f"nano_db.laboratory.neighbours.{args.name}", *sys.argv[1:]])
+    flags = shlex.join(["python", "-m", f"experiments.neighbours.{args.name}", *sys.argv[1:]])
     result |= {"command": flags, "seed": args.seed, "device": args.device, "versions": VERSIONS, "metrics": metrics}
     result |= {
         "data_sha256": images.sha256,
@@ -111,7 +111,7 @@ def report(args, images, metrics, networks, memory, seconds):
 
 
 def start(main):
-    """machinery.run.command, where an interruption leaves nothing behind."""
+    """trainer.run.command, where an interruption leaves nothing behind."""
 
     def guarded():
         try:

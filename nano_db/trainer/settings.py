@@ -2,13 +2,12 @@
 
 A script declares one dataclass; each field's help and limits stand beside its default. From it come the flags
 (kebab-case), `--help`, the presets and recipes (named bundles of values), the checks and config.json. What wins: a
-flag, then the recipe, then the preset, then the default. A flag that would do nothing is refused.
+flag, then the recipe, then the preset, then the default. A flag without effect is refused.
 """
 
 import argparse
 import dataclasses
 import math
-import operator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,32 +15,30 @@ from pathlib import Path
 import torch
 
 from nano_db.errors import UsageError
-from nano_db.machinery.files import read_config
-
-LIMITS = (
-    ("least", "at least", operator.ge),
-    ("above", "greater than", operator.gt),
-    ("below", "less than", operator.lt),
-)
-
+from nano_db.trainer.checkpoints import read_config
 
 PRESETS = ("auto", "tiny", "laptop", "gpu", "paper")
+RENAMED = {  # flags of earlier editions: what to say instead
+    "--walk": "--predict (last is active now)", "--calls": "--sampling-steps", "--unmask-steps": "--sampling-steps",
+    "--turns": "--recurrences", "--backprop-turns": "--backprop-depth", "--start-from": "--init-from",
+    "--readout": "--pooling", "--micro-batch": "--checkpoint-activations",
+}  # fmt: skip
 
 
 def option(
-    group, default, help, choices=None, least=None, below=None, above=None,
+    group, default, help, choices=None, at_least=None, below=None, above=None,
     of=None, flag=True, resumable=False, trains=False, once=False, needs="", idle=lambda settings: "",
 ):  # fmt: skip
     """A dataclass field, and the flag made from it, under the heading `group` of --help.
 
-    choices, least (>=), above (>) and below (<) limit the value. of: "blocks" or "baseline", the one method that heeds
-    it. flag=False: presets and recipes set it, no flag does. resumable: it may change between runs in one output
-    folder, because the trained weights do not depend on it. trains: nor does an evaluation, so --eval-only refuses it.
-    once: it is for one command, and --eval-only does not inherit it. needs: names of settings, of which at least one
-    must be set, or this one does nothing. idle: what else may leave it without effect, a function of all settings that
-    names the flag which does so.
+    choices, at_least, above and below limit the value. of: "blocks" or "baseline", the one method that uses it.
+    flag=False: presets and recipes set it, no flag does. resumable: it may change between runs in one output folder,
+    because the trained weights do not depend on it. trains: nor does an evaluation, so --eval-only refuses it. once: it
+    is for one command, and --eval-only does not inherit it. needs: names of settings, of which at least one must be
+    set, or this one does nothing. idle: what else may leave it without effect, a function of all settings that names
+    the flag which does so.
     """
-    about = {"group": group, "help": help, "choices": choices, "least": least, "below": below, "above": above}
+    about = {"group": group, "help": help, "choices": choices, "at_least": at_least, "below": below, "above": above}
     about |= {"of": of, "flag": flag, "resumable": resumable or trains or group == "output"}
     return field(default=default, metadata=about | {"trains": trains, "once": once, "needs": needs, "idle": idle})
 
@@ -55,27 +52,27 @@ class Training:
 
     preset: str = training("auto", "scale; auto: gpu on CUDA, else laptop", choices=PRESETS, trains=True)
     baseline: bool = method(False, "train the same network end to end with backpropagation instead")
-    steps: int = training(1000, "steps of each block (or of the baseline)", least=1)
-    rounds: int = training(1, "turns of the blocks; the run is evaluated after each", least=1, trains=True)
-    batch_size: int = training(32, "samples a step", least=1)
+    steps: int = training(1000, "steps of each block (or of the baseline)", at_least=1)
+    rounds: int = training(1, "the blocks take turns; the run is evaluated after each", at_least=1, trains=True)
+    batch_size: int = training(32, "samples per step", at_least=1)
     learning_rate: float = training(1e-3, "peak of AdamW's learning rate", above=0)
-    warmup: int = training(50, "steps of linear warm-up, before the cosine", least=0)
+    warmup: int = training(50, "steps of linear warm-up, before the cosine", at_least=0)
     final_rate: float = training(0.1, "last learning rate, as a share of the peak", flag=False)
-    weight_decay: float = training(0.01, "AdamW's, on matrices only", least=0, flag=False)
+    weight_decay: float = training(0.01, "AdamW's, on matrices only", at_least=0, flag=False)
     clip: float = training(1.0, "largest norm of a block's gradient", above=0, flag=False)
-    ema: float = training(0.0, "decay of the average of the weights that is evaluated; 0: none", least=0, below=1)
-    seed: int = training(0, "of everything random", least=0, below=2**31)
+    ema: float = training(0.0, "decay of the average of the weights that is evaluated; 0: none", at_least=0, below=1)
+    seed: int = training(0, "random seed", at_least=0, below=2**31)
     device: str = training("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"), resumable=True)
     dtype: str = training(
         "auto", "auto: the run's own, at first bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16")
     )
     compile: bool = training(False, "torch.compile the network", trains=True)
     checkpoint_activations: bool = training(
-        False, "keep only a layer's input for the backward pass, and evaluate the layer again there", trains=True
+        False, "keep only a layer's input for the backward pass, and recompute the layer there", trains=True
     )
     out: str = output("", "folder of the run (default: out/<script>-<method>)")
     eval_only: bool = output(False, "no training: evaluate and sample what the folder holds")
-    samples: int = output(1, "samples to draw", least=0)
+    samples: int = output(1, "samples to draw", at_least=0)
 
     @property
     def method(self):
@@ -86,16 +83,13 @@ class Training:
 class Blocks:
     """What scripts have besides whose network is cut into blocks."""
 
-    blocks: int = method(4, "independently trained blocks", least=1, of="blocks")
-    overlap: float = method(0.1, "how far blocks train over their edges (gamma)", least=0, below=1, of="blocks")
-    ensemble: int = method(1, "baselines trained independently and averaged (a control)", least=1, of="baseline")
-    layers: int = network(8, "transformer layers in all", least=1)
-    micro_batch: int = training(
-        0, "samples that the network sees at a time, twice, to save memory; 0: the batch", least=0, trains=True
-    )
-    start_from: str = training("", "begin with the layers of a finished end-to-end run: the folder of that run")
+    blocks: int = method(4, "independently trained blocks", at_least=1, of="blocks")
+    overlap: float = method(0.1, "how far blocks train beyond their edges (gamma)", at_least=0, below=1, of="blocks")
+    ensemble: int = method(1, "baselines trained independently and averaged (a control)", at_least=1, of="baseline")
+    layers: int = network(8, "transformer layers in all", at_least=1)
+    init_from: str = training("", "start from the layers of a finished end-to-end run: the folder of that run")
     only: str = training(
-        "", "train these blocks alone, like 2 or 0,3; evaluate when all are there", trains=True, once=True
+        "", "train only these blocks, like 2 or 0,3; evaluate when all are there", trains=True, once=True
     )
 
 
@@ -104,7 +98,7 @@ class Discrete:
     """What scripts have besides whose blocks denoise a label or a token."""
 
     recipe: str = method("nano", "bundle of options: ours, or the paper's", ("nano", "paper"), of="blocks", trains=True)
-    noise: str = method("nano", "noise levels", ("nano", "paper", "information"), of="blocks")
+    noise: str = method("nano", "noise levels", ("nano", "paper"), of="blocks")
     loss_weight: str = method("none", "weight of the loss over sigma", choices=("none", "edm"), of="blocks")
 
 
@@ -119,26 +113,12 @@ def read_settings(script, settings_class, presets, recipes=None, description=Non
     presets, recipes: {name: {field: value}}. A preset may have a twin of the name "<preset>-baseline", with what
     differs there. With --eval-only the settings saved in the run's folder take the place of preset and recipe.
     """
-    usual = {**presets["laptop"], **(recipes["nano"] if recipes else {})}
-    how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "argument_default": argparse.SUPPRESS}
-    parser = Parser(usage="python %(prog)s [flags]", description=description, allow_abbrev=False, **how)
-    groups = {name: parser.add_argument_group(name) for name in ("method", "network", "training", "output")}
-    for f in dataclasses.fields(settings_class):
-        about, kind, value = f.metadata, type(f.default), usual.get(f.name, f.default)
-        if about["flag"]:
-            text = about["help"].replace("%", "%%") + (f" [{about['of']} only]" if about["of"] else "")
-            form = {"action": "store_true"}
-            if kind is not bool:
-                text += f" (default {value})" if value != "" else ""
-                form = {"type": kind, "choices": about["choices"]}
-                form["metavar"] = None if about["choices"] else kind.__name__
-            groups[about["group"]].add_argument(flag_of(f), help=text, **form)
-    given = vars(parser.parse_args())
-    at_hand = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    given = parse(settings_class, {**presets["laptop"], **(recipes["nano"] if recipes else {})}, description)
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if given.setdefault("device", "auto") == "auto":
-        given["device"] = "cuda" if at_hand["cuda"] else "cpu"
-    if not at_hand.get(given["device"], True):
-        raise UsageError(f"--device {given['device']}: there is none at hand; use --device cpu (or auto)")
+        given["device"] = "cuda" if available["cuda"] else "cpu"
+    if not available.get(given["device"], True):
+        raise UsageError(f"--device {given['device']} is not available on this machine; use --device cpu (or auto)")
     given.setdefault("out", f"out/{script}-{'baseline' if given.get('baseline') else 'blocks'}")
     if given.get("eval_only"):
         for f in dataclasses.fields(settings_class):
@@ -159,6 +139,30 @@ def read_settings(script, settings_class, presets, recipes=None, description=Non
     if settings.dtype == "auto":
         settings.dtype = usual_dtype(settings)
     return settings
+
+
+def parse(settings_class, usual, description):
+    """{field: value} of the flags that were given. usual: values that --help names in place of the defaults."""
+    how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "argument_default": argparse.SUPPRESS}
+    parser = Parser(usage="python %(prog)s [flags]", description=description, allow_abbrev=False, **how)
+    groups = {name: parser.add_argument_group(name) for name in ("method", "network", "training", "output")}
+    for f in dataclasses.fields(settings_class):
+        about, kind, value = f.metadata, type(f.default), usual.get(f.name, f.default)
+        if about["flag"]:
+            text = about["help"].replace("%", "%%") + (f" [{about['of']} only]" if about["of"] else "")
+            form = {"action": "store_true"}
+            if kind is not bool:
+                text += f" (default {value})" if value != "" else ""
+                form = {"type": kind, "choices": about["choices"]}
+                form["metavar"] = None if about["choices"] else kind.__name__
+            groups[about["group"]].add_argument(flag_of(f), help=text, **form)
+    given, unknown = parser.parse_known_args()
+    for flag in (argument.split("=")[0] for argument in unknown):
+        if flag in RENAMED:
+            raise UsageError(f"{flag} is gone: use {RENAMED[flag]}")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return vars(given)
 
 
 def usual_dtype(settings):
@@ -192,19 +196,22 @@ def stored_settings(script, settings_class, folder):
 
 
 def validate(settings, given=()):
-    """Raise UsageError for a value out of its limits, or for a flag among `given` that the method does not heed."""
-    method = "baseline" if settings.baseline else "blocks"
+    """Raise UsageError for a value out of its limits, or for a flag among `given` without effect."""
     for f in dataclasses.fields(settings):
         value, flag, about = getattr(settings, f.name), flag_of(f), f.metadata
+        low, below, above = about["at_least"], about["below"], about["above"]
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{flag} must be a finite number, not {value}")
-        for limit, words, fits in LIMITS:
-            if about[limit] is not None and not fits(value, about[limit]):
-                raise UsageError(f"{flag} must be {words} {about[limit]}, not {value}")
+        if low is not None and value < low:
+            raise UsageError(f"{flag} must be at least {low}, not {value}")
+        if above is not None and value <= above:
+            raise UsageError(f"{flag} must be greater than {above}, not {value}")
+        if below is not None and value >= below:
+            raise UsageError(f"{flag} must be less than {below}, not {value}")
         if about["choices"] and value not in about["choices"]:
             raise UsageError(f"{flag} must be one of {', '.join(map(str, about['choices']))}, not {value}")
-        if f.name in given and about["of"] not in (None, method):
-            raise UsageError(f"{flag} does nothing for the {method} method: drop it")
+        if f.name in given and about["of"] not in (None, settings.method):
+            raise UsageError(f"{flag} does nothing with the {settings.method} method: drop it")
         needed, other = about["needs"].split(), about["idle"](settings)
         if needed and not any(getattr(settings, name) for name in needed):
             other = f"--{needed[0]} 0"

@@ -1,7 +1,6 @@
 """The files of a run.
 
     config.json        script, settings, data checksum, versions
-    codes.pt           what is derived from the data before training, where a script does so (run.keep)
     block_<b>.pt       weights, optimizer state, step and settings of one block
     metrics_<b>.jsonl  a line per logging interval of block b
     metrics.jsonl      a line per evaluation
@@ -11,18 +10,23 @@ Every file but the metrics is written aside, flushed to the disk and renamed: wh
 that stands there is whole. Every file is verified before it is read, and no code in it is ever run.
 """
 
+import hashlib
 import json
 import os
 import platform
+import re
 import secrets
 import sys
 import zipfile
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
+from nano_db import __version__
 from nano_db.errors import UsageError, is_out_of_memory
+from nano_db.layers import open_gates
 
 try:
     import fcntl
@@ -30,16 +34,8 @@ except ImportError:  # Windows
     fcntl = None
 
 FORMAT = "nano_db block 1"
-PATHS = {"data": "data_sha256", "start_from": "start_from_sha256"}  # settings that say where, and checksums of what
-CONTENT = {
-    "block": int,
-    "step": int,
-    "seconds": (int, float),
-    "settings": dict,
-    "weights": dict,
-    "optimizer": dict,
-    "ema": (dict, type(None)),
-}
+CONTENT = dict(block=int, step=int, seconds=int | float, settings=dict, weights=dict, optimizer=dict, ema=dict | None)
+PATHS = {"data": "data_sha256", "init_from": "init_from_sha256"}  # settings that say where, and checksums of what
 
 
 def write_atomically(path, write):
@@ -57,8 +53,8 @@ def write_atomically(path, write):
         if is_out_of_memory(error):
             raise
         reason = getattr(error, "strerror", None) or "the disk may be full"
-        mend = "what it held before is untouched: make room or choose another --out, then run again"
-        raise UsageError(f"cannot write {path} ({reason}); {mend}") from error
+        advice = "what it held before is untouched: make room or choose another --out, then run again"
+        raise UsageError(f"cannot write {path} ({reason}); {advice}") from error
 
 
 def write_text(path, text):
@@ -69,38 +65,26 @@ def write_json(path, content):
     write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode() + b"\n"))
 
 
+def append_json(path, record):
+    """Append a line to a file of metrics."""
+    try:
+        with open(path, "ab+") as file:
+            line = json.dumps(record).encode() + b"\n"
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                line = b"\n" + line  # a killed process left half a line: it stays alone, and read_metrics skips it
+            file.write(line)
+    except OSError as error:
+        raise UsageError(f"cannot write {path} ({error.strerror}): make room, then run again") from error
+
+
 def read_block(path, whole=True):
-    """The dictionary in a block's file (run.save_block), its tensors on the CPU. No code in it is ever run.
+    """The dictionary in a block's file (Run.save_block), its tensors on the CPU. No code in it is ever run.
 
     whole=False: its tensors are mapped, not read, and their checksums not verified: a cheap way to its step and
     settings. Raises UsageError for a file that is damaged or none of ours.
     """
     path = Path(path)
-    mend = f"move it away to train {path.stem.replace('_', ' ')} afresh"
-    state = _load(path, whole, mend)
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UsageError(f"{path} is no block of nano_db: {mend}")
-    wrong = [name for name, kind in CONTENT.items() if not isinstance(state.get(name, ...), kind)]
-    if not wrong and (state["step"] < 0 or any(map(torch.is_tensor, state["settings"].values()))):
-        wrong = ["step or settings"]
-    if wrong:
-        raise UsageError(f"{path} is damaged (no sound {', '.join(wrong)}): {mend}")
-    return state
-
-
-def read_tensors(path):
-    """The dictionary in a file of run.keep: its tensors and settings. Raises UsageError as read_block does."""
-    mend = "move it away, and it is made anew"
-    state = _load(path, True, mend)
-    try:
-        assert all(map(torch.is_tensor, state["tensors"])) and not any(map(torch.is_tensor, state["settings"].values()))
-        return state
-    except (KeyError, TypeError, IndexError, AttributeError, AssertionError) as error:
-        raise UsageError(f"{path} is damaged (no sound settings and tensors): {mend}") from error
-
-
-def _load(path, whole, mend):
-    """torch.load of the file, once its checksums are verified (see read_block). mend: what to do if it is damaged."""
+    advice = f"move it away to train {path.stem.replace('_', ' ')} afresh"
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load would not notice flipped bytes inside a tensor
             for member in archive.infolist():
@@ -108,13 +92,19 @@ def _load(path, whole, mend):
                     raise zipfile.BadZipFile(f"{member.filename} is compressed")
                 if whole or member.filename.endswith("data.pkl"):
                     archive.read(member)  # verifies its checksum
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
     except Exception as error:  # unpickling damaged bytes raises nearly anything
         if is_out_of_memory(error):
             raise
-        raise UsageError(
-            f"{path} is damaged or no block or codes of nano_db ({type(error).__name__}): {mend}"
-        ) from error
+        raise UsageError(f"{path} is damaged or no block of nano_db ({type(error).__name__}): {advice}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UsageError(f"{path} is no block of nano_db: {advice}")
+    wrong = [name for name, kind in CONTENT.items() if not isinstance(state.get(name, ...), kind)]
+    if not wrong and (state["step"] < 0 or any(map(torch.is_tensor, state["settings"].values()))):
+        wrong = ["step or settings"]
+    if wrong:
+        raise UsageError(f"{path} is damaged (no sound {', '.join(wrong)}): {advice}")
+    return state
 
 
 def differences(there, here):
@@ -130,7 +120,7 @@ def identity(config):
     return {**config["settings"], "script": config["script"], "version": version, **config["depends_on"]}
 
 
-def read_config(folder):
+def read_config(folder, flag="--out"):
     path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -139,10 +129,10 @@ def read_config(folder):
         return config
     except FileNotFoundError:
         raise UsageError(
-            f"{folder} holds no run (no config.json): train one first, or name its folder with --out"
+            f"{folder} holds no run (no config.json): train one first, or name its folder with {flag}"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
-        raise UsageError(f"{path} is damaged: move the folder away, or choose another --out") from error
+        raise UsageError(f"{path} is damaged: move the folder away, or choose another {flag}") from error
 
 
 def read_metrics(folder, kind):
@@ -182,3 +172,66 @@ def lock(path, purpose, wait=False):
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode())
         yield
+
+
+# --- --init-from: blocks that start from the layers of a trained network ---
+
+
+def initial_weights(settings):
+    """(weights, sha256, step) of the network to start from, averaged weights where there are such."""
+    path, sha256 = Path(settings.init_from) / "block_0.pt", hashlib.sha256()
+    if not path.exists():
+        raise UsageError(
+            f"--init-from {settings.init_from}: {path} is missing, and a block that has not begun needs it"
+        )
+    state = read_block(path)
+    weights = state["ema"] or state["weights"]
+    for name, tensor in sorted(weights.items()):
+        sha256.update(name.encode() + tensor.numpy().tobytes())
+    return weights, sha256.hexdigest(), state["step"]
+
+
+def initial_checksum(settings, script, data_sha256):
+    """The checksum of the network to start from. If the run has begun with the same --init-from, it stands in its
+    config.json, and the network may be gone. Raises UsageError for a network whose run is not finished, not end to end,
+    or of another script, version, network or data.
+    """
+    if (Path(settings.out) / "config.json").exists():
+        config = read_config(settings.out)
+        if config["settings"].get("init_from") == settings.init_from:
+            return config["depends_on"].get("init_from_sha256")
+    flag, there = f"--init-from {settings.init_from}", identity(read_config(settings.init_from, "--init-from"))
+    if there["script"] != script or not there.get("baseline"):
+        kind = "end to end" if there.get("baseline") else "in blocks"
+        raise UsageError(
+            f"{flag} is a run of train_{there['script']}.py {kind}: name a --baseline of train_{script}.py"
+        )
+    shape = [f for f in fields(settings) if f.metadata["group"] in ("network", "method") and not f.metadata["of"]]
+    here = {f.name: getattr(settings, f.name) for f in shape} | {"baseline": True, "version": __version__}
+    if hasattr(settings, "tokenizer"):
+        here["tokenizer"] = settings.tokenizer
+    if there.get("data_sha256") != data_sha256:
+        here |= {"data": settings.data, "data_sha256": data_sha256}
+    if different := differences(there, here):
+        raise UsageError(f"{flag} is a run of another version, network or data: {'; '.join(different)}")
+    _, sha256, step = initial_weights(settings)
+    if step != there.get("steps"):
+        raise UsageError(f"{flag} is not finished: it stands at step {step} of {there.get('steps')}")
+    return sha256
+
+
+def layers_of(network, own, first):
+    """`own`, the first weights of a block, with those of the trained `network` from its layer number `first` on, and of
+    what surrounds them. Both are state_dicts. What the network does not have, or has in another shape, stays as it is:
+    a denoising head, say. But a layer that is modulated only in the block gets open gates, for behind gates that are
+    zero the layers would do nothing.
+    """
+    begun = {}
+    for name, weight in own.items():
+        there = re.sub(r"^network\.layers\.(\d+)", lambda found: f"network.layers.{first + int(found[1])}", name)
+        fits = there in network and network[there].shape == weight.shape
+        begun[name] = network[there] if fits else weight
+        layer = re.fullmatch(r"(network\.layers\.\d+)\.modulation\.bias", there)
+        if layer and there not in network and f"{layer[1]}.attention.qkv.weight" in network:
+            begun[name] = open_gates(weight)
+    return begun

@@ -1,0 +1,104 @@
+"""Time blocks against the end-to-end network, and count bytes, without a run:
+
+    python -m experiments.benchmark gpt --pairs 20 --blocks 4
+
+What follows the script's name are its own flags.
+"""
+
+import statistics
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from nano_db.errors import UsageError
+from nano_db.trainer.report import costs_of, end_to_end, print_costs, seconds_of
+from nano_db.trainer.run import autocast, command, first_weights, learning_rate, make_optimizer, networks, seed_from
+from nano_db.trainer.settings import Parser, read_settings
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ("vit", "dit", "mdm", "gpt", "looped")
+
+
+def script_and_settings(name, flags):
+    """train_<name>.py as a module, and its settings for these flags. Raises UsageError where the script does."""
+    if str(ROOT) not in sys.path:  # scripts lie beside the packages, not in them
+        sys.path.insert(0, str(ROOT))
+    script, before = import_module(f"train_{name}"), sys.argv
+    sys.argv = [f"train_{name}.py", *flags]
+    try:
+        return script, read_settings(name, script.Settings, script.PRESETS, getattr(script, "RECIPES", None))
+    finally:
+        sys.argv = before
+
+
+class Contestant:
+    """Networks in training, in turn: all blocks, or the end-to-end network."""
+
+    def __init__(self, script, settings, shared):
+        self.script, self.settings, self.shared = script, settings, shared
+        self.networks = [first_weights(script.build, b, settings, *shared) for b in range(networks(settings))]
+        self.optimizers = [make_optimizer(network, settings) for network in self.networks]
+        if settings.compile:
+            for network in self.networks:
+                network.network.compile()
+
+    def train(self, step):
+        """One step of each network, as the scripts take it."""
+        settings = self.settings
+        for b, (network, optimizer) in enumerate(zip(self.networks, self.optimizers, strict=True)):
+            network.train()
+            seed_from(settings.seed, b, step)
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = learning_rate(step, settings)
+            with autocast(settings):
+                loss = network.loss(*self.script.batch(settings.batch_size, settings, *self.shared))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def sample(self, step):
+        """Sixteen samples."""
+        for network in self.networks:
+            network.eval()
+        with autocast(self.settings):
+            self.script.sample(self.networks, 16, self.settings, *self.shared)
+
+
+def compare(label, works, pairs, settings):
+    """Print the seconds of two works, each a function of the step, done in turns: timings drift with the machine, so
+    what counts is the ratio within each pair.
+    """
+    times = [[seconds_of(settings, work, step) for work in works] for step in range(pairs + 2)][2:]  # warm
+    ours, theirs = (f"{1000 * statistics.median(side):.1f} ms" for side in zip(*times, strict=True))
+    ratios = [a / b for a, b in times]
+    low, middle, high = statistics.quantiles(ratios, n=4) if pairs > 1 else ratios * 3
+    print(f"{label} {ours}, end to end {theirs}; ratio in pairs {middle:.3f} (quartiles {low:.3f}, {high:.3f})")
+
+
+def main():
+    parser = Parser(prog="python -m experiments.benchmark", description=__doc__, allow_abbrev=False)
+    parser.add_argument("script", choices=SCRIPTS, help="train_<script>.py; its flags may follow")
+    parser.add_argument("--pairs", type=int, default=20, help="how many pairs to time (default %(default)s)")
+    args, flags = parser.parse_known_args()
+    if args.pairs < 1:
+        raise UsageError(f"--pairs must be at least 1, not {args.pairs}")
+    if "--baseline" in flags:
+        raise UsageError("--baseline: blocks are timed against it, so drop it")
+    script, settings = script_and_settings(args.script, flags)
+    shared = script.prepare(settings)
+    whole = end_to_end(settings)
+    costs = {  # before the networks are there that are timed: they would count in a GPU's peak
+        "blocks": costs_of(settings, script.build, script.batch, script.sample, *shared),
+        "end to end": costs_of(whole, script.build, script.batch, script.sample, *shared),
+    }
+    blocks, baseline = Contestant(script, settings, shared), Contestant(script, whole, shared)
+    compare(f"a step of all {len(blocks.networks)} blocks", (blocks.train, baseline.train), args.pairs, settings)
+    print_costs(costs)
+    compare("16 samples with blocks", (blocks.sample, baseline.sample), args.pairs, settings)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,91 @@
+"""How many blocks make a network fit into a memory? Counted before any training, and without that memory:
+
+    python -m experiments.plan gpt --preset paper --dtype bfloat16 --memory 8GB
+
+What follows the script's name are its own flags. A training step is taken with torch's fake tensors, which have shapes
+and types but no numbers. So a step of any size is counted on any machine, in seconds. The counts are those of
+nano_db/trainer/memory.py.
+"""
+
+import math
+import re
+from dataclasses import replace
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from experiments.benchmark import script_and_settings
+from nano_db.errors import UsageError
+from nano_db.trainer.memory import PARTS, training_bytes
+from nano_db.trainer.report import end_to_end
+from nano_db.trainer.run import autocast, command, first_weights, make_optimizer, networks
+from nano_db.trainer.settings import Parser
+
+UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+NOT_COUNTED = {"gpt": ["--data", "pydocs"], "looped": ["--data", "pydocs"]}  # preset paper names none
+CHOSEN_HERE = ("--blocks", "--baseline", "--layer-split", "--checkpoint-activations", "--ensemble", "--only")
+
+
+def parse_bytes(text):
+    """Bytes, of a text such as "8GB" or "500 MiB". Raises UsageError for another text."""
+    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*(\w+)\s*", text)
+    if not match or match[2] not in UNITS or not float(match[1]):
+        raise UsageError(f"--memory {text}: write it like 8GB; units: {', '.join(UNITS)}")
+    return float(match[1]) * UNITS[match[2]]
+
+
+def step_bytes(script, settings, data):
+    """Bytes by part (trainer/memory.py) of a training step of the largest network of these settings."""
+    shared = data, script.noise_levels(settings)
+    built = (first_weights(script.build, b, settings, *shared) for b in range(networks(settings)))  # one at a time
+    network = max(built, key=lambda network: sum(p.numel() for p in network.parameters())).train()
+    mode, batch = FakeTensorMode(), script.batch(settings.batch_size, settings, *shared)
+    for module in network.modules():
+        for tensors in (module._parameters, module._buffers):
+            tensors |= {name: mode.from_tensor(t) for name, t in tensors.items() if t is not None}
+    with mode:
+        batch = [mode.from_tensor(t) for t in batch]
+        return training_bytes(network, batch, make_optimizer(network, settings), autocast(settings))
+
+
+def plans(name, flags):
+    """Yield (B, checkpointed, bytes by part) of training in B blocks, B = 1 being the end-to-end network. Of several B
+    whose largest block has as many layers, the smallest.
+    """
+    script, settings = script_and_settings(name, [*NOT_COUNTED.get(name, ()), *flags])
+    data, _ = script.prepare(end_to_end(settings))  # which may sample in fewer steps than there are blocks
+    depths = [math.ceil(settings.layers / blocks) for blocks in range(1, settings.layers + 1)]
+    for blocks in range(1, settings.layers + 1):
+        if depths.index(depths[blocks - 1]) == blocks - 1:
+            for checkpointed in (False, True):
+                changes = {"blocks": blocks, "checkpoint_activations": checkpointed}
+                changed = replace(settings, **changes) if blocks > 1 else end_to_end(replace(settings, **changes))
+                yield blocks, checkpointed, step_bytes(script, changed, data)
+
+
+def main():
+    parser = Parser(prog="python -m experiments.plan", description=__doc__, allow_abbrev=False)
+    parser.add_argument("script", choices=("vit", "dit", "mdm", "gpt"), help="train_<script>.py; its flags may follow")
+    parser.add_argument("--memory", help="what there is, like 8GB")
+    args, flags = parser.parse_known_args()
+    room = parse_bytes(args.memory) if args.memory else math.inf
+    for flag in CHOSEN_HERE:
+        if flag in flags:
+            raise UsageError(f"{flag} is for this command to choose: drop it")
+
+    print(f"MiB of a training step{'':9}" + "".join(f"{part:>13}" for part in (*PARTS, "total")))
+    fitting, smallest = {}, math.inf
+    for blocks, checkpointed, count in plans(args.script, flags):
+        name = ("end to end" if blocks == 1 else f"{blocks} blocks") + (", checkpointed" if checkpointed else "")
+        print(f"  {name:29}" + "".join(f"{count[part] / 2**20:13,.1f}" for part in (*PARTS, "total")), flush=True)
+        smallest = min(smallest, count["total"])
+        if count["total"] <= room:
+            fitting.setdefault(checkpointed, name)
+    if not fitting:
+        advice = "try a smaller --batch-size, or a narrower network"
+        raise UsageError(f"--memory {args.memory}: nothing fits; the minimum is {smallest / 2**20:,.1f} MiB: {advice}")
+    if args.memory:
+        print(f"{args.memory}: enough for {'; or '.join(fitting[key] for key in sorted(fitting))}")
+
+
+if __name__ == "__main__":
+    command(main)

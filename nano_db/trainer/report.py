@@ -1,0 +1,173 @@
+"""What a run leaves: at its end result.json, curves.png and the cost of training and of use; and texts of a language
+model.
+"""
+
+import json
+import statistics
+import time
+from dataclasses import asdict, replace
+
+import torch
+
+from nano_db.errors import UsageError, is_out_of_memory
+from nano_db.language import EVALUATION_BATCH
+from nano_db.layers import Layer
+from nano_db.trainer.checkpoints import write_json, write_text
+from nano_db.trainer.memory import training_bytes
+from nano_db.trainer.run import VERSIONS, autocast, first_weights, make_optimizer, networks
+
+PROMPT_SHARE = 0.25  # of an exported text
+
+
+def report(run, metrics, metric, build, batch, sample, *shared):
+    """Write result.json and curves.png, print what training and a sample cost, and name the run's files.
+
+    metrics: the script's own; `metric` is drawn over the rounds. build, batch, sample and shared: of the script.
+    memory_bytes and seconds_per_step are the largest block's (or the baseline's); the sum over blocks stands beside.
+    """
+    settings = run.settings
+    costs = {settings.method: costs_of(settings, build, batch, sample, *shared)}
+    seconds = [(state := run.load_block(b, whole=False))["seconds"] / state["step"] for b in range(run.count)]
+    result = {"script": run.script, "method": settings.method, "blocks": run.count, "steps": settings.steps}
+    result |= {"seed": settings.seed, "device": run.device, "versions": VERSIONS, "metrics": metrics}
+    result["settings"] = asdict(settings)  # what was evaluated: config.json has those of the run's first command
+    result |= {"seconds_per_step": max(seconds), "seconds_per_step_all_blocks": sum(seconds), **costs[settings.method]}
+    write_json(run.folder / "result.json", result)
+    if not settings.baseline:  # the network that blocks are there to avoid: it may be too large for this machine
+        try:
+            costs["end to end"] = costs_of(end_to_end(settings), build, batch, sample, *shared)
+            result["baseline_memory_bytes"] = costs["end to end"]["memory_bytes"]
+            write_json(run.folder / "result.json", result)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            print("end to end: a training step does not fit into this machine's memory")
+    print_costs(costs)
+
+    from nano_db.trainer.plots import draw_curves  # not at the top: importing matplotlib takes a second
+
+    draw_curves(run.folder, metric, metrics.get("nats_per_block", ()))
+    files = sorted(path.name for path in run.folder.iterdir() if not path.name.startswith("."))
+    print(f"\n{run.folder}: {', '.join(files)}")
+
+
+def end_to_end(settings):
+    """The settings of one end-to-end network in the place of blocks."""
+    changes = {name: 1 for name in ("ensemble",) if hasattr(settings, name)}
+    return replace(settings, baseline=True, **changes)
+
+
+def costs_of(settings, build, batch, sample, *shared):
+    """memory_bytes: of a training step, by part, of the network that takes most. parameters: of all networks.
+    one_sample: see cost_of_use.
+    """
+    counts, parameters, context = [], 0, autocast(settings)
+    for b in range(networks(settings)):  # one at a time: all of them may be more than the machine can train
+        network = first_weights(build, b, settings, *shared).train()
+        samples = batch(settings.batch_size, settings, *shared)
+        counts.append(training_bytes(network, samples, make_optimizer(network, settings), context))
+        parameters += sum(p.numel() for p in network.parameters())
+        del network
+    largest = max(counts, key=lambda count: count["total"])
+    built = [first_weights(build, b, settings, *shared).eval() for b in range(networks(settings))]
+    return {
+        "parameters": parameters,
+        "memory_bytes": largest,
+        "one_sample": cost_of_use(settings, built, sample, *shared),
+    }
+
+
+def cost_of_use(settings, built, sample, *shared, count=16):
+    """Cost of one sample, as a dictionary; it does not depend on the weights. built: networks, in evaluation mode.
+
+    seconds: of a batch of `count`, the median of three, divided by it. weights: bytes of the largest network, for
+    more than one at a time need not be in memory.
+    """
+    evaluations = []
+    layers = [m for network in built for m in network.modules() if isinstance(m, Layer)]
+    handles = [layer.register_forward_pre_hook(lambda _, args: evaluations.append(len(args[0]))) for layer in layers]
+    with autocast(settings):
+        sample(built, 1, settings, *shared)
+        for handle in handles:
+            handle.remove()
+        times = [seconds_of(settings, sample, built, count, settings, *shared) for _ in range(4)][1:]  # warm
+    weights = max(sum(t.nbytes for t in (*network.parameters(), *network.buffers())) for network in built)
+    return {"layer_evaluations": sum(evaluations), "seconds": statistics.median(times) / count, "weights": weights}
+
+
+def seconds_of(settings, work, *args):
+    """Seconds that work(*args) takes, the device's work included."""
+    clock = time.perf_counter()
+    work(*args)
+    if settings.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - clock
+
+
+def print_costs(costs):
+    """Two tables of text, with ratios to the last column in brackets. costs: {column: what costs_of returns}."""
+    units = {"layer_evaluations": ("", 1), "seconds": ("ms", 1000)}
+    for part, title in (("memory_bytes", "training, the largest network"), ("one_sample", "use, for one sample")):
+        print(f"\n{title:32}" + "".join(f"{column:>22}" for column in costs))
+        *_, last = (cost[part] for cost in costs.values())
+        for figure in last:
+            unit, factor = units.get(figure, ("MiB", 2**-20))
+            numbers = [cost[part][figure] for cost in costs.values()]
+            cells = [f"{number * factor:.2f} {unit} ({number / (last[figure] or 1):.3f})" for number in numbers]
+            print(f"  {figure.replace('_', ' '):30}" + "".join(f"{cell:>22}" for cell in cells))
+
+
+# --- texts and pictures ---
+
+
+def keep_samples(run, texts):
+    """Print texts, and leave them in samples.txt (not with --eval-only)."""
+    if texts:
+        print("", *texts, sep="\n---\n")
+        if not run.settings.eval_only:
+            write_text(run.folder / "samples.txt", "\n---\n".join(texts))
+
+
+def continue_prompt(text, complete, settings, *model):
+    """settings.samples texts that continue settings.prompt, or else the first held-out tokens; a bar divides the prompt
+    from what was sampled. complete: see export_texts.
+    """
+    prompt = list(text.tokenizer.encode(settings.prompt)) or text.heldout[:16].tolist()
+    tokens = torch.tensor([prompt] * settings.samples, dtype=torch.long, device=settings.device)
+    if settings.samples:
+        generator = torch.Generator().manual_seed(settings.seed)
+        tokens = complete(tokens, settings.sample_length, generator, settings, *model)
+    decode = text.tokenizer.decode
+    return [decode(row[: len(prompt)]) + "|" + decode(row[len(prompt) :]) for row in tokens.tolist()]
+
+
+def export_texts(run, text, complete, *model):
+    """After the last round keep the first quarter of --export held-out windows, and sample the rest anew: into
+    texts.jsonl of the run, a line per window, its "prompt", what was "written", and the "original" of that.
+
+    complete(tokens (n, m), length, generator, settings, *model): returns (n, m + length) tokens.
+    """
+    settings, path, lines = run.settings, run.folder / "texts.jsonl", []
+    generator, shown = torch.Generator().manual_seed(settings.seed), max(1, round(PROMPT_SHARE * settings.seq_len))
+    windows = text.heldout_batches(EVALUATION_BATCH, settings.seq_len, settings.device, settings.export)
+    for x, _ in windows if settings.export and run.last_round else ():
+        written = complete(x[:, :shown], settings.seq_len - shown, generator, settings, *model)
+        for old, new in zip(x.tolist(), written.tolist(), strict=True):
+            parts = {"prompt": old[:shown], "written": new[shown:], "original": old[shown:]}
+            lines.append(json.dumps({name: text.tokenizer.decode(tokens) for name, tokens in parts.items()}))
+    if lines:
+        write_text(path, "\n".join(lines) + "\n")
+        print(f"exported: {path}")
+
+
+def picture(run):
+    """Where the run's picture goes. With --eval-only it gets a name of its own: the one of the training stays."""
+    path = run.folder / ("samples-again.png" if run.settings.eval_only else "samples.png")
+    print(f"picture: {path}")
+    return path
+
+
+def refuse_old_images(folder):
+    """Raise UsageError where the folder holds anything: images of two runs must not be mixed."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"{folder} holds images already: move it away, or they would be mixed with the new ones")
