@@ -201,8 +201,9 @@ def evaluate(run, networks, images, partition):
             sampled = torch.cat([part for _, part in sample_many(stack, settings.frechet_images, settings)])
         metrics |= {"frechet_small": frechet(sampled), "frechet_small_real": frechet.floor}
         print(f"frechet_small {metrics['frechet_small']:.4f} (real images: {frechet.floor:.4f})")
-    from nano_db.trainer.plots import draw_images, save_images  # not at the top: importing matplotlib takes a second
-
+    run.log_evaluation(metrics)  # before samples, which may fail
+    if settings.samples or settings.export:
+        from nano_db.trainer.plots import draw_images, save_images  # not at the top: matplotlib takes a second
     if settings.samples:
         with run.autocast:
             states = list(walk(stack, settings.samples, settings))
@@ -237,7 +238,6 @@ def main():
             del block, optimizer, loss  # this block's memory is freed before the next one trains
         if run.ready():  # all blocks are there
             metrics = evaluate(run, OneAtATime(run, build, images, partition), images, partition)
-            run.log_evaluation(metrics)
     if run.finished:
         report(run, metrics, "edm_loss", build, batch, sample, images, partition)
 

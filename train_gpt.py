@@ -22,7 +22,7 @@ from nano_db.errors import UsageError
 from nano_db.heads import HEADS, PosteriorHead, make_target_embeddings
 from nano_db.language import generate, score_text
 from nano_db.layers import Layer, NoiseEmbedding, causal_mask, rms_norm, rotary_angles
-from nano_db.partition import KINDS, make_partition, sampling_grid, split_layers
+from nano_db.partition import make_partition, sampling_grid, split_layers
 from nano_db.schedule import LogNormal
 from nano_db.stack import PREDICT, assemble
 from nano_db.trainer.report import continue_prompt, export_texts, keep_samples, report
@@ -38,7 +38,6 @@ class Settings(Discrete, Blocks, Training):
     width: int = network(128, "features of a token", at_least=2)
     heads: int = network(4, "attention heads", flag=False)
     dropout: float = network(0.0, "on both residual branches", flag=False)
-    partition: str = method("probability", "edges of equal probability, or uniform in ln sigma", KINDS, flag=False)
     head: str = method("denoising", "output head (heads.py)", choices=tuple(HEADS), of="blocks")
     predict: str = method("averaged", "the active block, or all so far", PREDICT, of="blocks", resumable=True)
     sampling_steps_per_block: int = method(4, "Euler steps of each block, per token", flag=False, resumable=True)
@@ -129,7 +128,7 @@ def prepare(settings):
 def noise_levels(settings):
     """Which noise levels are whose: a Partition."""
     blocks = 1 if settings.baseline else settings.blocks
-    return make_partition(NOISE[settings.noise], blocks, settings.partition, settings.overlap)
+    return make_partition(NOISE[settings.noise], blocks, overlap=settings.overlap)
 
 
 def build(b, settings, text, partition):
@@ -171,6 +170,7 @@ def evaluate(run, networks, text, partition):
         metrics = score_text(model, text, settings.seq_len, settings.eval_windows, settings.seed, settings.device)
         print(f"{metrics['bits_per_char']:.4f} bits per character", "" if settings.baseline else "(upper bound)")
         print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
+        run.log_evaluation(metrics)  # before samples, which may fail
         keep_samples(run, continue_prompt(text, complete, settings, model, partition))
         export_texts(run, text, complete, model, partition)
     return metrics
@@ -198,7 +198,6 @@ def main():
             del block, optimizer, loss  # this block's memory is freed before the next one trains
         if run.ready():  # all blocks are there
             metrics = evaluate(run, run.trained_blocks(build, text, partition), text, partition)
-            run.log_evaluation(metrics)
     if run.finished:
         report(run, metrics, "bits_per_char", build, batch, sample, text, partition)
 

@@ -263,6 +263,7 @@ def evaluate(run, networks, text, partition):
         print(f"{metrics['bits_per_char']:.4f} bits per character {kind}")
         print("bits per character by K:", *(f"{k}: {bits:.4f}" for k, bits in by_steps.items()))
         print(f"layers evaluated per step: {layers['forward']:g} forward, {layers['backward']:g} backward")
+        run.log_evaluation(metrics)  # before samples, which may fail
         keep_samples(run, continue_prompt(text, complete, settings, model, partition))
         export_texts(run, text, complete, model, partition)
     return metrics
@@ -290,7 +291,6 @@ def main():
             del block, optimizer, loss  # this block's memory is freed before the next one trains
         if run.ready():  # all blocks are there
             metrics = evaluate(run, run.trained_blocks(build, text, partition), text, partition)
-            run.log_evaluation(metrics)
     if run.finished:
         report(run, metrics, "bits_per_char", build, batch, sample, text, partition)
 

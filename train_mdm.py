@@ -181,6 +181,7 @@ def evaluate(run, networks, text):
         metrics["nats_per_block"] = nats.tolist()
         print(f"{metrics['bits_per_char']:.4f} bits per character (upper bound)")
         print("nats by block:", *(f"{share:.4f}" for share in nats))
+        run.log_evaluation(metrics)  # before samples, which may fail
         if settings.samples:
             keep_samples(run, fill(blocks, text, settings))
         export_texts(run, text, complete, blocks)
@@ -209,7 +210,6 @@ def main():
             del block, optimizer, loss  # this block's memory is freed before the next one trains
         if run.ready():  # all blocks are there
             metrics = evaluate(run, run.trained_blocks(build, text, schedule), text)
-            run.log_evaluation(metrics)
     if run.finished:
         report(run, metrics, "bits_per_char", build, batch, sample, text, schedule)
 

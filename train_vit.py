@@ -23,7 +23,7 @@ from nano_db.errors import UsageError
 from nano_db.heads import HEADS, PosteriorHead, make_target_embeddings
 from nano_db.images import patch_positions, patchify
 from nano_db.layers import Layer, NoiseEmbedding, rms_norm
-from nano_db.partition import KINDS, make_partition, sampling_grid, split_layers
+from nano_db.partition import make_partition, sampling_grid, split_layers
 from nano_db.schedule import LogNormal
 from nano_db.stack import PREDICT, assemble
 from nano_db.trainer.report import picture, report
@@ -45,7 +45,6 @@ class Settings(Discrete, Blocks, Training):
     heads: int = network(4, "attention heads", flag=False)
     dropout: float = network(0.0, "on both residual branches", flag=False)
     pooling: str = network("token", "where the class is read: the label token, or the mean", choices=("token", "mean"))
-    partition: str = method("probability", "edges of equal probability, or uniform in ln sigma", KINDS, flag=False)
     head: str = method("denoising", "output head (heads.py)", choices=tuple(HEADS), of="blocks")
     predict: str = method("averaged", "the active block, or all so far", PREDICT, of="blocks", resumable=True)
     sampling_steps_per_block: int = method(1, "Euler steps of each block", flag=False, resumable=True)
@@ -128,7 +127,7 @@ def prepare(settings):
 def noise_levels(settings):
     """Which noise levels are whose: a Partition."""
     blocks = 1 if settings.baseline else settings.blocks
-    return make_partition(NOISE[settings.noise], blocks, settings.partition, settings.overlap)
+    return make_partition(NOISE[settings.noise], blocks, overlap=settings.overlap)
 
 
 def build(b, settings, images, partition):
@@ -164,6 +163,7 @@ def evaluate(run, networks, images, partition):
         metrics, log_p, labels = score_images(model, batches, sigmas, settings.walks, settings.seed)
     for name, shares in metrics.items():
         print(name.replace("_", " "), *(f"{share:.4f}" for share in torch.tensor(shares).view(-1)))
+    run.log_evaluation(metrics)  # before samples, which may fail
     if settings.samples:
         from nano_db.trainer.plots import draw_classification  # not at the top: importing matplotlib takes a second
 
@@ -193,7 +193,6 @@ def main():
             del block, optimizer, loss  # this block's memory is freed before the next one trains
         if run.ready():  # all blocks are there
             metrics = evaluate(run, run.trained_blocks(build, images, partition), images, partition)
-            run.log_evaluation(metrics)
     if run.finished:
         report(run, metrics, "accuracy", build, batch, sample, images, partition)
 

@@ -5,8 +5,10 @@
 What follows the script's name are its own flags.
 """
 
+import os
 import statistics
 import sys
+import tempfile
 from importlib import import_module
 from pathlib import Path
 
@@ -26,11 +28,12 @@ def script_and_settings(name, flags):
     if str(ROOT) not in sys.path:  # scripts lie beside the packages, not in them
         sys.path.insert(0, str(ROOT))
     script, before = import_module(f"train_{name}"), sys.argv
-    sys.argv = [f"train_{name}.py", *flags]
-    try:
-        return script, read_settings(name, script.Settings, script.PRESETS, getattr(script, "RECIPES", None))
-    finally:
-        sys.argv = before
+    with tempfile.TemporaryDirectory() as folder:  # in which no run has left settings to go on with
+        sys.argv = [f"train_{name}.py", *flags, "--out", folder]
+        try:
+            return script, read_settings(name, script.Settings, script.PRESETS, getattr(script, "RECIPES", None))
+        finally:
+            sys.argv = before
 
 
 class Contestant:
@@ -68,8 +71,8 @@ class Contestant:
 
 
 def compare(label, works, pairs, settings):
-    """Print the seconds of two works, each a function of the step, done in turns: timings drift with the machine, so
-    what counts is the ratio within each pair.
+    """Print the seconds of two works, each a function of the step, in pairs: timings drift with the machine, so what
+    counts is the ratio within each pair.
     """
     times = [[seconds_of(settings, work, step) for work in works] for step in range(pairs + 2)][2:]  # warm
     ours, theirs = (f"{1000 * statistics.median(side):.1f} ms" for side in zip(*times, strict=True))
@@ -87,6 +90,8 @@ def main():
         raise UsageError(f"--pairs must be at least 1, not {args.pairs}")
     if "--baseline" in flags:
         raise UsageError("--baseline: blocks are timed against it, so drop it")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError("a benchmark times a single process: start it without torchrun")
     script, settings = script_and_settings(args.script, flags)
     shared = script.prepare(settings)
     whole = end_to_end(settings)

@@ -21,7 +21,7 @@ from nano_db.trainer.run import autocast, command, first_weights, make_optimizer
 from nano_db.trainer.settings import Parser
 
 UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
-NOT_COUNTED = {"gpt": ["--data", "pydocs"], "looped": ["--data", "pydocs"]}  # preset paper names none
+NOT_COUNTED = {"gpt": ["--data", "pydocs"]}  # preset paper names none
 CHOSEN_HERE = ("--blocks", "--baseline", "--layer-split", "--checkpoint-activations", "--ensemble", "--only")
 
 

@@ -12,7 +12,7 @@ from nano_db.stack import Ensemble
 
 
 def after_each_block(posterior, stack, sigmas, z):
-    """ln p(y | z, x) at the last call of each block, for a walk along `sigmas` (which end at 0) from z (B, d).
+    """ln p(y | z, x) at the last step of each block, for a walk along `sigmas` (which end at 0) from z (B, d).
 
     posterior: stack.posterior(x). Returns a list of (B, V), noisiest block first.
     """
@@ -38,13 +38,13 @@ def classify(stack, x, sigmas=None):
 
 @torch.no_grad()
 def score_images(stack, batches, sigmas=None, walks=8, seed=0):
-    """Shares of test images named right. batches: yields (x, labels).
+    """Shares of test images classified correctly. batches: yields (x, labels).
 
-    For an Ensemble: accuracy. For blocks: accuracy_walk, of one walk from noise (the paper's readout),
+    For an Ensemble: accuracy. For blocks: accuracy_walk, of one walk from noise (the paper's way),
     accuracy_mean_of_walks, accuracy_noise_free, and of the first and the last of these also the accuracy
     that they have reached after each block; `accuracy` is that of the noise-free walk.
 
-    Returns (metrics, log_p (N, V) of the readout behind `accuracy`, labels (N,)), both on the CPU.
+    Returns (metrics, log_p (N, V) behind `accuracy`, labels (N,)), both on the CPU.
     """
     generator, right, all_log_p, all_labels = torch.Generator().manual_seed(seed), {}, [], []
 

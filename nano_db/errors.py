@@ -1,10 +1,10 @@
-"""The one exception a user is meant to see, and the one failure that is no fault of his."""
+"""The one exception that users are meant to see, and the one failure that is not their fault."""
 
 import torch
 
 
 class UsageError(Exception):
-    """Something the user can mend. The message is one line: what is wrong, and how to mend it.
+    """Something the user can fix. The message is one line: what is wrong, and how to fix it.
 
     The scripts print it without a traceback and exit with code 2 (trainer/run.py: `command`).
     """

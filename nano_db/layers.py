@@ -21,9 +21,9 @@ def rms_norm(h):
     """RMSNorm (Zhang & Sennrich 2019) over the features, without weights."""
     if h.device.type != "cpu":
         return F.rms_norm(h, h.shape[-1:])  # one kernel on a GPU; on a CPU it would be many passes over h
-    with torch.autocast("cpu", enabled=False):  # bfloat16 would be too coarse
-        mean_square = torch.linalg.vecdot(h, h) / h.shape[-1]
-    return h * (mean_square + torch.finfo(h.dtype).eps).rsqrt()[..., None]
+    with torch.autocast("cpu", enabled=False):  # float32 throughout: bfloat16 would be too coarse
+        mean_square = torch.linalg.vecdot(h.float(), h.float()) / h.shape[-1]
+    return h * (mean_square + torch.finfo(torch.float32).eps).rsqrt()[..., None].to(h.dtype)
 
 
 def rotary_angles(positions, head_width, base=10_000.0):

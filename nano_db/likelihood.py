@@ -28,7 +28,7 @@ MARGIN = 0.05  # "clearly": by more than the noise of an estimate from a few tho
 
 
 def nats_per_block(posterior, y, target_embeddings, partition, generator=None):
-    """The bound, split by block: nats a symbol, (blocks,) float64. Its sum bounds the mean of -ln p(y | x).
+    """The bound, split by block: nats per symbol, (blocks,) float64. Its sum bounds the mean of -ln p(y | x).
 
     posterior(z, sigma) -> ln p(y | z, x), see stack.py. y (B, ...) classes.
     """
@@ -65,7 +65,8 @@ def split_by_block(levels, measured):
 
     Above sigma_max nothing is asked of a network: the walk starts from N(0, sigma_max^2) and not around E[y], and
     block 0 pays the divergence of the two, |E[y]|^2 / (2 sigma_max^2) with |E[y]| = 1. The block at which the walk
-    decodes pays for that; blocks below it have nothing left to say, and pay nothing."""
+    decodes pays for that; later blocks are not used, so they contribute zero.
+    """
     shares, bounds = torch.zeros(levels[-1][0] + 1, dtype=torch.float64), []  # one bound for each level to decode at
     shares[0] = 1 / (2 * levels[0][1] ** 2)
     for k, ((b, sigma), (error, decoding)) in enumerate(zip(levels, measured, strict=True)):
@@ -79,17 +80,17 @@ def split_by_block(levels, measured):
 
 
 def nats_of_walk(posterior, y, target_embeddings, sigmas, generator=None):
-    """The bound for finitely many calls at the levels `sigmas` (a grid that ends at 0): nats a symbol, a float.
+    """The bound for finitely many sampling steps at the levels `sigmas` (a grid that ends at 0): nats per symbol.
 
-    It is the likelihood of a walk that adds fresh noise after each step and decodes at its last call (Kingma et al.
-    2021, discrete time). The integral becomes a sum: each call's error stands for all levels down to the next call.
-    Since the error falls with sigma, the sum overrates the integral down to the last call's level, by more the wider
-    the steps in 1 / sigma^2; a single call decodes at once at sigma_max, and has no sum. So even for an exact
-    posterior this is no monotone function of the number of calls: it is least at one call, and falls back to that
-    only for very many."""
-    calls = [float(sigma) for sigma in sigmas[:-1]]
-    measured = measure(posterior, y, target_embeddings, calls, generator)
-    nats = 1 / (2 * calls[0] ** 2)  # as in split_by_block
-    for (sigma, sigma_next), error in zip(pairwise(calls), measured[:-1, 0].tolist(), strict=True):
+    It is the likelihood of a walk that adds fresh noise after each step and decodes at its last one (Kingma et al.
+    2021, discrete time). The integral becomes a sum: each step's error stands for all levels down to the next step. Since the
+    error falls with sigma, the sum overrates the integral down to the last level, by more the wider the steps in
+    1 / sigma^2; a single step decodes at once at sigma_max, and has no sum. So even for an exact posterior this is no
+    monotone function of the number of steps: its minimum is at one step, and it falls back to that only for very many.
+    """
+    levels = [float(sigma) for sigma in sigmas[:-1]]
+    measured = measure(posterior, y, target_embeddings, levels, generator)
+    nats = 1 / (2 * levels[0] ** 2)  # as in split_by_block
+    for (sigma, sigma_next), error in zip(pairwise(levels), measured[:-1, 0].tolist(), strict=True):
         nats += (1 / sigma_next**2 - 1 / sigma**2) / 2 * error
     return nats + float(measured[-1, 1])

@@ -28,7 +28,7 @@ class State(NamedTuple):
 
 
 def euler_walk(denoise, z, sigmas):
-    """Yield a State a step along the descending levels `sigmas`. denoise(z, sigma) -> D; z starts at sigmas[0].
+    """Yield one State per step along the descending levels `sigmas`. denoise(z, sigma) -> D; z starts at sigmas[0].
 
     A grid that ends at 0 ends at the last D itself.
     """
@@ -40,7 +40,7 @@ def euler_walk(denoise, z, sigmas):
 
 
 def heun_walk(denoise, z, sigmas):
-    """Like euler_walk, of second order (EDM, algorithm 1): two calls a step, and one for a step to 0."""
+    """Like euler_walk, of second order (EDM, algorithm 1): two evaluations per step, and one for a step to 0."""
     for sigma, sigma_next in pairwise(map(float, sigmas)):
         denoised = denoise(z, sigma)
         slope = (z - denoised) / sigma
@@ -53,7 +53,7 @@ def heun_walk(denoise, z, sigmas):
 
 
 def draw(log_p, generator=None):
-    """One class a position from ln p (..., V), in float64 on the CPU: float32 draws are a little too sure."""
+    """One class per position from ln p (..., V), in float64 on the CPU: float32 draws are a little too sure."""
     p = log_p.detach().cpu().double().exp()
     return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1]).to(log_p.device)
 
@@ -61,8 +61,8 @@ def draw(log_p, generator=None):
 def sample_classes(posterior, target_embeddings, shape, sigmas, generator=None):
     """Walk from pure noise with a `posterior` (see stack.py) and draw a class at each position of `shape`. Long tensor.
 
-    The walk is that of euler_walk with D = p @ E. The last call's D would be a blend of code vectors wherever the
-    last noise level leaves doubt; instead of rounding it, the class is drawn from the same call's p(y | z, x).
+    The walk is that of euler_walk with D = p @ E. The last step's D would be a blend of target embeddings wherever
+    the last noise level leaves doubt; instead of rounding it, the class is drawn from that step's p(y | z, x).
     """
 
     def denoise(z, sigma):

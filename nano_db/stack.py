@@ -68,7 +68,7 @@ class Ensemble(nn.Module):
 
     def forward(self, *inputs, caches=None):
         answers = [network(*inputs, **_cache(caches, i)) for i, network in enumerate(self.networks)]
-        return torch.stack(answers).mean(0)
+        return torch.stack([answer.float() for answer in answers]).mean(0)
 
     def log_p(self, x, caches=None):
         """ln p(y | x) of networks for labels or tokens, (B, ..., V). caches: as in Stack.posterior."""

@@ -90,3 +90,18 @@ def test_bad_demands_on_a_benchmark_get_one_line(benchmark_of):
     for flags, message in ((("--pairs", 0), "--pairs must be at least 1"), (("--baseline",), "timed against it")):
         with pytest.raises(UsageError, match=message):
             benchmark_of("vit", *flags)
+
+
+def test_what_lies_in_the_usual_folder_has_no_say(tmp_path, monkeypatch):
+    (tmp_path / "out" / "gpt-blocks").mkdir(parents=True)
+    (tmp_path / "out" / "gpt-blocks" / "config.json").write_text("damaged")
+    monkeypatch.chdir(tmp_path)
+    _, settings = benchmark.script_and_settings("gpt", ["--preset", "tiny", "--device", "cpu"])
+    assert settings.dtype == "float32"
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["benchmark", "gpt", "--preset", "tiny", "--device", "cpu"])
+    with pytest.raises(UsageError, match="start it without torchrun"):
+        benchmark.main()

@@ -154,7 +154,8 @@ def test_with_uniform_edges_each_block_takes_equally_many_steps(tiny, monkeypatc
 
     monkeypatch.setattr(owner, sampling, recorded)
     more = ("--sampling-steps", "12") if script is train_dit else ("--noise", "paper")
-    monkeypatch.setitem(script.PRESETS["tiny"], "partition", "uniform")
+    uniform = lambda noise, blocks, *_, overlap=0.0: make_partition(noise, blocks, "uniform", overlap)  # noqa: E731
+    monkeypatch.setattr(script, "make_partition", uniform)
     code, _, err = tiny(script, "--samples", "1", *more)
     assert code == 0 and counts, err
     assert all(found == [4] * len(found) and len(found) >= 3 for found in counts)

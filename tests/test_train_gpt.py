@@ -18,6 +18,7 @@ from nano_db.likelihood import nats_per_block
 from nano_db.partition import make_partition
 from nano_db.schedule import LogNormal, equal_probability_grid
 from nano_db.stack import Ensemble, Stack
+from nano_db.trainer.checkpoints import read_metrics
 from train_gpt import GPT, Settings
 
 CLASSES, T = 11, 10
@@ -351,7 +352,7 @@ BAD = {
     ("--overlap", "1"): "less than 1",
     ("--preset", "huge"): "invalid choice",
     ("--no-such-flag",): "unrecognized",
-    ("--walk", "last"): "use --predict (last is active now)",
+    ("--walk", "last"): "use --predict (active for last)",
     ("--data", "wikipedia"): "pydocs, shakespeare",
     ("--seq-len", "4000"): "too few for --seq-len 4000",
     ("--only", "7"): "no block 7",
@@ -427,3 +428,13 @@ def test_checkpointed_activations_change_memory_and_no_weight(small, tmp_path):
         for name in ("plain", "saving")
     ]
     assert bytes_of[1] < 0.8 * bytes_of[0]
+
+
+def test_an_evaluation_is_kept_though_sampling_fails(small, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_gpt, "keep_samples", interrupted)
+    code, _, _ = small("--out", tmp_path / "run")
+    (record,) = read_metrics(tmp_path / "run", "evaluation")
+    assert code == 130 and record["step"] == 12 and record["bits_per_char"] > 0

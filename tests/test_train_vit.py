@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import train_vit
+from nano_db.partition import make_partition
 
 TINY = ("--preset", "tiny", "--layers", "3", "--steps", "6", "--device", "cpu", "--glyphs", "180")
 
@@ -41,7 +42,8 @@ def test_a_run_scores_draws_and_resumes(vit, tmp_path, flags):
 
 def test_with_uniform_edges_too_each_block_is_asked(vit, tmp_path, monkeypatch):
     """With equal probabilities of the whole range and one step per block, the last block would never be asked."""
-    monkeypatch.setitem(train_vit.PRESETS["tiny"], "partition", "uniform")
+    uniform = lambda settings: make_partition(train_vit.NOISE[settings.noise], settings.blocks, "uniform")  # noqa: E731
+    monkeypatch.setattr(train_vit, "noise_levels", uniform)
     code, _, err = vit("--samples", "0")
     metrics = result_of(tmp_path)["metrics"]
     assert code == 0 and len(metrics["accuracy_walk_after_each_block"]) == 3, err

@@ -446,7 +446,7 @@ def test_a_second_process_on_a_block_is_refused_and_the_first_one_loses_nothing(
     before = (tmp_path / "run" / "block_0.pt").read_bytes()
     with lock(tmp_path / "run" / ".block_1.lock", "block 1"):
         code, _, err = small("--out", tmp_path / "run")
-        assert code == 2 and f"block 1 is in the hands of process {os.getpid()}" in err and err.count("\n") == 1
+        assert code == 2 and f"block 1 is held by process {os.getpid()}" in err and err.count("\n") == 1
         assert small("--out", tmp_path / "run", "--only", "2")[0] == 0  # the other blocks are free
     assert (tmp_path / "run" / "block_0.pt").read_bytes() == before
     assert small("--out", tmp_path / "run")[0] == 0
@@ -467,7 +467,7 @@ def test_a_lock_dies_with_its_owner(tmp_path):
     hold = f"from nano_db.trainer.checkpoints import lock\n{hold}"
     owner = subprocess.Popen([sys.executable, "-c", hold], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert owner.stdout.readline() == b"held\n"
-    with pytest.raises(UsageError, match=f"it is in the hands of process {owner.pid} on"), lock(path, "it"):
+    with pytest.raises(UsageError, match=f"it is held by process {owner.pid} on"), lock(path, "it"):
         pass
     owner.kill()
     owner.wait()

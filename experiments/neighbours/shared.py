@@ -60,7 +60,7 @@ def read_arguments(name, description, methods, add_flags, **defaults):
     parser.set_defaults(**defaults)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: there is none at hand; use --device cpu (or auto)")
+        raise UsageError("--device cuda is not available on this machine; use --device cpu (or auto)")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.name, args.out = name, Path(args.out or f"out/{name}-{args.method}")

@@ -163,7 +163,7 @@ def lock(path, purpose, wait=False):
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
-            held = f"{purpose} is in the hands of {file.read(200).strip() or 'another process'} (it holds {path})"
+            held = f"{purpose} is held by {file.read(200).strip() or 'another process'} (it holds {path})"
             raise UsageError(f"{held}: wait for its end, or stop it, then run again") from None
         except OSError as error:  # Windows, and some cluster file systems
             warning = f"warning: no locks here ({error.strerror}): see to it that no other process trains {purpose}"

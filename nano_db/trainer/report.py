@@ -25,8 +25,8 @@ def report(run, metrics, metric, build, batch, sample, *shared):
     metrics: the script's own; `metric` is drawn over the rounds. build, batch, sample and shared: of the script.
     memory_bytes and seconds_per_step are the largest block's (or the baseline's); the sum over blocks stands beside.
     """
-    settings = run.settings
-    costs = {settings.method: costs_of(settings, build, batch, sample, *shared)}
+    settings, local = run.settings, replace(run.settings, batch_size=run.batch_size)  # of this process
+    costs = {settings.method: costs_of(local, build, batch, sample, *shared)}
     seconds = [(state := run.load_block(b, whole=False))["seconds"] / state["step"] for b in range(run.count)]
     result = {"script": run.script, "method": settings.method, "blocks": run.count, "steps": settings.steps}
     result |= {"seed": settings.seed, "device": run.device, "versions": VERSIONS, "metrics": metrics}
@@ -35,7 +35,7 @@ def report(run, metrics, metric, build, batch, sample, *shared):
     write_json(run.folder / "result.json", result)
     if not settings.baseline:  # the network that blocks are there to avoid: it may be too large for this machine
         try:
-            costs["end to end"] = costs_of(end_to_end(settings), build, batch, sample, *shared)
+            costs["end to end"] = costs_of(end_to_end(local), build, batch, sample, *shared)
             result["baseline_memory_bytes"] = costs["end to end"]["memory_bytes"]
             write_json(run.folder / "result.json", result)
         except (RuntimeError, MemoryError) as error:
@@ -53,8 +53,7 @@ def report(run, metrics, metric, build, batch, sample, *shared):
 
 def end_to_end(settings):
     """The settings of one end-to-end network in the place of blocks."""
-    changes = {name: 1 for name in ("ensemble",) if hasattr(settings, name)}
-    return replace(settings, baseline=True, **changes)
+    return replace(settings, baseline=True, **({"ensemble": 1} if hasattr(settings, "ensemble") else {}))
 
 
 def costs_of(settings, build, batch, sample, *shared):

@@ -114,7 +114,7 @@ class Run:
     """script: its name, like "gpt". settings: those of trainer/settings.py. depends_on: what else the weights depend
     on, like the data's checksum, as plain values.
 
-    count: networks to train, each with a file. batch_size: samples that this process draws a step.
+    count: networks to train, each with a file. batch_size: samples that this process draws per step.
     """
 
     def __init__(self, script, settings, **depends_on):
@@ -364,7 +364,7 @@ class Run:
         """Mean of the losses since the last look, over the whole batch, if all of them were sound."""
         values, self.losses = self.group.mean(torch.stack(self.losses)).tolist(), []
         for i, (loss, norm) in enumerate(values):
-            if not (math.isfinite(loss) and math.isfinite(norm)):  # an infinite gradient would spoil the weights, too
+            if not (math.isfinite(loss) and math.isfinite(norm)):  # an infinite gradient would ruin the weights, too
                 path = self.paths[b]
                 kept = f"{path} keeps the last good state" if path.exists() else "no file was written yet"
                 at = f"the loss is {loss} and the gradient's norm {norm} at step {step - len(values) + i + 1}"

@@ -19,7 +19,7 @@ from nano_db.trainer.checkpoints import read_config
 
 PRESETS = ("auto", "tiny", "laptop", "gpu", "paper")
 RENAMED = {  # flags of earlier editions: what to say instead
-    "--walk": "--predict (last is active now)", "--calls": "--sampling-steps", "--unmask-steps": "--sampling-steps",
+    "--walk": "--predict (active for last)", "--calls": "--sampling-steps", "--unmask-steps": "--sampling-steps",
     "--turns": "--recurrences", "--backprop-turns": "--backprop-depth", "--start-from": "--init-from",
     "--readout": "--pooling", "--micro-batch": "--checkpoint-activations",
 }  # fmt: skip
@@ -158,7 +158,7 @@ def parse(settings_class, usual, description):
             groups[about["group"]].add_argument(flag_of(f), help=text, **form)
     given, unknown = parser.parse_known_args()
     for flag in (argument.split("=")[0] for argument in unknown):
-        if flag in RENAMED:
+        if flag in RENAMED and RENAMED[flag].split()[0][2:].replace("-", "_") in settings_class.__dataclass_fields__:
             raise UsageError(f"{flag} is gone: use {RENAMED[flag]}")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
