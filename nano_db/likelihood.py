@@ -82,11 +82,11 @@ def split_by_block(levels, measured):
 def nats_of_walk(posterior, y, target_embeddings, sigmas, generator=None):
     """The bound for finitely many sampling steps at the levels `sigmas` (a grid that ends at 0): nats per symbol.
 
-    It is the likelihood of a walk that adds fresh noise after each step and decodes at its last one (Kingma et al.
-    2021, discrete time). The integral becomes a sum: each step's error stands for all levels down to the next step. Since the
-    error falls with sigma, the sum overrates the integral down to the last level, by more the wider the steps in
+    It is the likelihood of a walk that adds fresh noise after each step and decodes at its last (Kingma et al. 2021,
+    discrete time). The integral becomes a sum: each step's error stands for all levels down to the next step. Since
+    the error falls with sigma, the sum overrates the integral down to the last level, by more the wider the steps in
     1 / sigma^2; a single step decodes at once at sigma_max, and has no sum. So even for an exact posterior this is no
-    monotone function of the number of steps: its minimum is at one step, and it falls back to that only for very many.
+    monotone function of the number of steps: its minimum is at one step, and it falls back to that only for many.
     """
     levels = [float(sigma) for sigma in sigmas[:-1]]
     measured = measure(posterior, y, target_embeddings, levels, generator)
