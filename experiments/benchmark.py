@@ -10,16 +10,15 @@ import statistics
 import sys
 import tempfile
 from importlib import import_module
-from pathlib import Path
 
 import torch
 
+from experiments.results import ROOT
 from nano_db.errors import UsageError
 from nano_db.trainer.report import costs_of, end_to_end, print_costs, seconds_of
 from nano_db.trainer.run import autocast, command, first_weights, learning_rate, make_optimizer, networks, seed_from
 from nano_db.trainer.settings import Parser, read_settings
 
-ROOT = Path(__file__).parent.parent
 SCRIPTS = ("vit", "dit", "mdm", "gpt", "looped")
 
 

@@ -79,10 +79,9 @@ class DiscreteHead(nn.Module):
 
     def __init__(self, target_embeddings):
         super().__init__()
-        self.register_buffer(
-            "target_embeddings", target_embeddings, persistent=False
-        )  # from the seed, so it needs no place in a file
-        self.output_projection = nn.Linear(target_embeddings.shape[1], target_embeddings.shape[0], bias=False)
+        classes, width = target_embeddings.shape
+        self.register_buffer("target_embeddings", target_embeddings, persistent=False)  # from the seed: in no file
+        self.output_projection = nn.Linear(width, classes, bias=False)
         nn.init.normal_(self.output_projection.weight, std=0.02)
 
     def clean(self, y):

@@ -35,7 +35,7 @@ def rotary_angles(positions, head_width, base=10_000.0):
 
 def rotate(heads, rotary):
     """Turn each pair of channels (i, i + head_width / 2) of (B, H, T, head_width) by its position's angle."""
-    cos, sin = (part.to(heads.dtype) for part in rotary)
+    cos, sin = rotary
     return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, dims=-1), sin)
 
 
@@ -87,6 +87,7 @@ class Attention(nn.Module):
         B, T, D = h.shape
         q, k, v = self.qkv(h).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each (B, H, T, D/H)
         if rotary is not None:
+            rotary = [part.to(q.dtype) for part in rotary]  # once for both
             q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
             k, v = cache.extend(k, v)

@@ -68,9 +68,8 @@ def sample_classes(posterior, target_embeddings, shape, sigmas, generator=None):
     def denoise(z, sigma):
         return mean_embedding(posterior(z, sigma), target_embeddings)
 
-    z = float(sigmas[0]) * torch.randn(*shape, target_embeddings.shape[1], generator=generator).to(
-        target_embeddings.device
-    )
+    noise = torch.randn(*shape, target_embeddings.shape[1], generator=generator).to(target_embeddings.device)
+    z = float(sigmas[0]) * noise
     for state in euler_walk(denoise, z, sigmas[:-1]):
         z = state.z
     return draw(posterior(z, float(sigmas[-2])), generator)

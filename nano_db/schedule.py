@@ -22,9 +22,8 @@ class LogNormal:
         self.p_mean, self.p_std = p_mean, p_std
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
         ends = torch.tensor([sigma_min, sigma_max], dtype=torch.float64).log()
-        self._below, above = torch.special.ndtr(
-            (ends - p_mean) / p_std
-        ).tolist()  # of the untruncated normal, below an end
+        # Probability of the untruncated normal below either end:
+        self._below, above = torch.special.ndtr((ends - p_mean) / p_std).tolist()
         self.inside = above - self._below
         if not self.inside > 1e-6:
             raise UsageError(f"p_mean {p_mean} leaves next to no probability in [{sigma_min}, {sigma_max}]: change it")

@@ -138,10 +138,8 @@ def build(args, shape, classes):
     """(networks to train, each with a loss of its own; scores(x) of the class, made of them)."""
     d, T = args.embedding, args.blocks
     if args.method == "blocks":
-        noise, target_embeddings = (
-            LogNormal(1.0, 0.8, 0.2, 20.0),
-            make_target_embeddings(classes, d, args.seed),
-        )  # as train_vit.py's
+        noise = LogNormal(1.0, 0.8, 0.2, 20.0)  # as train_vit.py's
+        target_embeddings = make_target_embeddings(classes, d, args.seed)
         partition = make_partition(noise, T, overlap=0.05)
         networks = [CNN(shape, d, d, args.channels, timed=True) for _ in range(T)]
         head, spans = PosteriorHead, map(partition.training_range, range(T))
