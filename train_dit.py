@@ -27,7 +27,7 @@ from nano_db.schedule import LogNormal
 from nano_db.stack import Ensemble
 from nano_db.trainer.frechet import FEATURES, FrechetSmall
 from nano_db.trainer.report import picture, refuse_old_images, report
-from nano_db.trainer.run import OneAtATime, Run, command, make_optimizer
+from nano_db.trainer.run import OneAtATime, Run, command, first_weights, make_optimizer
 from nano_db.trainer.settings import Blocks, Training, method, network, output, read_settings, training
 
 BATCH, TOGETHER = 250, 5000  # images that a block sees at a time; images that take each sampling step together
@@ -223,7 +223,7 @@ def main():
 
     for _ in run.rounds():
         for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, mine
-            block = run.build(build, b, images, partition)  # first weights: from the seed and b alone
+            block = first_weights(build, b, settings, images, partition)  # from the seed and b alone
             optimizer = make_optimizer(block, settings)
             for _ in run.steps(b, block, optimizer):  # resumes from the block's file; seeds each step; logs and saves
                 labels, y = batch(run.batch_size, settings, images, partition)

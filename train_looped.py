@@ -33,7 +33,7 @@ from nano_db.partition import make_partition, sampling_grid
 from nano_db.schedule import LogNormal
 from nano_db.stack import assemble
 from nano_db.trainer.report import continue_prompt, export_texts, keep_samples, report
-from nano_db.trainer.run import Run, command, make_optimizer
+from nano_db.trainer.run import Run, command, first_weights, make_optimizer
 from nano_db.trainer.settings import Discrete, Training, method, network, output, read_settings, training
 
 K_VALUES = (1, 2, 4, 8, 16, 32, 64)  # sampling steps, or recurrences, at which quality is measured
@@ -276,7 +276,7 @@ def main():
 
     for _ in run.rounds():
         for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, mine
-            block = run.build(build, b, text, partition)  # first weights: from the seed and b alone
+            block = first_weights(build, b, settings, text, partition)  # from the seed and b alone
             optimizer = make_optimizer(block, settings)
             for _ in run.steps(b, block, optimizer):  # resumes from the block's file; seeds each step; logs and saves
                 x, y = batch(run.batch_size, settings, text, partition)

@@ -23,7 +23,7 @@ from nano_db.masking import MaskedBlock, MaskSchedule, alpha_range, block_at, sc
 from nano_db.partition import split_layers
 from nano_db.stack import Ensemble
 from nano_db.trainer.report import export_texts, keep_samples, report
-from nano_db.trainer.run import Run, command, make_optimizer
+from nano_db.trainer.run import Run, command, first_weights, make_optimizer
 from nano_db.trainer.settings import Blocks, Training, method, network, output, read_settings, training
 
 GAP = "_"  # stands for one masked character in --fill and in samples.txt
@@ -195,7 +195,7 @@ def main():
 
     for _ in run.rounds():
         for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, mine
-            block = run.build(build, b, text, schedule)  # first weights: from the seed and b alone
+            block = first_weights(build, b, settings, text, schedule)  # from the seed and b alone
             optimizer = make_optimizer(block, settings)
             for _ in run.steps(b, block, optimizer):  # resumes from the block's file; seeds each step; logs and saves
                 (x,) = batch(run.batch_size, settings, text, schedule)

@@ -27,7 +27,7 @@ from nano_db.partition import make_partition, sampling_grid, split_layers
 from nano_db.schedule import LogNormal
 from nano_db.stack import PREDICT, assemble
 from nano_db.trainer.report import picture, report
-from nano_db.trainer.run import Run, command, make_optimizer
+from nano_db.trainer.run import Run, command, first_weights, make_optimizer
 from nano_db.trainer.settings import Blocks, Discrete, Training, method, network, output, read_settings, training
 
 
@@ -178,7 +178,7 @@ def main():
 
     for _ in run.rounds():
         for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, mine
-            block = run.build(build, b, images, partition)  # first weights: from the seed and b alone
+            block = first_weights(build, b, settings, images, partition)  # from the seed and b alone
             optimizer = make_optimizer(block, settings)
             for _ in run.steps(b, block, optimizer):  # resumes from the block's file; seeds each step; logs and saves
                 x, y = batch(run.batch_size, settings, images, partition)

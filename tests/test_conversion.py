@@ -212,7 +212,7 @@ def test_a_shallow_network_too_can_be_trained_further(small, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("--width", "32"), "another version, network or data: width 16 there, 32 here"),
+        (("--width", "32"), "the same script, version, network and data (width 16 there, 32 here"),
         (("--layers", "5", "--layer-split", "2,3"), "layers 4 there, 5 here"),
         (("--patch", "4"), "patch 8 there, 4 here"),
         (("--sigma-data", "0.9"), "sigma_data 0.5 there, 0.9 here"),
@@ -233,15 +233,15 @@ def test_what_is_no_finished_end_to_end_run_is_refused_in_one_line(dit, cli, tmp
     source = tmp_path / "network" / "config.json"
     config = json.loads(source.read_text())
     for place, name, value, message in (
-        ("settings", "steps", 12, "is not finished: it stands at step 6 of 12"),
-        ("settings", "baseline", False, "is a run of train_dit.py in blocks: name a --baseline of train_dit.py"),
+        ("settings", "steps", 12, "is not finished: step 6 of 12"),
+        ("settings", "baseline", False, "(baseline False there, True here)"),
         ("depends_on", "data_sha256", "abc", "data_sha256 'abc' there"),
         ("versions", "nano_db", "0.2.0", f"version '0.2.0' there, '{__version__}' here"),
     ):
         source.write_text(json.dumps({**config, place: {**config[place], name: value}}))
         refuses(message)
     source.write_text(json.dumps({**config, "script": "vit"}))
-    refuses("is a run of train_vit.py end to end: name a --baseline of train_dit.py")
+    refuses("(script 'vit' there, 'dit' here)")
     source.write_text(json.dumps(config))
     (tmp_path / "network" / "block_0.pt").unlink()
     refuses("block_0.pt is missing")
@@ -254,7 +254,7 @@ def test_texts_must_agree_in_data_tokenizer_and_length(small, tmp_path):
     other.write_text("pack my box with five dozen liquor jugs. " * 80)
     for flags, message in (
         (("--seq-len", "4"), "seq_len 8 there, 4 here"),
-        (("--data", other), f"here; data_sha256 '{read_config(source)['depends_on']['data_sha256']}' there"),
+        (("--data", other), f"data_sha256 '{read_config(source)['depends_on']['data_sha256']}' there"),
     ):
         code, _, err = small("--out", tmp_path / "run", "--init-from", source, *flags)
         assert code == 2 and message in err and err.count("\n") == 1, err

@@ -178,15 +178,15 @@ def test_while_a_block_trains_nothing_of_another_is_in_memory(
     """Weights, gradients, optimizer's state: all tensors of a block that has trained are gone before the next begins,
     and without the help of Python's garbage collector.
     """
-    trained, alive, build, steps, make = [], [], Run.build, Run.steps, script.make_optimizer
+    trained, alive, build, steps, make = [], [], script.first_weights, Run.steps, script.make_optimizer
     load, loaded = Run.trained_block, []
 
-    def checked_build(run, *args):
+    def checked_build(*args):
         assert not [reference() for reference in alive if reference() is not None]
-        return build(run, *args)
+        return build(*args)
 
-    def noted_load(run, *args, **named):  # for an evaluation between two rounds
-        block = load(run, *args, **named)
+    def noted_load(run, *args):  # for an evaluation between two rounds
+        block = load(run, *args)
         loaded.extend(map(weakref.ref, block.parameters()))
         return block
 
@@ -205,7 +205,7 @@ def test_while_a_block_trains_nothing_of_another_is_in_memory(
                 alive.extend(map(weakref.ref, state))
         trained.append(b)
 
-    monkeypatch.setattr(Run, "build", checked_build)
+    monkeypatch.setattr(script, "first_weights", checked_build)
     monkeypatch.setattr(Run, "steps", noted_steps)
     monkeypatch.setattr(Run, "trained_block", noted_load)
     monkeypatch.setattr(script, "make_optimizer", noted_make)

@@ -13,7 +13,7 @@ from conftest import same, tensors
 from nano_db.errors import UsageError
 from nano_db.trainer.checkpoints import read_config, read_metrics
 from nano_db.trainer.distributed import Group
-from nano_db.trainer.run import Run, ema_decay, learning_rate, make_optimizer, seed_from
+from nano_db.trainer.run import Run, ema_decay, first_weights, learning_rate, make_optimizer, seed_from
 from nano_db.trainer.settings import Blocks, Training
 
 
@@ -49,7 +49,7 @@ def train(run, build=build, batch=lambda: [torch.randn(16, 4)], rounds=None):
     for r in run.rounds():
         for b in run.blocks_to_train():
             trained.append(b)
-            module = run.build(build, b)
+            module = first_weights(build, b, run.settings)
             optimizer = make_optimizer(module, run.settings)
             for _ in run.steps(b, module, optimizer):
                 with run.autocast:
@@ -143,7 +143,7 @@ def test_a_finite_loss_with_an_infinite_gradient_stops_before_it_is_saved(tmp_pa
 
 def test_ema_is_the_moving_average_of_the_weights(tmp_path):
     run = make_run(tmp_path, ema=0.9, rounds=24)  # of a step each: the average must survive its file
-    expected = run.build(build, 0).state_dict()
+    expected = first_weights(build, 0, run.settings).state_dict()
     for step in range(1, 5):
         train(run, rounds=step)
         state = torch.load(tmp_path / "block_0.pt", weights_only=True)
@@ -159,7 +159,7 @@ def test_ema_is_the_moving_average_of_the_weights(tmp_path):
 def test_the_average_of_a_short_run_is_not_of_its_first_weights(tmp_path):
     """With a decay of 0.9999 for all of 24 steps they would be 99.8% of it."""
     run = make_run(tmp_path, ema=0.9999, only="0")
-    first = run.build(build, 0).state_dict()
+    first = first_weights(build, 0, run.settings).state_dict()
     train(run)
     state, shares, share = torch.load(tmp_path / "block_0.pt", weights_only=True), [], 1.0
     for name, tensor in state["weights"].items():
@@ -202,7 +202,7 @@ def test_a_trained_block_is_in_evaluation_mode(tmp_path):
 def test_the_rate_of_each_step_reaches_the_optimizer(tmp_path):
     run, seen = make_run(tmp_path, only="0"), []
     for _ in run.rounds():
-        module = run.build(build, 0)
+        module = first_weights(build, 0, run.settings)
         optimizer = make_optimizer(module, run.settings)
         for _ in run.steps(0, module, optimizer):
             seen.append({group["lr"] for group in optimizer.param_groups})
@@ -256,7 +256,7 @@ def test_a_compiled_network_is_freed_before_the_next_is_built(tmp_path, monkeypa
 def test_the_first_weights_and_the_steps_draw_from_streams_of_their_own(tmp_path):
     draws = []
     run = make_run(tmp_path, only="0")
-    run.build(lambda b, settings: draws.append(torch.randn(100)) or Regression(), 0)
+    first_weights(lambda b, settings: draws.append(torch.randn(100)) or Regression(), 0, run.settings)
     train(run, batch=lambda: draws.append(torch.randn(100)) or [torch.randn(16, 4)])
     first, *steps = draws
     assert len(steps) == 24 and not any(torch.isin(first, draw).any() for draw in steps)

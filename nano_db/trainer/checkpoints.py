@@ -33,8 +33,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-FORMAT = "nano_db block 1"
-CONTENT = dict(block=int, step=int, seconds=int | float, settings=dict, weights=dict, optimizer=dict, ema=dict | None)
+BLOCK = dict(block=int, step=int, seconds=int | float, settings=dict, weights=dict, optimizer=dict, ema=dict | None)
 PATHS = {"data": "data_sha256", "init_from": "init_from_sha256"}  # settings that say where, and checksums of what
 
 
@@ -77,33 +76,25 @@ def append_json(path, record):
         raise UsageError(f"cannot write {path} ({error.strerror}): make room, then run again") from error
 
 
-def read_block(path, whole=True):
-    """The dictionary in a block's file (Run.save_block), its tensors on the CPU. No code in it is ever run.
-
-    whole=False: its tensors are mapped, not read, and their checksums not verified: a cheap way to its step and
-    settings. Raises UsageError for a file that is damaged or none of ours.
+def read_block(path):
+    """The dictionary in a block's file (Run.save_block), its tensors on the CPU. Raises UsageError for a file that is
+    damaged, or not a block's.
     """
     path = Path(path)
-    advice = f"move it away to train {path.stem.replace('_', ' ')} afresh"
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load would not notice flipped bytes inside a tensor
             for member in archive.infolist():
                 if member.compress_type != zipfile.ZIP_STORED:  # torch.save never packs: this might unpack without end
                     raise zipfile.BadZipFile(f"{member.filename} is compressed")
-                if whole or member.filename.endswith("data.pkl"):
-                    archive.read(member)  # verifies its checksum
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
+                archive.read(member)  # verifies its checksum
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        assert all(isinstance(state[name], kind) for name, kind in BLOCK.items()) and state["step"] >= 0
+        assert not any(map(torch.is_tensor, state["settings"].values()))
     except Exception as error:  # unpickling damaged bytes raises nearly anything
         if is_out_of_memory(error):
             raise
+        advice = f"move it away to train {path.stem.replace('_', ' ')} afresh"
         raise UsageError(f"{path} is damaged or no block of nano_db ({type(error).__name__}): {advice}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UsageError(f"{path} is no block of nano_db: {advice}")
-    wrong = [name for name, kind in CONTENT.items() if not isinstance(state.get(name, ...), kind)]
-    if not wrong and (state["step"] < 0 or any(map(torch.is_tensor, state["settings"].values()))):
-        wrong = ["step or settings"]
-    if wrong:
-        raise UsageError(f"{path} is damaged (no sound {', '.join(wrong)}): {advice}")
     return state
 
 
@@ -128,9 +119,8 @@ def read_config(folder, flag="--out"):
         assert isinstance(config["settings"], dict)
         return config
     except FileNotFoundError:
-        raise UsageError(
-            f"{folder} holds no run (no config.json): train one first, or name its folder with {flag}"
-        ) from None
+        hint = f"train one first, or name its folder with {flag}"
+        raise UsageError(f"{folder} holds no run (no config.json): {hint}") from None
     except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
         raise UsageError(f"{path} is damaged: move the folder away, or choose another {flag}") from error
 
@@ -181,9 +171,7 @@ def initial_weights(settings):
     """(weights, sha256, step) of the network to start from, averaged weights where there are such."""
     path, sha256 = Path(settings.init_from) / "block_0.pt", hashlib.sha256()
     if not path.exists():
-        raise UsageError(
-            f"--init-from {settings.init_from}: {path} is missing, and a block that has not begun needs it"
-        )
+        raise UsageError(f"--init-from: {path} is missing, and a block that has not begun needs it")
     state = read_block(path)
     weights = state["ema"] or state["weights"]
     for name, tensor in sorted(weights.items()):
@@ -192,31 +180,24 @@ def initial_weights(settings):
 
 
 def initial_checksum(settings, script, data_sha256):
-    """The checksum of the network to start from. If the run has begun with the same --init-from, it stands in its
-    config.json, and the network may be gone. Raises UsageError for a network whose run is not finished, not end to end,
-    or of another script, version, network or data.
+    """The checksum of the network to start from. A run that has begun has it in its config.json, and the network may be
+    gone. Raises UsageError unless it is a finished --baseline of the same script, version, network and data.
     """
     if (Path(settings.out) / "config.json").exists():
         config = read_config(settings.out)
         if config["settings"].get("init_from") == settings.init_from:
             return config["depends_on"].get("init_from_sha256")
-    flag, there = f"--init-from {settings.init_from}", identity(read_config(settings.init_from, "--init-from"))
-    if there["script"] != script or not there.get("baseline"):
-        kind = "end to end" if there.get("baseline") else "in blocks"
-        raise UsageError(
-            f"{flag} is a run of train_{there['script']}.py {kind}: name a --baseline of train_{script}.py"
-        )
-    shape = [f for f in fields(settings) if f.metadata["group"] in ("network", "method") and not f.metadata["of"]]
-    here = {f.name: getattr(settings, f.name) for f in shape} | {"baseline": True, "version": __version__}
-    if hasattr(settings, "tokenizer"):
-        here["tokenizer"] = settings.tokenizer
-    if there.get("data_sha256") != data_sha256:
-        here |= {"data": settings.data, "data_sha256": data_sha256}
-    if different := differences(there, here):
-        raise UsageError(f"{flag} is a run of another version, network or data: {'; '.join(different)}")
+    there = identity(read_config(settings.init_from, "--init-from"))
+    here = {"script": script, "version": __version__, "data_sha256": data_sha256}
+    for f in fields(settings):
+        if f.name in ("data", "tokenizer") or (f.metadata["group"] in ("network", "method") and not f.metadata["of"]):
+            here[f.name] = getattr(settings, f.name)
+    if different := differences(there, here | {"baseline": True}):
+        needed = f"needs a --baseline of the same script, version, network and data ({'; '.join(different)})"
+        raise UsageError(f"--init-from {settings.init_from}: this run {needed}")
     _, sha256, step = initial_weights(settings)
     if step != there.get("steps"):
-        raise UsageError(f"{flag} is not finished: it stands at step {step} of {there.get('steps')}")
+        raise UsageError(f"--init-from {settings.init_from} is not finished: step {step} of {there.get('steps')}")
     return sha256
 
 

@@ -27,7 +27,7 @@ def report(run, metrics, metric, build, batch, sample, *shared):
     """
     settings, local = run.settings, replace(run.settings, batch_size=run.batch_size)  # of this process
     costs = {settings.method: costs_of(local, build, batch, sample, *shared)}
-    seconds = [(state := run.load_block(b, whole=False))["seconds"] / state["step"] for b in range(run.count)]
+    seconds = [(state := run.load_block(b))["seconds"] / state["step"] for b in range(run.count)]
     result = {"script": run.script, "method": settings.method, "blocks": run.count, "steps": settings.steps}
     result |= {"seed": settings.seed, "device": run.device, "versions": VERSIONS, "metrics": metrics}
     result["settings"] = asdict(settings)  # what was evaluated: config.json has those of the run's first command

@@ -31,7 +31,6 @@ from nano_db.errors import UsageError, is_out_of_memory
 from nano_db.layers import checkpoint_layers
 from nano_db.partition import split_layers
 from nano_db.trainer.checkpoints import (
-    FORMAT,
     append_json,
     differences,
     identity,
@@ -102,7 +101,9 @@ def autocast(settings):
 
 
 def first_weights(build, b, settings, *shared):
-    """build(b, settings, *shared) on the device, from the stream of random numbers for the first weights of block b."""
+    """build(b, settings, *shared) on the device: block b, with weights that depend on the seed and b alone."""
+    if settings.compile:
+        gc.collect()  # a compiled network refers to itself: the block before is still there
     seed_first_weights(settings.seed, b)
     module = build(b, settings, *shared).to(settings.device)
     if settings.checkpoint_activations:
@@ -166,12 +167,6 @@ class Run:
             if self.step_of(b) < self.step_to_reach:
                 yield b
 
-    def build(self, build, b, *shared):
-        """Block b = build(b, settings, *shared) on the device. Its first weights depend on the seed and b alone."""
-        if self.settings.compile:
-            gc.collect()  # a compiled network refers to itself: the block before is still there
-        return first_weights(build, b, self.settings, *shared)
-
     def steps(self, b, module, optimizer):
         """Count block b's steps of this round, for a loop whose body takes a step and hands its loss to `record`.
 
@@ -229,14 +224,11 @@ class Run:
 
     # --- files ---
 
-    def trained_block(self, b, build, *shared, whole=True):
-        """Block b as its file has it, for evaluation: with the moving average of its weights, where there is one.
-
-        whole=False: of the file these weights alone are read, and not verified, as in read_block.
-        """
+    def trained_block(self, b, build, *shared):
+        """Block b as its file has it, for evaluation: with the moving average of its weights, where there is one."""
         if not self.paths[b].exists():
             raise UsageError(f"{self.paths[b]} is missing: block {b} has not been trained yet")
-        state, module = self.load_block(b, whole), self.build(build, b, *shared)
+        state, module = self.load_block(b), first_weights(build, b, self.settings, *shared)
         self._fill(module.load_state_dict, state["ema"] or state["weights"], b)
         return module.eval()
 
@@ -245,21 +237,21 @@ class Run:
 
     def step_of(self, b):
         """The step at which block b's file stands; 0 if there is none."""
-        return self.load_block(b, whole=False)["step"] if self.paths[b].exists() else 0
+        return self.load_block(b)["step"] if self.paths[b].exists() else 0
 
     def save_block(self, b, step, seconds, weights, optimizer, ema=None):
         """seconds: pure training time so far. All is tensors and plain values, to be read with weights_only=True."""
-        state = {"format": FORMAT, "block": b, "step": step, "seconds": seconds, "settings": self.fixed}
+        state = {"block": b, "step": step, "seconds": seconds, "settings": self.fixed}
         state |= {"weights": weights, "optimizer": optimizer, "ema": ema}
         write_atomically(self.paths[b], lambda file: torch.save(state, file))
 
-    def load_block(self, b, whole=True):
-        """The dictionary that save_block wrote, on the CPU. whole=False: for its step, say, as in read_block."""
-        path = self.paths[b]
-        state = read_block(path, whole)
+    def load_block(self, b):
+        """The dictionary that save_block wrote, on the CPU."""
+        state = read_block(self.paths[b])
+        if different := differences(state["settings"], self.fixed):
+            raise UsageError(f"{self.paths[b]} does not belong to this run: {'; '.join(different)}")
         if state["block"] != b:
-            raise UsageError(f"{path} holds block {state['block']}: it has been renamed or copied over block {b}")
-        self._check(path, state)
+            raise UsageError(f"{self.paths[b]} holds block {state['block']}: it has been renamed, or copied")
         return state
 
     def log(self, kind, **record):
@@ -273,10 +265,6 @@ class Run:
         """Append the metrics of an evaluation, but for one with --eval-only, which leaves the run as it is."""
         if not self.settings.eval_only:
             self.log("evaluation", step=self.step_to_reach, **metrics)
-
-    def _check(self, path, state):
-        if different := differences(state["settings"], self.fixed):
-            raise UsageError(f"{path} does not belong to this run: {'; '.join(different)}")
 
     def _take_folder(self):
         """Make the folder this run's own, or raise UsageError: it belongs to one set of settings."""
@@ -373,13 +361,10 @@ class Run:
 
 
 class OneAtATime(Sequence):
-    """The trained blocks of a run as a list that holds one of them in memory at a time: the last that was asked for.
-
-    A file is verified as a whole when its block is first asked for; then its weights alone are read.
-    """
+    """The trained blocks of a run as a list that holds one of them in memory at a time: the last that was asked for."""
 
     def __init__(self, run, build, *shared):
-        self.run, self.builder, self.held, self.block, self.verified = run, (build, *shared), None, None, set()
+        self.run, self.builder, self.held, self.block = run, (build, *shared), None, None
 
     def __len__(self):
         return self.run.count
@@ -390,10 +375,7 @@ class OneAtATime(Sequence):
         if b != self.held:
             self.held, self.block = None, None  # free the one before first
             torch.clear_autocast_cache()  # which keeps weights in bfloat16, also of modules that are gone
-            path = self.run.paths[b]
-            file = (b, path.stat().st_mtime_ns) if path.exists() else None  # that it is missing is said below
-            self.held, self.block = b, self.run.trained_block(b, *self.builder, whole=file not in self.verified)
-            self.verified.add(file)
+            self.held, self.block = b, self.run.trained_block(b, *self.builder)
         return self.block
 
 
@@ -416,14 +398,10 @@ def stop_requests():
 
 def chosen_blocks(only, count):
     """The blocks that --only names, like "2" or "0,3"."""
-    try:
-        chosen = [int(part) for part in only.split(",")]
-    except ValueError:
-        raise UsageError(f"--only {only!r} is not a list of block numbers like 0,3") from None
-    wrong = [b for b in chosen if not 0 <= b < count]
-    if wrong:
-        raise UsageError(f"--only {only}: there is no block {wrong[0]}; blocks are numbered 0 to {count - 1}")
-    return list(dict.fromkeys(chosen))
+    parts = [part.strip() for part in only.split(",")]
+    if not all(part.isdecimal() and int(part) < count for part in parts):
+        raise UsageError(f"--only {only!r} must be numbers of blocks, 0 to {count - 1}, like 2 or 0,3")
+    return list(dict.fromkeys(map(int, parts)))
 
 
 def _load_moments(optimizer, state):
