@@ -66,23 +66,16 @@ class Settings(Blocks, Training):
 
 
 PRESETS = {
-    "tiny": dict(
-        blocks=3, layers=12, width=16, heads=2, patch=8, batch_size=16, steps=40, warmup=5,
-        glyphs=400, overlap=0.05, sampling_steps=12, test_images=32, frechet_images=66, frechet_steps=20,
-    ),
+    "tiny": dict(blocks=3, layers=12, width=16, heads=2, patch=8, batch_size=16, steps=40, warmup=5, glyphs=400,
+                 overlap=0.05, sampling_steps=12, test_images=32, frechet_images=66, frechet_steps=20),
     # Glyphs are black or white, and decide what they are under far more noise than photographs.
-    "laptop": dict(
-        blocks=3, layers=6, batch_size=32, steps=2000, warmup=100, overlap=0.05, ema=0.995, learning_rate=3e-3,
-        p_mean=0.5, sigma_data=0.9,
-    ),
-    "gpu": dict(
-        blocks=3, layers=12, width=384, heads=6, patch=2, batch_size=256, steps=20_000, warmup=1000, overlap=0.05,
-        ema=0.9995, data="cifar10", learning_rate=3e-4, frechet_images=5000, test_images=0,
-    ),
-    "paper": dict(
-        blocks=3, layers=12, width=384, heads=6, patch=2, batch_size=512, steps=9800, warmup=0, learning_rate=1e-4,
-        overlap=0.05, ema=0.9999, data="cifar10", frechet_images=10_000, test_images=0, final_rate=1.0,
-    ),
+    "laptop": dict(blocks=3, layers=6, batch_size=32, steps=2000, warmup=100, overlap=0.05, ema=0.995,
+                   learning_rate=3e-3, p_mean=0.5, sigma_data=0.9),
+    "gpu": dict(blocks=3, layers=12, width=384, heads=6, patch=2, batch_size=256, steps=20_000, warmup=1000,
+                overlap=0.05, ema=0.9995, data="cifar10", learning_rate=3e-4, frechet_images=5000, test_images=0),
+    "paper": dict(blocks=3, layers=12, width=384, heads=6, patch=2, batch_size=512, steps=9800, warmup=0,
+                  learning_rate=1e-4, overlap=0.05, ema=0.9999, data="cifar10", frechet_images=10_000, test_images=0,
+                  final_rate=1.0),
 }  # fmt: skip
 
 

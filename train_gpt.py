@@ -7,8 +7,8 @@
 
 Each block is a small GPT with L/B of the layers. Its target is the next token, as a point on the unit sphere with noise
 added (heads.py), at the noise levels that the block owns (partition.py). Its loss is `DiffusionBlock.loss` (block.py).
-A trained stack samples a token by walking from pure noise to a target embedding, handed from block to block on the way
-(sampler.py). We evaluate it with an upper bound on bits per character (likelihood.py).
+To sample a token, the trained blocks walk from pure noise to a target embedding, one after the other (sampler.py). We
+evaluate them with an upper bound on bits per character (likelihood.py).
 """
 
 from dataclasses import dataclass
@@ -49,17 +49,13 @@ class Settings(Discrete, Blocks, Training):
 
 
 PRESETS = {
-    "tiny": dict(
-        layers=12, width=24, heads=2, seq_len=16, batch_size=8, steps=40, warmup=5, sample_length=40, eval_windows=32,
-    ),
+    "tiny": dict(layers=12, width=24, heads=2, seq_len=16, batch_size=8, steps=40, warmup=5, sample_length=40,
+                 eval_windows=32),
     "laptop": dict(layers=8, width=128, heads=4, seq_len=128, batch_size=16, steps=2000, warmup=100, rounds=4),
-    "gpu": dict(
-        layers=12, width=384, heads=6, seq_len=256, batch_size=64, steps=3000, warmup=150, rounds=4, dropout=0.1,
-    ),
-    "paper": dict(
-        layers=12, width=768, heads=12, seq_len=256, batch_size=256, steps=100_000, warmup=2500, learning_rate=3e-4,
-        tokenizer="gpt2", data="",  # LM1B or OpenWebText, which --data has to name
-    ),
+    "gpu": dict(layers=12, width=384, heads=6, seq_len=256, batch_size=64, steps=3000, warmup=150, rounds=4,
+                dropout=0.1),
+    "paper": dict(layers=12, width=768, heads=12, seq_len=256, batch_size=256, steps=100_000, warmup=2500,
+                  learning_rate=3e-4, tokenizer="gpt2", data=""),  # LM1B or OpenWebText, which --data has to name
 }  # fmt: skip
 RECIPES = {
     "nano": dict(head="denoising", predict="averaged", loss_weight="none", noise="nano"),
@@ -157,15 +153,13 @@ def complete(tokens, length, generator, settings, model, partition):
 
 def sample(networks, count, settings, text, partition):
     """Sixteen tokens: what a sample costs is measured by them."""
-    model = assemble(networks, partition, settings.predict)
     first = torch.zeros(count, 1, dtype=torch.long, device=settings.device)
-    return complete(first, 16, None, settings, model, partition)
+    return complete(first, 16, None, settings, assemble(networks, partition, settings.predict), partition)
 
 
 def evaluate(run, networks, text, partition):
     """The score on held-out text, as metrics; samples.txt, and texts to export."""
-    settings = run.settings
-    model = assemble(networks, partition, settings.predict)
+    settings, model = run.settings, assemble(networks, partition, run.settings.predict)
     with run.autocast:  # as in training
         metrics = score_text(model, text, settings.seq_len, settings.eval_windows, settings.seed, settings.device)
         print(f"{metrics['bits_per_char']:.4f} bits per character", "" if settings.baseline else "(upper bound)")

@@ -62,10 +62,8 @@ class Settings(Discrete, Training):
 
 
 PRESETS = {
-    "tiny": dict(
-        prelude=1, core=2, coda=1, width=24, heads=2, seq_len=16, batch_size=8, steps=40, warmup=5,
-        sample_length=20, eval_windows=16, sampling_steps=4,
-    ),
+    "tiny": dict(prelude=1, core=2, coda=1, width=24, heads=2, seq_len=16, batch_size=8, steps=40, warmup=5,
+                 sample_length=20, eval_windows=16, sampling_steps=4),
     "tiny-baseline": dict(steps=10, sampling_steps=8),
     "laptop": dict(seq_len=64, batch_size=16, steps=4000, warmup=200, rounds=2),
     "laptop-baseline": dict(steps=500, warmup=25, sampling_steps=32),  # about the same seconds

@@ -54,22 +54,16 @@ class Settings(Discrete, Blocks, Training):
 
 
 PRESETS = {
-    "tiny": dict(
-        blocks=3, layers=12, width=16, heads=2, patch=8, batch_size=16, steps=40, warmup=5,
-        glyphs=500, overlap=0.05,
-    ),
-    "laptop": dict(
-        blocks=3, layers=6, batch_size=64, steps=1500, warmup=75, rounds=3, weight_decay=0.05, overlap=0.05,
-    ),
+    "tiny": dict(blocks=3, layers=12, width=16, heads=2, patch=8, batch_size=16, steps=40, warmup=5, glyphs=500,
+                 overlap=0.05),
+    "laptop": dict(blocks=3, layers=6, batch_size=64, steps=1500, warmup=75, rounds=3, weight_decay=0.05, overlap=0.05),
     "gpu": dict(
         blocks=3, layers=12, width=192, heads=6, batch_size=256, steps=10_000, warmup=500, weight_decay=0.05,
         overlap=0.05, dropout=0.1, data="cifar10", positions=0.3,
         pooling="mean",  # on photographs blocks do better with it, on glyphs with the token
     ),
-    "paper": dict(
-        blocks=3, layers=12, width=128, heads=4, batch_size=128, steps=195_500, warmup=3910, learning_rate=5e-4,
-        weight_decay=0.05, overlap=0.05, dropout=0.1, data="cifar100", positions=0.3,
-    ),
+    "paper": dict(blocks=3, layers=12, width=128, heads=4, batch_size=128, steps=195_500, warmup=3910,
+                  learning_rate=5e-4, weight_decay=0.05, overlap=0.05, dropout=0.1, data="cifar100", positions=0.3),
 }  # fmt: skip
 
 RECIPES = {

@@ -5,7 +5,7 @@ a block can be trained anywhere, in any order. Its loss is the whole method.
 
 The network is the script's own, and returns features (B, ..., width) for a head (heads.py):
 
-    network(x, ...)                of a DenoisingHead, and of the baseline: it reads the condition x alone
+    network(x, ...)                of a DenoisingHead, and of the baseline: it reads only the condition x
     network(x, z, c_noise, ...)    of the other heads: it is shown the noisy target, scaled by c_in, and the noise level
 """
 
@@ -17,9 +17,8 @@ from nano_db.schedule import edm_coefficients, edm_weight, sample_sigma
 
 
 class DiffusionBlock(nn.Module):
-    """One denoiser, for the noise levels `span` = (low, high) of the distribution `noise`.
-
-    network, head: see above. loss_weight: "none", or "edm" for w(sigma) of schedule.py.
+    """One denoiser, for the noise levels `span` = (low, high) of the distribution `noise`. network, head: see above.
+    loss_weight: "none", or "edm" for w(sigma) of schedule.py.
     """
 
     def __init__(self, network, head, noise, span, loss_weight="none"):

@@ -1,7 +1,7 @@
 """Reading a class out of a Stack: by a walk from noise, by a walk without noise, or by the mean of several walks.
 
-The walk draws a class from p(y | x), which is right for a sampler. A classifier should name the most probable class
-instead: so the walk may start from z = 0, where no noise leads it astray, or many walks may be averaged.
+The walk draws a class from p(y | x), as a sampler should. A classifier should predict the most probable class instead:
+so the walk may start from z = 0, where there is no noise to mislead it, or many walks may be averaged.
 """
 
 import torch
@@ -41,8 +41,7 @@ def score_images(stack, batches, sigmas=None, walks=8, seed=0):
     """Shares of test images classified correctly. batches: yields (x, labels).
 
     For an Ensemble: accuracy. For blocks: accuracy_walk, of one walk from noise (the paper's way),
-    accuracy_mean_of_walks, accuracy_noise_free, and of the first and the last of these also the accuracy
-    that they have reached after each block; `accuracy` is that of the noise-free walk.
+    accuracy_mean_of_walks, accuracy_noise_free (also as `accuracy`); of the first and the last also after each block.
 
     Returns (metrics, log_p (N, V) behind `accuracy`, labels (N,)), both on the CPU.
     """

@@ -9,7 +9,7 @@ A head is a module with
     clean(y)                       the clean target, which gets noised: (B, ..., d)
     head(features, z, sigma)       the answer: logits of p(y | z, x), or the denoised target D
     loss(features, z, sigma, y)    how wrong the answer is, one number per sample: (B,)
-    sees_z                         True: the head alone sees z and sigma, its network reads x alone (DenoisingHead);
+    sees_z                         True: only the head sees z and sigma, its network reads only x (DenoisingHead);
                                    False: the network is shown z and sigma (block.py)
 """
 
@@ -70,10 +70,7 @@ def cross_entropy(logits, y, *inputs, classes):
 
 
 class DiscreteHead(nn.Module):
-    """What the heads for labels and tokens share: target embeddings, an output projection (width -> V), cross-entropy.
-
-    target_embeddings: (V, d), see make_target_embeddings.
-    """
+    """What the heads for labels and tokens share. target_embeddings: (V, d), see make_target_embeddings."""
 
     sees_z, sigma_data = False, 0.5  # the paper's and EDM's, also for unit vectors
 
@@ -110,8 +107,8 @@ class PosteriorHead(DiscreteHead):
 class DenoisingHead(PosteriorHead):
     """A small MLP that sees the trunk's features, the noisy target and the noise level (ours; recipe nano).
 
-    The trunk reads x alone and is evaluated once, however many Euler calls follow; the head is evaluated at each call.
-    The idea is that of MAR's diffusion head (Li et al. 2024, arXiv 2406.11838), with Bayes' rule as its output layer.
+    The trunk reads only x and is evaluated once, the head at each sampling step. The idea is that of MAR's diffusion
+    head (Li et al. 2024, arXiv 2406.11838), with Bayes' rule as its output layer.
     """
 
     sees_z = True
@@ -150,10 +147,7 @@ HEADS = {"denoising": DenoisingHead, "posterior": PosteriorHead, "paper": PaperH
 
 class EDMHead(nn.Module):
     """The head for targets that are themselves numbers, such as pixels: D = c_skip * z + c_out * F (EDM, eq. 7), with
-    the network's features as F. It has no parameters.
-
-    With DiffusionBlock(loss_weight="edm") a block trains on EDM's weighted squared error, in which F regresses on a
-    target of unit variance at every sigma.
+    the network's features as F. With loss_weight="edm" (block.py) their target has unit variance at every sigma.
     """
 
     sees_z = False

@@ -1,7 +1,7 @@
 """Images: as sequences of patches, for a transformer; and as what blocks denoise, with guidance and a held-out loss.
 
-An ImageStack is the twin of stack.py for targets that are the data itself. At each noise level one block answers, so
-that a sampling step costs L/B layers, and no more than one block need be in memory.
+An ImageStack is the twin of stack.py for targets that are the data itself. At each noise level one block is active: a
+sampling step costs L/B layers, and only one block need be in memory.
 """
 
 import torch
@@ -76,7 +76,7 @@ def edm_loss(stack, batches, sigma_data, levels=24, seed=0):
     """Held-out E[w(sigma) * |D - y|^2], mean over pixels, sigma from p_noise; without guidance.
 
     batches: a list of (images, labels). p_noise is represented by the middles of `levels` intervals of equal
-    probability, and the noise added is the same at each call, so that two networks see the same noisy images.
+    probability. The noise added is the same at each call, so that two networks see the same noisy images.
     Returns {"edm_loss": the whole, "edm_loss_by_block": each block's part of it, which add up}.
     """
     parts, total = torch.zeros(stack.partition.blocks, dtype=torch.float64), sum(len(y) for y, _ in batches)

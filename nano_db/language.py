@@ -29,18 +29,14 @@ def score_text(model, text, seq_len, windows=0, seed=0, device="cpu"):
         summed, tokens = summed + y.numel() * found, tokens + y.numel()
     nats = split_by_block(levels, summed / tokens) if levels else summed / tokens
     total = float(nats.sum())
-    return {
-        "bits_per_char": text.bits_per_character(total),
-        "nats_per_token": total,
-        "nats_per_block": nats.tolist(),
-    }
+    bits = text.bits_per_character(total)
+    return {"bits_per_char": bits, "nats_per_token": total, "nats_per_block": nats.tolist()}
 
 
 @torch.no_grad()
 def generate(model, tokens, length, seq_len, sigmas=None, temperature=1.0, generator=None):
-    """Continue tokens (n, m) by `length`, each by a walk along `sigmas`. When the context is full (seq_len), it
-    starts anew from its later half: rotary positions would allow longer contexts, but none was trained. Returns (n, m
-    + length).
+    """Continue tokens (n, m) by `length`, each by a walk along `sigmas`: (n, m + length). When the context is full
+    (seq_len), it starts again from its later half: rotary positions would allow longer ones, but none was trained.
     """
     caches, first, cached = {}, 0, 0  # the window begins at token `first`; tokens before `cached` are in the caches
     for _ in range(length):

@@ -1,5 +1,4 @@
-"""Transformer layers shared by all architectures: pre-norm, with rotary positions or without, modulated by the noise
-level or not.
+"""Transformer layers shared by all architectures: pre-norm, with or without rotary positions and modulation.
 
 A layer is conditioned on the noise level by adaLN-Zero (Peebles & Xie 2023): shift, scale and gate of both residual
 branches are linear in a conditioning vector, and zero at the start, so that a new layer is the identity.
@@ -45,21 +44,16 @@ def causal_mask(T, past, device):
 
 
 class Cache:
-    """Keys and values of earlier positions, for generation: a pair of (B, H, T, head_width) for each layer.
-
-    Layers come in the order of the forward pass; one that is applied several times has several pairs.
+    """Keys and values of earlier positions, for generation: pairs of (B, H, T, head_width), in the order of the forward
+    pass. A layer that is applied several times has several.
     """
 
     def __init__(self):
         self.pairs, self.keep, self.layer = [], 0, 0
 
-    @property
-    def length(self):
-        return self.pairs[0][0].shape[2] if self.pairs else 0
-
     def begin(self, new):
         """Before a forward pass, of which `new` positions are to be remembered. Returns how many there are already."""
-        past = self.length
+        past = self.pairs[0][0].shape[2] if self.pairs else 0
         self.keep, self.layer = past + new, 0
         return past
 
@@ -136,8 +130,8 @@ class Layer(nn.Module):
 
 
 def open_gates(bias):
-    """The bias (6 * width,) of a layer's modulation with both gates at 1 (see Layer.forward for the order). With new
-    weights, which are zero, the modulated layer then computes what an unmodulated one computes.
+    """The bias (6 * width,) of a layer's modulation with both gates at 1: as the new weights are zero, the modulated
+    layer then computes what an unmodulated one computes.
     """
     opened = bias.clone().view(6, -1)
     opened[[2, 5]] = 1.0
@@ -152,9 +146,7 @@ def checkpoint_layers(module):
 
 
 def recompute(function, *inputs, **named):
-    """function(*inputs, **named), of which only the inputs are kept for the backward pass, where it is evaluated again
-    (activation checkpointing, Chen et al. 2016).
-    """
+    """function(*inputs, **named), evaluated again in the backward pass (activation checkpointing, Chen et al. 2016)."""
     if _watcher and torch.is_grad_enabled():
         return _watcher(function, *inputs, **named)
     return checkpoint(function, *inputs, use_reentrant=False, **named)
@@ -178,7 +170,7 @@ class NoiseEmbedding(nn.Module):
     """c_noise (B,) -> conditioning vector (B, width): sines and cosines, then a small MLP.
 
     Keep the width narrow (d/6, as in the released code): at full width the modulations would add 6 d^2 weights to a
-    layer's 12 d^2, and eat half of what training by blocks saves.
+    layer's 12 d^2, and so cancel half of the memory that training in blocks saves.
     """
 
     def __init__(self, width, features=32):

@@ -9,12 +9,10 @@ integral of the squared error over snr). It is an equality where D is the exact 
 whatever that p is: then the integral is the cross-entropy of p. It splits over sigma, hence over blocks, into the nats
 each block answers for.
 
-A walk need not go on to sigma = 0: at any level s it may decode, that is draw y from p(y | z, x), and the integral
-below s gives way to -ln p(y | z_s, x). Each s gives a bound. That of sigma_min is taken, unless another one is clearly
-tighter. This matters to a network whose answer is only nearly certain where z leaves no doubt: 1 / sigma^2 would make
-thousands of nats of it.
-
-The paper reports no likelihood for its language models; this is the number that makes them comparable.
+A walk need not go on to sigma = 0: at any level s it may decode, that is draw y from p(y | z, x), and -ln p(y | z_s, x)
+takes the place of the integral below s. Each s gives a bound. We take that of sigma_min, unless another one is clearly
+tighter: where z leaves no doubt and a network is only nearly certain, 1 / sigma^2 would make thousands of nats of it.
+The paper reports no likelihood for its language models; this bound makes them comparable.
 """
 
 import math
@@ -63,9 +61,9 @@ def measure(posterior, y, target_embeddings, sigmas, generator=None):
 def split_by_block(levels, measured):
     """The bound from what `measure` found at the levels of `quadrature`, by the trapezoidal rule. (blocks,)
 
-    Above sigma_max nothing is asked of a network: the walk starts from N(0, sigma_max^2) and not around E[y], and
-    block 0 pays the divergence of the two, |E[y]|^2 / (2 sigma_max^2) with |E[y]| = 1. The block at which the walk
-    decodes pays for that; later blocks are not used, so they contribute zero.
+    Above sigma_max no network is used: the walk starts from N(0, sigma_max^2) and not around E[y], and block 0 pays the
+    divergence of the two, |E[y]|^2 / (2 sigma_max^2) with |E[y]| = 1. The block where the walk decodes pays for that;
+    later blocks are not used, so they contribute zero.
     """
     shares, bounds = torch.zeros(levels[-1][0] + 1, dtype=torch.float64), []  # one bound for each level to decode at
     shares[0] = 1 / (2 * levels[0][1] ** 2)
@@ -83,10 +81,9 @@ def nats_of_walk(posterior, y, target_embeddings, sigmas, generator=None):
     """The bound for finitely many sampling steps at the levels `sigmas` (a grid that ends at 0): nats per symbol.
 
     It is the likelihood of a walk that adds fresh noise after each step and decodes at its last (Kingma et al. 2021,
-    discrete time). The integral becomes a sum: each step's error stands for all levels down to the next step. Since
-    the error falls with sigma, the sum overrates the integral down to the last level, by more the wider the steps in
-    1 / sigma^2; a single step decodes at once at sigma_max, and has no sum. So even for an exact posterior this is no
-    monotone function of the number of steps: its minimum is at one step, and it falls back to that only for many.
+    discrete time). The integral becomes a sum, in which each step's error stands for all levels down to the next step:
+    too large, by more the wider the steps in 1 / sigma^2. A single step decodes at sigma_max, and has no sum. So even
+    for an exact posterior one step has the minimum, and only many steps come close to it again.
     """
     levels = [float(sigma) for sigma in sigmas[:-1]]
     measured = measure(posterior, y, target_embeddings, levels, generator)

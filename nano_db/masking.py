@@ -6,9 +6,8 @@ takes the place of the others. A network predicts the masked ones from the unmas
     -ln p(x) <= integral over t of -alpha'(t) / (1 - alpha(t)) * E[sum over masked tokens of -ln p(token | unmasked)]
              =  integral over alpha of E[sum over masked tokens of -ln p(token | unmasked)] / (1 - alpha),
 
-so equal decrements of alpha are equal shares of the loss of a predictor that does not look at the context; that is the
-partition: block b owns alpha in [b/B, (b+1)/B). Block 0 is the most masked one, and runs first, as
-everywhere here (the paper numbers them the other way round).
+so equal decrements of alpha are equal shares of the loss of a predictor that does not look at the context. That is the
+partition: block b owns alpha in [b/B, (b+1)/B), block 0 the most masked (the paper numbers them the other way round).
 """
 
 import math
@@ -61,9 +60,7 @@ def low_discrepancy_times(count, t_low, t_high, device="cpu"):
 
 
 def mask_tokens(x, alpha, mask_token, generator=None):
-    """Mask each token of x (B, T) with probability 1 - alpha, (B,). Returns the sequence with mask tokens, and where
-    (bool).
-    """
+    """Mask each token of x (B, T) with probability 1 - alpha, (B,). Returns (x with mask tokens, where they are)."""
     chance = torch.rand(x.shape, generator=generator, device="cpu" if generator else x.device).to(x.device)
     masked = chance >= alpha.float().to(x.device)[:, None]
     return torch.where(masked, mask_token, x), masked
@@ -72,8 +69,7 @@ def mask_tokens(x, alpha, mask_token, generator=None):
 class MaskedBlock(nn.Module):
     """A denoiser for one interval of masking; with the whole interval (0, 1), the end-to-end baseline.
 
-    network(x, t) -> logits (B, T, V) for x (B, T) with mask tokens V and times t (B,). span: (low, high) of alpha in
-    training.
+    network(x, t) -> logits (B, T, V) for x (B, T) with mask tokens V and times t (B,). span: of alpha, in training.
     """
 
     def __init__(self, network, schedule, classes, span=(0.0, 1.0)):
@@ -103,19 +99,18 @@ class MaskedBlock(nn.Module):
 
 @torch.no_grad()
 def score_masked(blocks, batches, levels=16, generator=None):
-    """The upper bound by block, nats per token, (B,) float64: at `levels` alphas each, midpoints of its interval.
+    """The upper bound by block, nats per token, (B,) float64: at `levels` midpoints of its interval each.
 
     batches: yields x (n, T) to average over.
     """
     nats, sequences = torch.zeros(len(blocks), dtype=torch.float64), 0
     for x in batches:
-        found = torch.zeros(len(blocks), dtype=torch.float64)
         for b, block in enumerate(blocks):
             for i in range(levels):
                 alpha = (b + (i + 0.5) / levels) / len(blocks)
                 t = block.schedule.time(alpha).expand(len(x))
-                found[b] += float(block.nats(x, t, generator).cpu().double().mean()) / (levels * len(blocks))
-        nats, sequences = nats + len(x) * found, sequences + len(x)
+                nats[b] += float(block.nats(x, t, generator).cpu().double().sum()) / (levels * len(blocks))
+        sequences += len(x)
     return nats / sequences
 
 
@@ -126,7 +121,7 @@ def unmasked_share(x, mask_token):
 
 @torch.no_grad()
 def unmask(blocks, x, steps, temperature=1.0, generator=None):
-    """Yield (alpha, x) after each of `steps` steps from a sequence x (B, T), in which mask tokens are to be filled in.
+    """Yield (alpha, x) after each of `steps` steps from a sequence x (B, T), whose mask tokens are to be filled in.
 
     From alpha to alpha_next each masked token is revealed with probability (alpha_next - alpha) / (1 - alpha), all of a
     step drawn independently; the block that owns alpha is active. What is unmasked never changes.

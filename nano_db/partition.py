@@ -64,8 +64,8 @@ def make_partition(noise, blocks, kind="probability", overlap=0.0):
 def sampling_grid(partition, steps):
     """The noise levels of a sampling trajectory: `steps` descending levels, then 0. (steps + 1,) float64
 
-    The steps are shared out evenly; what is over goes to the first blocks. Those of a block lie in its own interval,
-    the first at its top edge, at equal probabilities under p_noise. So each block is asked, whatever the edges are.
+    Blocks get equally many steps; what is over goes to the first ones. Those of a block lie in its own interval, the
+    first at its top edge, at equal probabilities under p_noise. So each block is active, whatever the edges are.
     """
     if steps < partition.blocks:
         raise UsageError(f"{steps} sampling steps: each of the {partition.blocks} blocks needs at least one")
@@ -83,18 +83,11 @@ def split_layers(layers, blocks, split=""):
     """Layers of each block, noisiest first: as even as possible (what is over goes first), or like "3,6,3"."""
     if blocks > layers:
         raise UsageError(f"{blocks} blocks are more than {layers} layers: every block needs a layer of its own")
-    if split:
-        return parse_split(split, layers, blocks)
-    return [layers // blocks + (b < layers % blocks) for b in range(blocks)]
-
-
-def parse_split(split, layers, blocks):
-    """ "3,6,3" -> [3, 6, 3]. Raises UsageError where the numbers do not add up."""
-    try:
-        parts = [int(part) for part in split.split(",")]
-    except ValueError:
-        raise UsageError(f"the layer split {split!r} is not a list of whole numbers like 3,6,3") from None
-    if len(parts) != blocks or sum(parts) != layers or min(parts) < 1:
-        wanted = f"{blocks} blocks of at least one layer, {layers} in all"
-        raise UsageError(f"the layer split {split} must name {wanted}; it names {len(parts)} with {sum(parts)} in all")
+    if not split:
+        return [layers // blocks + (b < layers % blocks) for b in range(blocks)]
+    counts = {str(count): count for count in range(1, layers + 1)}
+    parts = [counts.get(part.strip(), 0) for part in split.split(",")]
+    if len(parts) != blocks or sum(parts) != layers or 0 in parts:
+        wanted = f"{blocks} whole numbers above 0, which add up to {layers} layers"
+        raise UsageError(f"the layer split {split!r} must be {wanted}, like 3,6,3 for 12 layers in 3 blocks")
     return parts

@@ -6,8 +6,8 @@ The process is variance exploding: z = y + sigma * eps. A noise distribution p_n
     cdf(sigma)              share of the training below sigma: 0 at sigma_min, 1 at sigma_max
     inverse_cdf(q)          the sigma below which a share q of the training lies
 
-Partition, sampling and grids use these four alone, so they do not know which distribution they serve. All of it is
-float64: in float32 the upper quantiles of a narrow distribution round to 1, and the top edge becomes infinite.
+Partition, sampling and grids use only these four, so any such distribution will do. All of it is float64: in float32
+the upper quantiles of a narrow distribution round to 1, and the top edge becomes infinite.
 """
 
 import torch
@@ -55,10 +55,7 @@ def quantiles(noise, parts):
 
 
 def equal_probability_grid(noise, steps):
-    """Where the sampler calls a denoiser: `steps` equal-probability quantiles from sigma_max down, then 0. (steps + 1,)
-
-    The last Euler step ends at sigma = 0 and so returns the denoised point itself.
-    """
+    """Levels of a sampler's steps: `steps` equal-probability quantiles from sigma_max down, then 0. (steps + 1,)"""
     sigmas = quantiles(noise, steps)
     sigmas[-1] = 0.0
     return sigmas

@@ -21,8 +21,8 @@ class Stack:
 
     average: blocks with a DenoisingHead predict together (ours). The walk has passed blocks 0..b when it is at block b.
     By Bayes' rule all of them estimate the same ln p(y | x), so the mean of their residuals (in ln p, normalised) takes
-    the place of block b's own: an ensemble. None is asked below the noise levels it was trained on: it is told its
-    lowest one instead, since its answer should not depend on the level.
+    the place of block b's own: an ensemble. Below the noise levels that a block was trained on it is told the lowest of
+    them, since its answer should not depend on the level.
     """
 
     def __init__(self, blocks, partition, average=False):
@@ -33,10 +33,10 @@ class Stack:
     def posterior(self, x, caches=None, temperature=1.0):
         """A function (z, sigma) -> ln p(y | z, x).
 
-        Of blocks with a DenoisingHead the trunks are evaluated here, once for all calls; other networks answer anew at
-        each call. caches: a dict in which networks keep keys and values between positions; a network that is shown z
-        has others for each noise level. temperature T sharpens the network's part: p(y | x)^(1/T) with a posterior or
-        denoising head, which leaves the likelihood of z as it is; the whole answer with the paper's head.
+        Trunks of blocks with a DenoisingHead are evaluated here, once for all calls; other networks at each call.
+        caches: a dict in which networks keep keys and values between positions; a network that is shown z has others
+        for each noise level. temperature T sharpens the network's part: p(y | x)^(1/T) with a posterior or denoising
+        head, which leaves the likelihood of z as it is; the whole answer with the paper's head.
         """
         trunks = self.blocks[0].head.sees_z
         features = [block.network(x, **_cache(caches, b)) for b, block in enumerate(self.blocks)] if trunks else None
@@ -57,9 +57,8 @@ class Stack:
 
 
 class Ensemble(nn.Module):
-    """Networks trained independently on all noise levels, as one; most often a single one. It answers with the mean of
-    their answers: of D, each an estimate of E[y | z], which does not blur as a mean of samples would; or of logits,
-    which after normalisation is the mean of ln p.
+    """Networks trained independently on all noise levels, as one; most often a single one. Its answer is the mean of
+    theirs: of D, each an estimate of E[y | z]; or of logits, which after normalisation is the mean of ln p.
     """
 
     def __init__(self, networks):

@@ -179,7 +179,7 @@ def test_an_untrained_network_answers_c_skip_z():
         (("--sampling-steps", "2"), "2 sampling steps: each of the 3 blocks needs at least one"),
         (("--width", "18"), "multiple of 4"),
         (("--p-mean", "50"), "next to no probability"),
-        (("--layer-split", "1,1"), "must name 3 blocks"),
+        (("--layer-split", "1,1"), "must be 3 whole numbers above 0, which add up to 3 layers"),
         (("--baseline", "--partition", "uniform"), "--partition does nothing with the baseline method"),
     ],
 )

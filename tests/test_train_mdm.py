@@ -71,8 +71,8 @@ def test_fill_keeps_the_text_and_fills_the_gaps(mdm, cli, tmp_path):
         (("--sampling-steps", "0"), "at least 1"),
         (("--schedule", "square"), "invalid choice"),
         (("--baseline", "--overlap", "0.1"), "--overlap does nothing with the baseline method"),
-        (("--layer-split", "1,1"), "must name 3 blocks"),
-        (("--layer-split", "1,1,x"), "not a list of whole numbers"),
+        (("--layer-split", "1,1"), "must be 3 whole numbers above 0, which add up to 3 layers"),
+        (("--layer-split", "1,1,x"), "the layer split '1,1,x' must be"),
         (("--width", "18"), "a width of 18 is no multiple of 4"),
     ],
 )

@@ -398,10 +398,11 @@ def stop_requests():
 
 def chosen_blocks(only, count):
     """The blocks that --only names, like "2" or "0,3"."""
-    parts = [part.strip() for part in only.split(",")]
-    if not all(part.isdecimal() and int(part) < count for part in parts):
+    numbers = {str(b): b for b in range(count)}
+    chosen = [numbers.get(part.strip()) for part in only.split(",")]
+    if None in chosen:
         raise UsageError(f"--only {only!r} must be numbers of blocks, 0 to {count - 1}, like 2 or 0,3")
-    return list(dict.fromkeys(map(int, parts)))
+    return list(dict.fromkeys(chosen))
 
 
 def _load_moments(optimizer, state):
