@@ -1,4 +1,1 @@
-"""What was asked and measured: experiments and their tables, figures, benchmarks, plans and controls.
-
-It imports the scripts and the package; neither imports anything of it.
-"""
+"""What was asked and measured. Experiments import the scripts and the package; neither imports anything from here."""

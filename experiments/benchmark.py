@@ -2,7 +2,7 @@
 
     python -m experiments.benchmark gpt --pairs 20 --blocks 4
 
-What follows the script's name are its own flags.
+Flags after the script's name are its own.
 """
 
 import os
@@ -13,21 +13,16 @@ from importlib import import_module
 
 import torch
 
-from experiments.results import ROOT
 from nano_db.errors import UsageError
 from nano_db.trainer.report import costs_of, end_to_end, print_costs, seconds_of
 from nano_db.trainer.run import autocast, command, first_weights, learning_rate, make_optimizer, networks, seed_from
 from nano_db.trainer.settings import Parser, read_settings
 
-SCRIPTS = ("vit", "dit", "mdm", "gpt", "looped")
-
 
 def script_and_settings(name, flags):
     """train_<name>.py as a module, and its settings for these flags. Raises UsageError where the script does."""
-    if str(ROOT) not in sys.path:  # scripts lie beside the packages, not in them
-        sys.path.insert(0, str(ROOT))
     script, before = import_module(f"train_{name}"), sys.argv
-    with tempfile.TemporaryDirectory() as folder:  # in which no run has left settings to go on with
+    with tempfile.TemporaryDirectory() as folder:  # in which no run has left settings to resume with
         sys.argv = [f"train_{name}.py", *flags, "--out", folder]
         try:
             return script, read_settings(name, script.Settings, script.PRESETS, getattr(script, "RECIPES", None))
@@ -70,9 +65,7 @@ class Contestant:
 
 
 def compare(label, works, pairs, settings):
-    """Print the seconds of two works, each a function of the step, in pairs: timings drift with the machine, so what
-    counts is the ratio within each pair.
-    """
+    """Print the seconds of two works, which are functions of the step. Machines drift: compare within the pairs."""
     times = [[seconds_of(settings, work, step) for work in works] for step in range(pairs + 2)][2:]  # warm
     ours, theirs = (f"{1000 * statistics.median(side):.1f} ms" for side in zip(*times, strict=True))
     ratios = [a / b for a, b in times]
@@ -81,8 +74,9 @@ def compare(label, works, pairs, settings):
 
 
 def main():
+    scripts = ("vit", "dit", "mdm", "gpt", "looped")
     parser = Parser(prog="python -m experiments.benchmark", description=__doc__, allow_abbrev=False)
-    parser.add_argument("script", choices=SCRIPTS, help="train_<script>.py; its flags may follow")
+    parser.add_argument("script", choices=scripts, help="train_<script>.py; its flags may follow")
     parser.add_argument("--pairs", type=int, default=20, help="how many pairs to time (default %(default)s)")
     args, flags = parser.parse_known_args()
     if args.pairs < 1:
@@ -94,7 +88,7 @@ def main():
     script, settings = script_and_settings(args.script, flags)
     shared = script.prepare(settings)
     whole = end_to_end(settings)
-    costs = {  # before the networks are there that are timed: they would count in a GPU's peak
+    costs = {  # before the timed networks exist: they would count in a GPU's peak
         "blocks": costs_of(settings, script.build, script.batch, script.sample, *shared),
         "end to end": costs_of(whole, script.build, script.batch, script.sample, *shared),
     }

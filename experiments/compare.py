@@ -26,7 +26,7 @@ def main():
     columns = {name: [m[name] for m in metrics] for name in common if all(name in m for m in metrics)}
     columns["parameters"] = [result["parameters"] for result in results]
     columns["training MiB"] = [result["memory_bytes"]["total"] / 2**20 for result in results]
-    columns["ms a step, all blocks"] = [1000 * result["seconds_per_step_all_blocks"] for result in results]
+    columns["ms per step, all blocks"] = [1000 * result["seconds_per_step_all_blocks"] for result in results]
     rows = [[name, str(result["blocks"]), str(result["steps"])] for name, result in zip(names, results, strict=True)]
     for numbers in columns.values():
         for row, number in zip(rows, numbers, strict=True):

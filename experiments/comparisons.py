@@ -1,6 +1,4 @@
-"""The experiments of two more scales: other methods (neighbours/) beside ours, and blocks that begin with the layers of
-a trained network (--init-from).
-"""
+"""Experiments of two more scales: other methods beside ours, and blocks cut from trained networks (--init-from)."""
 
 from functools import partial
 
@@ -21,7 +19,7 @@ SCALES = {
 }  # fmt: skip
 GROUPS = {
     "neighbours-glyphs": ("Neighbours, on glyphs", "Steps are those of each network that is trained."),
-    "neighbours-cifar10": ("Neighbours, on CIFAR-10", "Alike; the first 4,000 test images."),
+    "neighbours-cifar10": ("Neighbours, on CIFAR-10", "The same comparison, on the first 4,000 test images."),
 }
 GRADIENTS, FEATURES, SIGNALS = "gradients", "frozen features", "features, no gradients"
 NEIGHBOURS = (  # name, row, what passes between blocks, script, flags
@@ -34,7 +32,7 @@ NEIGHBOURS = (  # name, row, what passes between blocks, script, flags
     ("greedy-2-ahead", "greedy, 2 layers of look-ahead", FEATURES, "greedy", dict(look_ahead=2)),
     ("noprop-chain", "NoProp's CNN, chain of 4, end to end", GRADIENTS, "noprop", dict(method="backprop")),
     ("noprop-alone", "one of its 4 blocks, end to end", "–", "noprop", dict(method="backprop", blocks=1)),
-    ("noprop-dt", "NoProp-DT, 4 blocks", "shared embeddings, readout", "noprop", dict(method="dt")),
+    ("noprop-dt", "NoProp-DT, 4 blocks", "shared embeddings, output projection", "noprop", dict(method="dt")),
     ("noprop-blocks", "DiffusionBlocks, 4 of that CNN", "nothing", "noprop", dict(method="blocks")),
     ("noprop-ct", "NoProp-CT, one network", "–", "noprop", dict(method="ct", steps=2400, embedding=20, length=4.5)),
     ("noprop-fm", "NoProp-FM, one network", "–", "noprop", dict(method="fm", steps=2400, embedding=20, length=4.5)),

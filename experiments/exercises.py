@@ -1,4 +1,4 @@
-"""What the notebooks of the course share: the word on a student's answer, a slider, and the size of a run."""
+"""What the notebooks of the course share: feedback on a student's answer, a slider, and the size of a run."""
 
 import os
 
@@ -6,9 +6,8 @@ import os
 def check(name, passed, hint):
     """Print one line: "1.2: right", "1.2: not yet. <hint>", or that nothing has been tried yet, without the hint.
 
-    passed: a function without arguments, so that an unfinished answer raises in here and not in the notebook. Whatever
-    it returns is taken as a bool. An exception is "not yet", and its name is shown; but NotImplementedError is the stub
-    itself, which gets no hint: thinking comes first.
+    passed: a function without arguments, so that an unfinished answer raises here and not in the notebook. An exception
+    is "not yet", and its name is shown. NotImplementedError is the stub itself, which gets no hint: think first.
     """
     try:
         right, stopped_by = bool(passed()), ""
@@ -22,9 +21,9 @@ def check(name, passed, hint):
 def explore(draw, start, **values):
     """Show the picture that draw(start) makes; with a slider over `values` where somebody can move it.
 
-    values: one list, under the name of draw's argument: explore(draw, 1.0, sigma=[0.1, 1.0]). A front end that allows
-    questions to its user (allow_stdin) has one. A program that executes a notebook has none: it leaves the picture
-    alone, which is what GitHub shows. So does a Python without ipywidgets.
+    values: one list, under the name of draw's argument: explore(draw, 1.0, sigma=[0.1, 1.0]). The slider needs
+    ipywidgets, and a front end that allows questions to its user (allow_stdin). A program that executes a notebook is
+    no such front end, and leaves only the picture, which is what GitHub shows.
     """
     ((name, choices),) = values.items()
     try:

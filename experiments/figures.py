@@ -13,7 +13,7 @@ from nano_db.trainer.plots import block_colours, plt, save_figure
 
 
 def draw_depth(path, panels):
-    """depth.png of results: quality against the layers of a network or of a block, in a panel for each table.
+    """depth.png of results: quality against the layers of a network or of a block, one panel per table.
 
     panels: {(title, unit): {label: {layers: one number per seed}}}
     """
@@ -31,10 +31,7 @@ def draw_depth(path, panels):
 
 
 def draw_idea(path, blocks=4):
-    """The README's picture: the noise levels cut into blocks, and a walk from noise to data that passes through them.
-
-    Nothing in it is trained: the data is a mixture of Gaussians, whose denoiser is known.
-    """
+    """The README's picture: noise levels cut into blocks, and walks through them. Nothing is trained: D is exact."""
     noise = LogNormal(sigma_max=20.0)
     partition, colours = make_partition(noise, blocks), block_colours(blocks)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")

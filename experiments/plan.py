@@ -2,14 +2,15 @@
 
     python -m experiments.plan gpt --preset paper --dtype bfloat16 --memory 8GB
 
-What follows the script's name are its own flags. A training step is taken with torch's fake tensors, which have shapes
-and types but no numbers. So a step of any size is counted on any machine, in seconds. The counts are those of
+Flags after the script's name are its own. A training step is taken with torch's fake tensors, which have shapes and
+types but no numbers. So a step of any size is counted on any machine, in seconds. The counts are those of
 nano_db/trainer/memory.py.
 """
 
 import math
 import re
 from dataclasses import replace
+from itertools import product
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -53,13 +54,10 @@ def plans(name, flags):
     """
     script, settings = script_and_settings(name, [*NOT_COUNTED.get(name, ()), *flags])
     data, _ = script.prepare(end_to_end(settings))  # which may sample in fewer steps than there are blocks
-    depths = [math.ceil(settings.layers / blocks) for blocks in range(1, settings.layers + 1)]
-    for blocks in range(1, settings.layers + 1):
-        if depths.index(depths[blocks - 1]) == blocks - 1:
-            for checkpointed in (False, True):
-                changes = {"blocks": blocks, "checkpoint_activations": checkpointed}
-                changed = replace(settings, **changes) if blocks > 1 else end_to_end(replace(settings, **changes))
-                yield blocks, checkpointed, step_bytes(script, changed, data)
+    fewest = {math.ceil(settings.layers / blocks): blocks for blocks in range(settings.layers, 0, -1)}  # by depth
+    for blocks, checkpointed in product(sorted(fewest.values()), (False, True)):
+        changed = replace(settings, blocks=blocks, checkpoint_activations=checkpointed)
+        yield blocks, checkpointed, step_bytes(script, changed if blocks > 1 else end_to_end(changed), data)
 
 
 def main():
@@ -68,8 +66,8 @@ def main():
     parser.add_argument("--memory", help="what there is, like 8GB")
     args, flags = parser.parse_known_args()
     room = parse_bytes(args.memory) if args.memory else math.inf
-    for flag in CHOSEN_HERE:
-        if flag in flags:
+    for flag in (argument.split("=")[0] for argument in flags):  # "--blocks 4" and "--blocks=4"
+        if flag in CHOSEN_HERE:
             raise UsageError(f"{flag} is for this command to choose: drop it")
 
     print(f"MiB of a training step{'':9}" + "".join(f"{part:>13}" for part in (*PARTS, "total")))

@@ -1,8 +1,8 @@
 """The tables of results, by one command: `python -m experiments.results --scale cpu --jobs 2`
 
 It runs the scripts for every experiment of the scale (tables.py) that has no file yet. What comes out goes into
-results/<scale>: a JSON file per run with its exact command, versions and machine, and summary.md. Stop it
-whenever you like; the same command goes on, even in the middle of a run. A run that fails does not stop the others.
+results/<scale>: one JSON file per run with its exact command, versions and machine, and summary.md. You can
+interrupt it at any time; run the same command again to resume. A run that fails does not stop the others.
 """
 
 import os
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def run_all(todo, jobs, out, folder):
     """Run the experiments in `todo`, `jobs` at a time. Returns "name (its last line)" of each that failed.
 
-    Raises KeyboardInterrupt on Ctrl-C or SIGTERM, when the runs under way have saved.
+    Raises KeyboardInterrupt on Ctrl-C or SIGTERM, once the runs that were started have saved.
     """
     waiting, running, failed, began = list(todo), {}, [], time.monotonic()
     with stop_requests() as stop:
@@ -68,7 +68,7 @@ def start(experiment, seed, out):
     folder.parent.mkdir(parents=True, exist_ok=True)
     line = [sys.executable, *experiment.command(seed, folder.parents[1]), "--out", str(folder)]
     threads = {"OMP_NUM_THREADS": "1"} if experiment.given("--device") == "cpu" else {}
-    with open(f"{folder}.log", "w") as log:  # a session of its own: Ctrl-C comes to us alone, and we tell each run once
+    with open(f"{folder}.log", "w") as log:  # a session of its own: Ctrl-C comes only to us, and we tell each run once
         where = {"cwd": ROOT, "stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
         return subprocess.Popen(line, env=os.environ | threads, **where)
 
@@ -77,12 +77,7 @@ def keep_record(experiment, seed, out, folder, jobs):
     """Write the JSON file of a run that has ended."""
     run = out / experiment.file(seed)
     result = read_result(run)
-    settings = result.pop("settings")
-    if "data_sha256" in result:  # neighbours keep no config.json
-        depends_on = {"data_sha256": result.pop("data_sha256")}
-        del result["command"]
-    else:
-        depends_on = read_config(run)["depends_on"]
+    depends_on = result if "data_sha256" in result else read_config(run)["depends_on"]  # neighbours have no config.json
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
     machine = {"cpu": (names or [platform.machine()])[0], "cores": os.cpu_count(), "jobs at a time": jobs}
     if result["device"] == "cpu":
@@ -91,8 +86,9 @@ def keep_record(experiment, seed, out, folder, jobs):
         machine["gpu"] = torch.cuda.get_device_name() if result["device"] == "cuda" else result["device"]
     record = {"experiment": experiment.name, "seed": seed, "command": experiment.command_line(seed), "machine": machine}
     record |= {name: depends_on[name] for name in ("data_sha256", "init_from_sha256") if depends_on.get(name)}
-    settings = {name: value for name, value in settings.items() if name not in ("out", "init_from")}
-    record |= {"settings": settings, "result": result}
+    record["settings"] = {name: value for name, value in result["settings"].items() if name not in ("out", "init_from")}
+    elsewhere = ("settings", "command", "data_sha256")
+    record["result"] = {name: value for name, value in result.items() if name not in elsewhere}
     write_json(folder / f"{experiment.file(seed)}.json", record)
 
 
@@ -100,7 +96,7 @@ def main():
     parser = Parser(prog="python -m experiments.results", description=__doc__, allow_abbrev=False)
     parser.add_argument("--scale", choices=tuple(SCALES), default="cpu", help="how large (default cpu)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1; on CPUs no more than cores)")
-    parser.add_argument("--only", metavar="TABLE,...", help="these tables alone (default: all of the scale)")
+    parser.add_argument("--only", metavar="TABLE,...", help="only these tables (default: all of the scale)")
     parser.add_argument("--out", type=Path, default="out/results", help="where the runs are kept (default out/results)")
     parser.add_argument("--results", type=Path, default="results", help="where the tables are kept (default results)")
     parser.add_argument("--list", action="store_true", help="run nothing: show what there is to run")

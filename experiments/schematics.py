@@ -19,7 +19,6 @@ from nano_db.heads import log_likelihood, make_target_embeddings
 from nano_db.partition import make_partition
 from nano_db.sampler import euler_walk
 from nano_db.schedule import LogNormal, equal_probability_grid, quantiles
-from nano_db.trainer.checkpoints import write_atomically
 from nano_db.trainer.plots import block_colours, plt
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -44,10 +43,8 @@ def say(ax, x, y, text, size=9, **style):
 def box(ax, x, y, width, height, text, colour, size=10, tint=0.13, style="-"):
     """A rounded box around (x, y), filled with `tint` of the colour of its edge."""
     fill, corner = [1 - tint + tint * c for c in to_rgb(colour)], (x - width / 2, y - height / 2)
-    look = dict(
-        boxstyle="round,pad=0,rounding_size=8", facecolor=fill, edgecolor=colour, linewidth=1.5, linestyle=style
-    )
-    ax.add_patch(FancyBboxPatch(corner, width, height, **look))
+    look = dict(facecolor=fill, edgecolor=colour, linewidth=1.5, linestyle=style)
+    ax.add_patch(FancyBboxPatch(corner, width, height, "round,pad=0,rounding_size=8", **look))
     say(ax, x, y, text, size)
 
 
@@ -161,12 +158,9 @@ def draw_gradients():
     arrow(ax, (292, 68), (332, 68), colour=GREY)
     arrow(ax, (452, 68), (412, 68), style=DASHED)
     box(ax, 592, 68, 40, 26, "", "black", tint=0.04, style="--")
-    for x, text in (
-        (342, "forward"),
-        (462, "gradient"),
-        (622, "in memory: weights, gradients,\nAdamW's averages, activations"),
-    ):
-        say(ax, x, 68, text, ha="left")
+    say(ax, 342, 68, "forward", ha="left")
+    say(ax, 462, 68, "gradient", ha="left")
+    say(ax, 622, 68, "in memory: weights, gradients,\nAdamW's averages, activations", ha="left")
     say(ax, 566, 22, "No arrow leads from one block to another.", 10)
     return figure
 
@@ -179,11 +173,9 @@ def draw_walk(blocks=4):
     def shares(sigmas):  # how far along the axis: a block is as wide as its share of the training
         return blocks * (1 - noise.cdf(sigmas.clamp(noise.sigma_min)))
 
-    def scaled(walk, sigmas):  # by the standard deviation of z
-        return walk / (sigmas**2 + spread**2).sqrt()[:, None]
-
-    def walks(z, sigmas):
-        return scaled(torch.stack([z, *(state.z for state in euler_walk(data.denoise, z, sigmas))])[..., 0], sigmas)
+    def walks(z, sigmas):  # over the standard deviation of z
+        states = torch.stack([z, *(state.z for state in euler_walk(data.denoise, z, sigmas))])
+        return states[..., 0] / (sigmas**2 + spread**2).sqrt()[:, None]
 
     figure, ax = plt.subplots(figsize=(9, 4.2), layout="constrained")
     levels, heights = quantiles(noise, 48), torch.linspace(-2.2, 2.2, 67, dtype=torch.float64)
@@ -295,9 +287,8 @@ def draw_all(folder=DOCS):
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     for name, draw in PICTURES.items():
         figure, as_text = draw(), "path" if name == "cheatsheet.svg" else "none"
-        how = dict(format="svg", metadata={"Date": None, "Creator": None})
         with plt.rc_context({"svg.hashsalt": name, "svg.fonttype": as_text}):
-            write_atomically(folder / name, lambda file, figure=figure, how=how: figure.savefig(file, **how))
+            figure.savefig(folder / name, metadata={"Date": None, "Creator": None})
         plt.close(figure)
 
 

@@ -1,8 +1,8 @@
-"""Tables of results, made of the JSON files of results/<scale> and of nothing else.
+"""Tables of results, made from the JSON files in results/<scale> and from nothing else.
 
 summary.md has all tables of a scale. In other Markdown files a table stands between `<!-- results: cpu gpt -->` and
-`<!-- end -->`, where fill() renews it: no number in it is typed by hand, and a test finds the table that does not say
-what the files say. In place of `gpt` there may be `main`, the table of all architectures, or `conversion`.
+`<!-- end -->`, where fill() renews it: no number in it is typed by hand, and a test finds a table that differs from the
+files. In place of `gpt` there may be `main`, the table of all architectures, or `conversion`.
 """
 
 import json
@@ -100,18 +100,11 @@ def ratio(records, others, *keys):
     return statistics.median(ours[seed] / theirs[seed] for seed in ours.keys() & theirs.keys())
 
 
-def shown_metrics(rows):
-    """Those of QUALITY that any of the rows has."""
-    first = next(iter(rows))
-    metrics = QUALITY.get(first.group) or QUALITY[first.script]
-    return [metric for metric in metrics if any(values(records, metric[0]) for records in rows.values())]
-
-
 def depth_panels(found):
     """What figures.draw_depth draws, of those tables of depth that have been run."""
     panels = {}
     for group in ("vit-depth", "dit-depth", "gpt-depth"):
-        plain, cut = {}, {}  # {layers of the network, or of a block: a number a seed}
+        plain, cut = {}, {}  # {layers of the network, or of a block: one number per seed}
         for experiment, records in of_group(group, found).items():
             (name, unit, _), *_ = QUALITY[experiment.script]
             if records:
@@ -146,10 +139,12 @@ def table(group, found):
 
 
 def quality_table(rows):
-    metrics, first = shown_metrics(rows), next(iter(rows))
+    first = next(iter(rows))
+    metrics = QUALITY.get(first.group) or QUALITY[first.script]
+    metrics = [metric for metric in metrics if any(values(records, metric[0]) for records in rows.values())]
     is_script = not first.group.startswith("neighbours")  # neighbours do not say what a sample costs
     columns = ["run", "steps", "seeds", *(column for _, column, _ in metrics), "parameters", TRAINING]
-    columns += ["ms a step, all blocks"] + ["one sample: layers evaluated", "ms"] * is_script
+    columns += ["ms per step, all blocks"] + ["one sample: layers evaluated", "ms"] * is_script
     last = ["paper" if is_script else "what passes between blocks"] * any(experiment.note for experiment in rows)
     lines = []
     for experiment, records in rows.items():
@@ -209,15 +204,11 @@ def conversion_table(found):
         for steps in further if network else ():
             runs = [by_name.get(f"{script}-conversion-{way}-{steps}", []) for way in ("further", "nothing", "started")]
             cells = [with_spread(values(records, name), decimals) for records in (network, *runs)]
-            cells[0] += f" after {first}"
-            for keys, unit, digits in (
-                (("one_sample", "layer_evaluations"), 1, 0),
-                (("memory_bytes", "total"), 2**20, 1),
-            ):
-                both = (median(records, *keys) / unit for records in (network, runs[2])) if runs[2] else ()
-                cells.append(" / ".join(f"{number:,.{digits}f}" for number in both) or NONE)
-            architecture = f"{GROUPS[script][0]}: {column}"
-            lines.append([architecture, cells[0], f"{steps}", *cells[1:]])
+            both = (network, runs[2]) if runs[2] else ()
+            layers = " / ".join(f"{median(records, 'one_sample', 'layer_evaluations'):,.0f}" for records in both)
+            memory = " / ".join(f"{median(records, 'memory_bytes', 'total') / 2**20:,.1f}" for records in both)
+            row = [f"{GROUPS[script][0]}: {column}", f"{cells[0]} after {first}", f"{steps}"]
+            lines.append([*row, *cells[1:], layers or NONE, memory or NONE])
     return markdown(columns, lines) if lines else ""
 
 
@@ -230,7 +221,7 @@ def memory_table(rows):
 
 
 def checkpointing_table(rows):
-    """What is left of the end-to-end network's memory, and of its seconds a step."""
+    """What is left of the end-to-end network's memory, and of its seconds per step."""
     ways = {"baseline-checkpointed": "end to end, checkpointed", "blocks": "blocks"}
     ways |= {"blocks-checkpointed": "blocks, checkpointed"}
     by_name, lines = {experiment.name: records for experiment, records in rows.items()}, []
@@ -241,7 +232,7 @@ def checkpointing_table(rows):
             costs = (("memory_bytes", "total"), ("seconds_per_step_all_blocks",)) if deep and records else ()
             cells.append(", ".join(f"{ratio(records, deep, *keys):.2f}" for keys in costs) or NONE)
         lines.append([GROUPS[script][0], *cells])
-    columns = ["architecture", f"end to end: {TRAINING}", "ms a step"]
+    columns = ["architecture", f"end to end: {TRAINING}", "ms per step"]
     return markdown([*columns, *(f"{way}: share of memory, of seconds" for way in ways.values())], lines)
 
 
@@ -263,8 +254,8 @@ def summary(found, scale):
     text = f"""# Results at scale {scale}
 
 `python -m experiments.results --scale {scale}` wrote this page from the JSON files beside it. Quality is the
-mean ± standard deviation over seeds. Seconds are medians. Ratios are taken within a seed, for machines drift. Memory is
-that of the largest network in training. `docs/running.md` says what each number means.
+mean ± standard deviation over seeds. Seconds are medians. Ratios are taken within a seed, because machines drift.
+Memory is that of the largest network in training. `docs/running.md` says what each number means.
 """
     text += "".join(f"\n## All architectures\n\n{lines}" for make in OVERVIEWS.values() if (lines := make(found)))
     for group in groups(found):
@@ -278,7 +269,6 @@ that of the largest network in training. `docs/running.md` says what each number
     folder = f" --out out/results/{scale}/"  # where other runs look for the network that they start from
     named = any(experiment.init_from(0) for experiment in found)
     lines = (e.command_line(0) + (folder + e.file(0) if named else "") for e in found)
-    also = "Rows of several seeds also have `--seed 1`, and 2" + (
-        " (`-s1` and `-s2` in the folders)." if named else "."
-    )
-    return f"{text}\n## Commands\n\n{also}\n\n```\n" + "\n".join(dict.fromkeys(lines)) + "\n```\n"
+    also = " (`-s1` and `-s2` in the folders)" if named else ""
+    text += f"\n## Commands\n\nRows of several seeds also have `--seed 1`, and 2{also}.\n"
+    return f"{text}\n```\n" + "\n".join(dict.fromkeys(lines)) + "\n```\n"

@@ -1,7 +1,7 @@
 """The experiments behind the tables of results: the rows of each table, and the flags of each row.
 
-The rows of a table have the same flags but for what a row is named after. N steps of the baseline stand against N steps
-of every block, in which as many layers are evaluated (the paper's budget rule). Rows of more steps say so.
+The rows of a table have the same flags, except for what a row is named after. N steps of the baseline stand against N
+steps of every block, in which as many layers are evaluated (the paper's budget rule). Rows of more steps say so.
 """
 
 import shlex
@@ -12,12 +12,10 @@ from pathlib import Path
 from experiments import comparisons
 
 CPU = dict(device="cpu")
-FOR_ALL = {  # flags of all runs of a scale; below, those of each table. Baselines go without `blocks` and `overlap`
-    "tiny": CPU | dict(preset="tiny", steps=10, samples=0), "gpu": dict(preset="gpu", samples=0),
-    **dict.fromkeys(("cpu", "real", *comparisons.SCALES), CPU),
-}  # fmt: skip
+# Flags of all runs of a scale (others: CPU); SCALES: those of each table. Baselines go without `blocks` and `overlap`.
+FOR_ALL = {"tiny": CPU | dict(preset="tiny", steps=10, samples=0), "gpu": dict(preset="gpu", samples=0)}
 SCALES = {  # a table "vit-..." has the flags of "vit", but for those in its own entry; None: without that flag
-    "tiny": {  # for tests: seconds a run
+    "tiny": {  # for tests: a run takes seconds
         "vit": dict(layers=12, blocks=3, warmup=1, test_images=100), "dit": dict(layers=12, blocks=3),
         "mdm": dict(layers=12, blocks=3, warmup=1), "gpt": dict(layers=12, blocks=4), "looped": dict(warmup=1),
         "dit-ablations": dict(frechet_images=0),
@@ -47,7 +45,7 @@ SCALES["real"] = {  # as cpu, but on photographs and on Shakespeare
     "gpt": SCALES["cpu"]["gpt"] | dict(data="shakespeare"),
 }
 SCALES |= comparisons.SCALES
-GROUPS = {  # the tables: their titles, and what to know of them; first what the paper has in their place
+GROUPS = {  # the tables: their titles, and what to know about them; first what the paper has in their place
     "vit": ("Vision transformer", "The paper: CIFAR-100, 12 layers of width 128, patch 4, 3 blocks; accuracy in %."),
     "dit": ("Diffusion transformer", "The paper: CIFAR-10, DiT-S/2, 3 blocks; FID, which frechet_small is not."),
     "mdm": ("Masked diffusion", "The paper: text8, 12 layers of width 768, 3 blocks; bits per character."),
@@ -57,12 +55,12 @@ GROUPS = {  # the tables: their titles, and what to know of them; first what the
                "partitioned: B = 1, and the control of a block's size is a plain transformer of all layers."),
     "dit-ablations": ("Partition, overlap and number of blocks", "The paper: DiT-S/2, CIFAR-10, FID (tables 2, 7, A2). "
                       "A row differs from the first, which has 3 blocks and no overlap, in what it names."),
-    "gpt-ablations": ("Head, loss weight and noise", "Ours. In all rows but the last the active block predicts alone "
+    "gpt-ablations": ("Head, loss weight and noise", "Ours. In all rows but the last only the active block predicts "
                       "(`--predict active`). A row differs from the first in what it names."),
     "vit-depth": ("How deep must a block be? Vision transformer", "Ours: 12 layers in all. A row of blocks stands "
                   "beside a plain network of as many layers as one of them has."),
-    "dit-depth": ("How deep must a block be? Diffusion transformer", "Alike."),
-    "gpt-depth": ("How deep must a block be? Autoregressive transformer", "Alike."),
+    "dit-depth": ("How deep must a block be? Diffusion transformer", "The same comparison."),
+    "gpt-depth": ("How deep must a block be? Autoregressive transformer", "The same comparison."),
     "dit-intervals": ("How deep must a block be? Diffusion transformer, by noise level", "Ours: 3 blocks of so many "
                       "layers each. A block's loss is that at its own noise levels; their sum is the EDM loss."),
     "mdm-steps": ("Masked diffusion: quality against steps", "Ours. In each run the learning rate falls to its end."),
@@ -124,7 +122,7 @@ class Tables:
 
     def usual(self, script, table=None):
         """The flags of a script at this scale, and in a table."""
-        return FOR_ALL[self.scale] | SCALES[self.scale][script] | SCALES[self.scale].get(table, {})
+        return FOR_ALL.get(self.scale, CPU) | SCALES[self.scale][script] | SCALES[self.scale].get(table, {})
 
     def longer(self, script, times):
         return {name: round(times * self.usual(script)[name]) for name in ("steps", "warmup")}
@@ -192,7 +190,7 @@ def add_ablations(tables):
         add(f"{B}-blocks", f"{B} blocks", fid, blocks=B, overlap=0.0)
 
     add = partial(tables.add, "gpt-ablations", seeds=1, recipe="nano")
-    add("first", "recipe nano, the active block alone", predict="active")
+    add("first", "recipe nano, only the active block predicts", predict="active")
     add("weight", "loss weighted by w(sigma)", predict="active", loss_weight="edm")
     add("head", "the paper's head, two streams", predict="active", head="paper")
     add("walk", "the mean of all blocks so far")

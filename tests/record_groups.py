@@ -1,5 +1,5 @@
 """For test_workers.py: run a script, and write into the file $RECORD.<rank> what its process sent to others, and how,
-and a checksum of the weights and the optimizer's state in which it leaves each block.
+and a checksum of the weights and the optimizer's state in which it leaves each block. $EMA is the decay of averages.
 
 All that a process can send goes through a process group or through the store in which groups are arranged.
 """
@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, os.getcwd())
 from nano_db.trainer.run import Run
+from nano_db.trainer.settings import Discrete
 
 record = {"groups": [], "store": [], "weights": {}}
 init_process_group, rendezvous, steps = dist.init_process_group, dist.rendezvous, Run.steps
@@ -58,6 +59,7 @@ def recorded_steps(run, b, module, optimizer):
     record["weights"][b] = sha256.hexdigest()
 
 
+Discrete.__dataclass_fields__["ema"].default = float(os.environ["EMA"])
 dist.init_process_group, dist.new_group, dist.rendezvous = recorded_init, forbidden, recorded_rendezvous
 dist.PrefixStore, Run.steps = PrefixStore, recorded_steps
 sys.argv = sys.argv[1:]

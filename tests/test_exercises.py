@@ -54,7 +54,7 @@ def kernel():
 
 
 @pytest.mark.parametrize("somebody", [True, False])
-def test_a_slider_is_shown_to_somebody_and_a_picture_alone_to_a_program(kernel, somebody):
+def test_a_slider_is_shown_to_somebody_and_only_a_picture_to_a_program(kernel, somebody):
     messages = []
     reply = kernel.execute_interactive(SHOW, allow_stdin=somebody, output_hook=messages.append, timeout=60)
     assert reply["content"]["status"] == "ok"

@@ -25,7 +25,7 @@ from nano_db.errors import UsageError
 from nano_db.trainer.checkpoints import read_block, read_config, read_metrics
 from nano_db.trainer.run import command
 
-FLAGS = [*SMALL, "--blocks", "2", "--ema", "0.9", "--rounds", "2"]  # saves each block at steps 5, 6, 10 and 12
+FLAGS = [*SMALL, "--blocks", "2", "--rounds", "2"]  # saves each block at steps 5, 6, 10 and 12
 BLOCKS = range(2)
 
 
@@ -53,15 +53,15 @@ def end(pid):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_samples():
+def short_samples_and_averages():
     with pytest.MonkeyPatch.context() as patch:
-        quick = {"sample_length": 5, "sampling_steps_per_block": 1}
+        quick = {"sample_length": 5, "sampling_steps_per_block": 1, "ema": 0.9}
         patch.setitem(train_gpt.PRESETS, "tiny", {**train_gpt.PRESETS["tiny"], **quick})
         yield
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, short_samples):
+def undisturbed(tmp_path_factory, short_samples_and_averages):
     """(flags, folder) of a run that nothing has happened to; not to be changed."""
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 80)

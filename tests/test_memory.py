@@ -165,7 +165,7 @@ IMAGES = ["--preset", "tiny", "--width", "16", "--steps", "4", "--warmup", "2", 
 @pytest.mark.parametrize(
     "script, flags, trainings",
     [
-        (train_gpt, [*SMALL, "--blocks", "2", "--rounds", "2", "--ema", "0.9"], 4),
+        (train_gpt, [*SMALL, "--blocks", "2", "--rounds", "2"], 4),
         (train_mdm, [*SMALL, "--only", "0,1"], 2),
         (train_vit, [*IMAGES, "--only", "0,1", "--glyphs", "150"], 2),
         (train_dit, [*IMAGES, "--only", "0,1"], 2),
@@ -178,6 +178,7 @@ def test_while_a_block_trains_nothing_of_another_is_in_memory(
     """Weights, gradients, optimizer's state: all tensors of a block that has trained are gone before the next begins,
     and without the help of Python's garbage collector.
     """
+    monkeypatch.setitem(script.PRESETS, "tiny", {**script.PRESETS["tiny"], "ema": 0.9})
     trained, alive, build, steps, make = [], [], script.first_weights, Run.steps, script.make_optimizer
     load, loaded = Run.trained_block, []
 

@@ -80,6 +80,7 @@ def test_the_smallest_number_of_blocks_that_fits_is_named(monkeypatch, capsys):
         (["gpt", "--memory", "lots"], "write it like 8GB"),
         (["gpt", "--memory", "0GB"], "write it like 8GB"),
         (["gpt", "--blocks", "3"], "--blocks is for this command to choose"),
+        (["gpt", "--blocks=3"], "--blocks is for this command to choose"),
         (["mdm", "--checkpoint-activations"], "--checkpoint-activations is for this command"),
     ],
 )

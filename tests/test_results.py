@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 VIT = ("--preset", "tiny", "--layers", "3", "--steps", "4", "--glyphs", "180", "--samples", "0", "--device", "cpu")
 
 
-ALL_TABLES = ("tiny", "cpu", "gpu")  # scales that have all tables of experiments.py
+ALL_TABLES = ("tiny", "cpu", "gpu")  # scales that have all tables of tables.py
 
 
 def settings_of(experiment):
@@ -60,7 +60,7 @@ def neighbours_settings(experiment):
 
 
 @pytest.mark.parametrize("scale", [*ALL_TABLES, "real"])
-def test_rows_differ_in_what_they_name_alone(scale):
+def test_rows_differ_only_in_what_they_name(scale):
     rows = experiments(scale)
     assert len({(row.group, row.name) for row in rows}) == len(rows)
     runs = {(row.script, *row.flags) for row in rows}  # a row may be in two tables, and is run once
@@ -463,14 +463,13 @@ def test_the_figure_of_depth_has_each_row_at_the_layers_of_a_network_or_of_a_blo
 def test_marked_tables_are_those_of_the_files(page):
     text = page.read_text()
     assert text.count("<!-- results:") == len(summary.MARKED.findall(text)), "a mark without its end"
-    mend = "python -m experiments.results --summary-only --readme"
-    assert summary.fill(text, ROOT / "results") == text, mend
+    assert summary.fill(text, ROOT / "results") == text, "python -m experiments.results --summary-only --readme"
 
 
 def test_committed_results_are_those_of_todays_presets():
     """A preset that has changed since makes a file stale, although its command is still the same.
 
-    Settings count that a row heeds, and that both its file and today's script name. A file that says "lognormal" is
+    Settings count that a row uses, and that both its file and today's script name. A file that says "lognormal" is
     older than the names of noise levels, and has their numbers.
     """
     stale = []
@@ -478,8 +477,8 @@ def test_committed_results_are_those_of_todays_presets():
         for experiment, records in summary.read_records(folder, folder.name)[0].items():
             settings = settings_of(experiment)
             if dataclasses.is_dataclass(settings):
-                heeded = [f for f in dataclasses.fields(settings) if f.metadata["of"] in (None, settings.method)]
-                today = {f.name: getattr(settings, f.name) for f in heeded if not f.metadata["resumable"]}
+                used = [f for f in dataclasses.fields(settings) if f.metadata["of"] in (None, settings.method)]
+                today = {f.name: getattr(settings, f.name) for f in used if not f.metadata["resumable"]}
             else:  # a neighbour's, which chooses some sizes itself
                 today = {name: value for name, value in vars(settings).items() if value is not None}
             del today["seed"]

@@ -295,9 +295,10 @@ class Joined(Run):
 
 @pytest.mark.slow
 def test_four_ranks_one_process_and_four_lone_runs_write_the_same_blocks_and_ranks_exchange_nothing(
-    small, text_file, tmp_path
+    small, text_file, tmp_path, monkeypatch
 ):
-    flags = ["--ema", "0.9", "--rounds", "2"]
+    monkeypatch.setitem(train_gpt.PRESETS, "tiny", {**train_gpt.PRESETS["tiny"], "ema": 0.9})
+    flags = ["--rounds", "2"]
     small("--out", tmp_path / "one", *flags)
     for b in (2, 0, 3, 1):
         (tmp_path / f"only{b}").mkdir()
@@ -307,6 +308,7 @@ def test_four_ranks_one_process_and_four_lone_runs_write_the_same_blocks_and_ran
         *("--out", tmp_path / "four", "--data", text_file, *flags),
         script=("tests/record_groups.py", "train_gpt.py"),
         RECORD=str(tmp_path / "record"),
+        EMA="0.9",
     )
     for b in range(4):
         assert same(tensors(tmp_path / "one", b), tensors(tmp_path / "four", b))
@@ -327,13 +329,15 @@ def test_four_ranks_one_process_and_four_lone_runs_write_the_same_blocks_and_ran
 def test_three_ranks_for_two_blocks_the_group_averages_and_the_third_is_as_one_process(
     small, text_file, tmp_path, monkeypatch
 ):
-    flags = ["--blocks", "2", "--layers", "4", "--ema", "0.9"]
+    monkeypatch.setitem(train_gpt.PRESETS, "tiny", {**train_gpt.PRESETS["tiny"], "ema": 0.9})
+    flags = ["--blocks", "2", "--layers", "4"]
     small("--out", tmp_path / "one", *flags, "--only", "1")
     torchrun(
         3,
         *("--out", tmp_path / "three", "--data", text_file, *flags),
         script=("tests/record_groups.py", "train_gpt.py"),
         RECORD=str(tmp_path / "record"),
+        EMA="0.9",
     )
     records = [json.loads((tmp_path / f"record.{rank}").read_text()) for rank in range(3)]
     groups = [record["groups"] for record in records]

@@ -1,1 +1,1 @@
-"""Neighbours of DiffusionBlocks: other ways to train without backpropagation through the whole network, a file each."""
+"""Neighbours of DiffusionBlocks, one file per method: other ways to train without end-to-end backpropagation."""

@@ -12,7 +12,6 @@ the 100 classes of CIFAR-100 share 42 codes, and no accuracy above 42% is possib
 """
 
 import time
-from itertools import pairwise
 
 import torch
 import torch.nn as nn
@@ -47,8 +46,8 @@ class Pixels(nn.Module):
 class Patches(nn.Module):
     """The ViT's input: a label token and the patches, (B, 1 + T, width). The label's code goes through a linear layer.
 
-    It is added to every patch, too. With the label token alone a short run learns next to nothing: the label meets the
-    image through attention alone, and the mean over tokens shows little of it.
+    It is added to every patch, too. With only the label token a short run learns next to nothing: the label meets the
+    image only through attention, and the mean over tokens shows little of it.
     """
 
     def __init__(self, shape, classes, patch, width):
@@ -119,12 +118,12 @@ def wrong_labels(y, classes):
 
 def make_stages(args, shape, classes):
     if args.network == "mlp":
-        pixels = Pixels(shape, classes)
-        widths = [pixels.width, *[args.width] * args.layers]
-        layers = [DenseLayer(n, m) for n, m in pairwise(widths)]
-        return [Stage(layer, None if i else pixels) for i, layer in enumerate(layers)]
-    patches = Patches(shape, classes, args.patch, args.width)
-    return [Stage(AttentionLayer(args.width, args.heads), None if i else patches) for i in range(args.layers)]
+        embed = Pixels(shape, classes)
+        layers = [DenseLayer(embed.width if i == 0 else args.width, args.width) for i in range(args.layers)]
+    else:
+        embed = Patches(shape, classes, args.patch, args.width)
+        layers = [AttentionLayer(args.width, args.heads) for _ in range(args.layers)]
+    return [Stage(layers[0], embed), *map(Stage, layers[1:])]
 
 
 def scores(stages, x, classes):
@@ -162,8 +161,7 @@ def main():
     def batch():
         """Every image with its own label, and with another. (x, y) of twice the batch size, and which are right."""
         x, y = images.batch(args.batch_size, args.augment, args.device)
-        right = torch.ones(2 * len(x), device=x.device)
-        right[len(x) :] = 0
+        right = (torch.arange(2 * len(x), device=x.device) < len(x)).float()
         return (torch.cat([x, x]), torch.cat([y, wrong_labels(y, classes)])), right
 
     began = time.perf_counter()
@@ -186,7 +184,7 @@ def main():
     memory = []
     for stage in stages:
         memory.append(training_bytes(stage, (h, right), make_optimizer(stage, args)))
-        h = stage.judge(h, right)[1]
+        h = stage(h).detach()
     report(args, images, metrics, stages, max(memory, key=lambda count: count["total"]), seconds)
 
 

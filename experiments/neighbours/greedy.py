@@ -5,15 +5,14 @@
 
 Blocks are trained in turn, by cross-entropy (Belilovsky et al. 2019). Memory is that of one block, as with
 DiffusionBlocks. The difference is what they give up for it. A block of DiffusionBlocks needs no other, so each begins
-with the pixels, and has its own few layers alone. A greedy block has all layers before it, and must wait for them.
+with the pixels, and has only its own few layers. A greedy block has all layers before it, and must wait for them.
 
-A block whose own layers end in a classifier keeps what names the class at once, and loses what later layers would need.
+A block whose own layers end in a classifier keeps what identifies the class at once, and loses what later layers need.
 Look-ahead layers stand between the two while the block is trained. There are never more of them than layers that are
 still to come, so the last block has none, and its classifier is the network's.
 """
 
 import time
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -49,28 +48,15 @@ class GreedyBlock(nn.Module):
         super().__init__()
         self.own = nn.Sequential(*first, *(Layer(width, heads) for _ in range(layers)))
         self.look_ahead = nn.Sequential(*(Layer(width, heads) for _ in range(look_ahead)))
-        self.readout = nn.Linear(width, classes, bias=False)
-        nn.init.normal_(self.readout.weight, std=0.02)
+        self.output_projection = nn.Linear(width, classes, bias=False)
+        nn.init.normal_(self.output_projection.weight, std=0.02)
 
-    def scores(self, h):
+    def forward(self, h):
         """h: images, or what the block before makes of them, (B, 1 + T, width). Logits (B, V)."""
-        return self.readout(rms_norm(self.look_ahead(self.own(h)))[:, 0])
+        return self.output_projection(rms_norm(self.look_ahead(self.own(h)))[:, 0])
 
     def loss(self, h, y):
-        return F.cross_entropy(self.scores(h), y)
-
-
-@torch.no_grad()
-def run_through(frozen, x):
-    """What trained blocks make of images x. No gradient comes back, and nothing is kept for one."""
-    for own in frozen:
-        x = own(x)
-    return x
-
-
-def answer(frozen, block, x):
-    """Logits (B, V) of `block` behind the frozen ones, for images x."""
-    return block.scores(run_through(frozen, x))
+        return F.cross_entropy(self(h), y)
 
 
 def add_flags(parser):
@@ -85,7 +71,7 @@ def add_flags(parser):
 def main():
     args = read_arguments("greedy", __doc__, (), add_flags, steps=900, weight_decay=0.05)
     images, layers = load_images(args.data, count=args.glyphs), split_layers(args.layers, args.blocks)
-    frozen, after_each_block, memory, seconds = [], [], [], []
+    frozen, after_each_block, memory, seconds = nn.Sequential(), [], [], []
     for b in range(args.blocks):
         seed_from(args.seed, b)
         first = [Embedding(images.shape, args.patch, args.width)] if b == 0 else []
@@ -96,7 +82,7 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
             x, y = images.batch(args.batch_size, args.augment, args.device)
-            loss = block.loss(run_through(frozen, x), y)
+            loss = block.loss(frozen(x), y)
             loss.backward()
             nn.utils.clip_grad_norm_(block.parameters(), 1.0)
             optimizer.step()
@@ -105,14 +91,14 @@ def main():
         seconds.append((time.perf_counter() - began) / args.steps)
 
         # Evaluated with its look-ahead layers, which are still there.
-        after_each_block.append(share_right(partial(answer, [*frozen], block), images, args))
+        after_each_block.append(share_right(nn.Sequential(*frozen, block), images, args))
         x, y = images.batch(args.batch_size, args.augment, args.device)
-        memory.append(training_bytes(block, (run_through(frozen, x), y), make_optimizer(block, args)))
+        memory.append(training_bytes(block, (frozen(x), y), make_optimizer(block, args)))
         for part in ("weights", "total"):  # the frozen blocks work in every step: their weights count
-            memory[b][part] += sum(w.nbytes for own in frozen for w in own.parameters())
-        frozen.append(block.own.eval().requires_grad_(False))  # the rest of the block ends here
+            memory[b][part] += sum(w.nbytes for w in frozen.parameters())
+        frozen.append(block.own.eval().requires_grad_(False))  # no gradient comes back; the rest of the block goes
     metrics = {"accuracy": after_each_block[-1], "accuracy_after_each_block": after_each_block}
-    frozen[-1].append(block.readout)  # the last block's classifier is the network's
+    frozen[-1].append(block.output_projection)  # the last block's classifier is the network's
     report(args, images, metrics, frozen, max(memory, key=lambda count: count["total"]), sum(seconds))
 
 

@@ -1,6 +1,6 @@
 """NoProp (Li, Teh, Pascanu 2025, arXiv 2503.24322): blocks that denoise a label, each with a loss of its own.
 
-    python -m experiments.neighbours.noprop                    # DT: a block for each of T diffusion steps
+    python -m experiments.neighbours.noprop                    # DT: one block per diffusion step, T in all
     python -m experiments.neighbours.noprop --method ct        # one network for continuous time
     python -m experiments.neighbours.noprop --method fm        # one network, by flow matching
     python -m experiments.neighbours.noprop --method backprop  # DT's chain of blocks, end to end
@@ -8,9 +8,9 @@
 
 Class y has an embedding u_y. Noise on it, z_t ~ N(sqrt(abar_t) u_y, 1 - abar_t), falls while abar rises from near 0 to
 near 1. A block sees the image x and z, and guesses u_y. Unlike DiffusionBlocks, all blocks share the embeddings and the
-readout theta_out, and train them together: no block can be trained by itself. There is no official code. The paper has
---channels 32, T = 10, 100 to 150 epochs, no augmentation, and 1,000 inference steps. CT and FM are one network, so give
-them T times the steps; embeddings as large as the noise (--embedding 20 --length 4.5) help them.
+output projection theta_out, and train them together: no block can be trained by itself. There is no official code. The
+paper has --channels 32, T = 10, 100 to 150 epochs, no augmentation, and 1,000 inference steps. CT and FM are one
+network, so give them T times the steps; embeddings as large as the noise (--embedding 20 --length 4.5) help them.
 """
 
 import math
@@ -68,7 +68,7 @@ class DT(nn.Module):
 
 
 class Chain(nn.Module):
-    """DT's blocks in a row. With a loss at the end alone, and no noise on the way, this is the end-to-end network."""
+    """DT's blocks in a row. With a loss only at the end, and no noise on the way, this is the end-to-end network."""
 
     def __init__(self, blocks):
         super().__init__()
@@ -127,8 +127,8 @@ class FM(Flow):
         start = torch.randn_like(u)
         z = t * u + (1 - t) * start
         v = self.cnn(x, z, t[:, 0])
-        named = F.cross_entropy(self.shared.out(z + (1 - t) * v), y)  # keeps the embeddings apart
-        return (v - (u - start)).square().sum(-1).mean() + named
+        nats = F.cross_entropy(self.shared.out(z + (1 - t) * v), y)  # keeps the embeddings apart
+        return (v - (u - start)).square().sum(-1).mean() + nats
 
     def velocity(self, z, answer, t):
         return answer

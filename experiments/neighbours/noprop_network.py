@@ -1,6 +1,4 @@
-"""The network of NoProp (Li, Teh, Pascanu 2025, arXiv 2503.24322): a small CNN that sees an image, a noisy label, and
-perhaps the time; and what all copies of it share.
-"""
+"""NoProp's network: a small CNN that sees an image, a noisy label, and perhaps the time; and what its copies share."""
 
 import math
 
@@ -46,10 +44,9 @@ def kl_to_noise(u, abar):
 
 
 class Shared(nn.Module):
-    """What NoProp's blocks train together: the embeddings u_y, (V, d), and the readout theta_out (d -> V).
-
-    length: of the embeddings at first. The readout starts as 10 <z, u_y> / length^2: from a usual start it needs most
-    of a short run to become sure of anything.
+    """What NoProp's blocks train together: the embeddings u_y, (V, d), and the output projection theta_out
+    (d -> V). It starts as 10 <z, u_y> / length^2: from a usual start it needs most of a short run to become sure of
+    anything. length: of the embeddings at first.
     """
 
     def __init__(self, classes, d, length=1.0):

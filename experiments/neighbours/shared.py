@@ -19,12 +19,12 @@ from nano_db.trainer.run import VERSIONS, command
 from nano_db.trainer.settings import Parser
 
 
-def whole(least):
-    """A flag's type: a whole number, at least `least`."""
+def whole(minimum):
+    """A flag's type: a whole number, at least `minimum`."""
 
     def number(text):
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        if int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {text}")
         return int(text)
 
     return number
@@ -72,7 +72,7 @@ def read_arguments(name, description, methods, add_flags, **defaults):
 
 
 def progress(label, step, args, losses):
-    """Now and then a line with the last losses, which must be sound. losses: tensors without a gradient."""
+    """Now and then print the last losses, which must be finite. losses: tensors without a gradient."""
     if (step + 1) % max(1, args.steps // 10) == 0:
         numbers = [float(loss) for loss in losses]
         if not all(map(math.isfinite, numbers)):
@@ -97,16 +97,12 @@ def report(args, images, metrics, networks, memory, seconds):
     parameters = sum(p.numel() for p in torch.nn.ModuleList(networks).parameters())  # shared ones count once
     flags = shlex.join(["python", "-m", f"experiments.neighbours.{args.name}", *sys.argv[1:]])
     result |= {"command": flags, "seed": args.seed, "device": args.device, "versions": VERSIONS, "metrics": metrics}
-    result |= {
-        "data_sha256": images.sha256,
-        "parameters": parameters,
-        "memory_bytes": memory,
-        "seconds_per_step_all_blocks": seconds,
-    }
+    result |= {"data_sha256": images.sha256, "parameters": parameters, "memory_bytes": memory}
+    result["seconds_per_step_all_blocks"] = seconds
     result["settings"] = {name: value for name, value in vars(args).items() if name != "out"}
     write_json(args.out / "result.json", result)
     mebibytes = ", ".join(f"{part} {count / 2**20:.2f}" for part, count in memory.items())
-    print(f"{metrics}\ntraining MiB, the largest network: {mebibytes}\nseconds a step, all networks: {seconds:.3f}")
+    print(f"{metrics}\ntraining MiB, the largest network: {mebibytes}\nseconds per step, all networks: {seconds:.3f}")
     print(args.out / "result.json")
 
 

@@ -100,6 +100,7 @@ class Discrete:
     recipe: str = method("nano", "bundle of options: ours, or the paper's", ("nano", "paper"), of="blocks", trains=True)
     noise: str = method("nano", "noise levels", ("nano", "paper"), of="blocks")
     loss_weight: str = method("none", "weight of the loss over sigma", choices=("none", "edm"), of="blocks")
+    ema: float = training(0.0, "as in Training; no preset of these scripts uses it", flag=False)
 
 
 class Parser(argparse.ArgumentParser):
