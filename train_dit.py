@@ -117,15 +117,11 @@ def prepare(settings):
     if settings.frechet_images and not FEATURES < settings.frechet_images <= len(images.train) // 2:
         limits = f"more than {FEATURES}, and at most half of the {len(images.train)} training images"
         raise UsageError(f"--frechet-images {settings.frechet_images}: the distance needs {limits}")
-    partition = noise_levels(settings)
+    noise = LogNormal(settings.p_mean, settings.p_std, settings.sigma_min, settings.sigma_max)
+    blocks = 1 if settings.baseline else settings.blocks
+    partition = make_partition(noise, blocks, settings.partition, settings.overlap)
     sampling_grid(partition, settings.sampling_steps)  # too few for the blocks: say so now, not after the training
     return images, partition
-
-
-def noise_levels(settings):
-    """Which noise levels are whose: a Partition."""
-    noise = LogNormal(settings.p_mean, settings.p_std, settings.sigma_min, settings.sigma_max)
-    return make_partition(noise, 1 if settings.baseline else settings.blocks, settings.partition, settings.overlap)
 
 
 def build(b, settings, images, partition):

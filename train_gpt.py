@@ -118,13 +118,8 @@ def prepare(settings):
         raise UsageError("--predict averaged needs --head denoising: take --predict active")
     text = load_text(settings.data, settings.tokenizer, seq_len=settings.seq_len, export=settings.export)
     text.tokenizer.encode(settings.prompt)  # a character that is not in the data: say so now, not after the training
-    return text, noise_levels(settings)
-
-
-def noise_levels(settings):
-    """Which noise levels are whose: a Partition."""
     blocks = 1 if settings.baseline else settings.blocks
-    return make_partition(NOISE[settings.noise], blocks, overlap=settings.overlap)
+    return text, make_partition(NOISE[settings.noise], blocks, overlap=settings.overlap)
 
 
 def build(b, settings, text, partition):

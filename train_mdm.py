@@ -5,9 +5,8 @@
     python train_mdm.py --eval-only --fill "The ____ of"     # fill the gaps of a text
 
 Here noise is masking (masking.py): at time t each letter is unmasked with probability alpha(t). Each block is a small
-transformer that looks both ways and predicts masked letters, and trains alone, on its own interval of alpha. Unlike in
-a GPT, what a block sees is the data itself, partly masked: a block is a specialist for how much is masked, and depth
-is not all that the blocks lose or gain.
+transformer that looks both ways and predicts masked letters. It trains alone, on its own interval of alpha. Unlike in a
+GPT, a block sees the data itself, partly masked: it is a specialist for how much is masked.
 """
 
 from dataclasses import dataclass
@@ -84,12 +83,7 @@ def prepare(settings):
     """What every block knows without being told: the text, and how much of it is masked at which time."""
     text = load_text(settings.data, seq_len=settings.seq_len, export=settings.export)
     encode_fill(text, settings)  # too long, or a character not in the data: say so now, not after the training
-    return text, noise_levels(settings)
-
-
-def noise_levels(settings):
-    """How much is masked at which time."""
-    return MaskSchedule(settings.schedule)
+    return text, MaskSchedule(settings.schedule)
 
 
 def build(b, settings, text, schedule):
@@ -121,17 +115,14 @@ def encode_fill(text, settings):
         raise UsageError(f"--fill has {len(settings.fill)} characters, but the network reads {settings.seq_len}")
     if settings.fill and GAP not in settings.fill:
         raise UsageError(f"--fill has no gap to fill: write {GAP} in the place of each character to be found")
-    tokens = torch.full((settings.seq_len,), text.tokenizer.classes)
-    for i, character in enumerate(settings.fill):
-        if character != GAP:
-            tokens[i] = int(text.tokenizer.encode(character)[0])
-    return tokens
+    mask, encode = text.tokenizer.classes, text.tokenizer.encode
+    tokens = [mask if character == GAP else int(encode(character)[0]) for character in settings.fill]
+    return torch.tensor(tokens + [mask] * (settings.seq_len - len(tokens)))
 
 
 def show(text, tokens):
     """Tokens as text, masked ones as gaps."""
-    mask = text.tokenizer.classes
-    return "".join(GAP if token == mask else text.tokenizer.decode([token]) for token in tokens)
+    return "".join(GAP if token == text.tokenizer.classes else text.tokenizer.decode([token]) for token in tokens)
 
 
 def sample(networks, count, settings, text, schedule):
@@ -156,9 +147,9 @@ def fill(blocks, text, settings):
     for alpha_next, x in unmask(blocks, start, settings.sampling_steps, settings.temperature, generator):
         strip[block_at(alpha, len(blocks))] = show(text, x[0, :length].tolist())  # the last state of each block stays
         alpha = alpha_next
-    lines = [f"after block {b}: {line}" for b, line in strip.items()]
     masked = f"masked: {show(text, start[0, :length].tolist())}"
-    return ["\n\n".join([masked, *lines]), *(show(text, row[:length].tolist()) for row in x)]
+    lines = [masked, *(f"after block {b}: {line}" for b, line in strip.items())]
+    return ["\n\n".join(lines), *(show(text, row[:length].tolist()) for row in x)]
 
 
 def evaluate(run, networks, text):
@@ -168,11 +159,10 @@ def evaluate(run, networks, text):
     generator = torch.Generator().manual_seed(settings.seed)
     with run.autocast:  # as in training
         nats = score_masked(blocks, (x for x, _ in windows), ceil(48 / len(blocks)), generator)
-        total = float(nats.sum())
-        metrics = {"bits_per_char": text.bits_per_character(total), "nats_per_token": total}
-        metrics["nats_per_block"] = nats.tolist()
+        total, shares = float(nats.sum()), nats.tolist()
+        metrics = {"bits_per_char": text.bits_per_character(total), "nats_per_token": total, "nats_per_block": shares}
         print(f"{metrics['bits_per_char']:.4f} bits per character (upper bound)")
-        print("nats by block:", *(f"{share:.4f}" for share in nats))
+        print("nats by block:", *(f"{share:.4f}" for share in shares))
         run.log_evaluation(metrics)  # before samples, which may fail
         if settings.samples:
             keep_samples(run, fill(blocks, text, settings))

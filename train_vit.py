@@ -115,13 +115,9 @@ def prepare(settings):
     """What every block knows without being told: the images, and which noise levels are whose."""
     if settings.predict == "averaged" and settings.head != "denoising":
         raise UsageError("--predict averaged needs --head denoising: take --predict active")
-    return load_images(settings.data, count=settings.glyphs), noise_levels(settings)
-
-
-def noise_levels(settings):
-    """Which noise levels are whose: a Partition."""
     blocks = 1 if settings.baseline else settings.blocks
-    return make_partition(NOISE[settings.noise], blocks, overlap=settings.overlap)
+    partition = make_partition(NOISE[settings.noise], blocks, overlap=settings.overlap)
+    return load_images(settings.data, count=settings.glyphs), partition
 
 
 def build(b, settings, images, partition):

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from experiments.benchmark import script_and_settings
 from nano_db.errors import UsageError
+from nano_db.partition import Partition, make_partition
 from nano_db.trainer.memory import PARTS, training_bytes
 from nano_db.trainer.report import end_to_end
 from nano_db.trainer.run import autocast, command, first_weights, make_optimizer, networks
@@ -34,9 +35,13 @@ def parse_bytes(text):
     return float(match[1]) * UNITS[match[2]]
 
 
-def step_bytes(script, settings, data):
-    """Bytes by part (trainer/memory.py) of a training step of the largest network of these settings."""
-    shared = data, script.noise_levels(settings)
+def step_bytes(script, settings, data, levels):
+    """Bytes by part (trainer/memory.py) of a training step of the largest network of these settings. data, levels: what
+    script.prepare has returned for another number of blocks.
+    """
+    if isinstance(levels, Partition):  # where the edges are makes no difference to the bytes
+        levels = make_partition(levels.noise, networks(settings))
+    shared = data, levels
     built = (first_weights(script.build, b, settings, *shared) for b in range(networks(settings)))  # one at a time
     network = max(built, key=lambda network: sum(p.numel() for p in network.parameters())).train()
     mode, batch = FakeTensorMode(), script.batch(settings.batch_size, settings, *shared)
@@ -53,11 +58,11 @@ def plans(name, flags):
     whose largest block has as many layers, the smallest.
     """
     script, settings = script_and_settings(name, [*NOT_COUNTED.get(name, ()), *flags])
-    data, _ = script.prepare(end_to_end(settings))  # which may sample in fewer steps than there are blocks
+    shared = script.prepare(end_to_end(settings))  # which may sample in fewer steps than there are blocks
     fewest = {math.ceil(settings.layers / blocks): blocks for blocks in range(settings.layers, 0, -1)}  # by depth
     for blocks, checkpointed in product(sorted(fewest.values()), (False, True)):
         changed = replace(settings, blocks=blocks, checkpoint_activations=checkpointed)
-        yield blocks, checkpointed, step_bytes(script, changed if blocks > 1 else end_to_end(changed), data)
+        yield blocks, checkpointed, step_bytes(script, changed if blocks > 1 else end_to_end(changed), *shared)
 
 
 def main():

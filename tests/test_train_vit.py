@@ -42,8 +42,9 @@ def test_a_run_scores_draws_and_resumes(vit, tmp_path, flags):
 
 def test_with_uniform_edges_too_each_block_is_asked(vit, tmp_path, monkeypatch):
     """With equal probabilities of the whole range and one step per block, the last block would never be asked."""
-    uniform = lambda settings: make_partition(train_vit.NOISE[settings.noise], settings.blocks, "uniform")  # noqa: E731
-    monkeypatch.setattr(train_vit, "noise_levels", uniform)
+    monkeypatch.setattr(
+        train_vit, "make_partition", lambda noise, blocks, overlap: make_partition(noise, blocks, "uniform")
+    )
     code, _, err = vit("--samples", "0")
     metrics = result_of(tmp_path)["metrics"]
     assert code == 0 and len(metrics["accuracy_walk_after_each_block"]) == 3, err

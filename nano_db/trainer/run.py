@@ -46,6 +46,7 @@ from nano_db.trainer.checkpoints import (
 from nano_db.trainer.distributed import Group, Worker, join
 
 OUT_OF_MEMORY = "try more --blocks (`python -m experiments.plan` says how many), or a smaller --batch-size"
+FIRST_WEIGHTS = (0, 0, 1)  # (seed, b, 0, 0, 1) seeds the first weights of block b, (seed, b, step, rank) its steps
 VERSIONS = {
     "nano_db": __version__,
     "python": platform.python_version(),
@@ -57,13 +58,6 @@ VERSIONS = {
 def seed_from(*numbers):
     """Seed torch's generators from whole numbers below 2^32. Zeros at the end do not count, else all tuples differ."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1)))
-
-
-def seed_first_weights(seed, b):
-    """Seed torch's generators for the first weights of block b. Its steps draw from other streams: those of (seed, b,
-    step, rank in the group).
-    """
-    seed_from(seed, b, 0, 0, 1)
 
 
 def make_optimizer(module, settings):
@@ -104,7 +98,7 @@ def first_weights(build, b, settings, *shared):
     """build(b, settings, *shared) on the device: block b, with weights that depend on the seed and b alone."""
     if settings.compile:
         gc.collect()  # a compiled network refers to itself: the block before is still there
-    seed_first_weights(settings.seed, b)
+    seed_from(settings.seed, b, *FIRST_WEIGHTS)
     module = build(b, settings, *shared).to(settings.device)
     if settings.checkpoint_activations:
         checkpoint_layers(module)

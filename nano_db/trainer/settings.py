@@ -211,7 +211,7 @@ def validate(settings, given=()):
             raise UsageError(f"{flag} must be less than {below}, not {value}")
         if about["choices"] and value not in about["choices"]:
             raise UsageError(f"{flag} must be one of {', '.join(map(str, about['choices']))}, not {value}")
-        if f.name in given and about["of"] not in (None, settings.method):
+        if f.name in given and about["of"] and (about["of"] == "baseline") != settings.baseline:
             raise UsageError(f"{flag} does nothing with the {settings.method} method: drop it")
         needed, other = about["needs"].split(), about["idle"](settings)
         if needed and not any(getattr(settings, name) for name in needed):
