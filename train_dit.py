@@ -20,7 +20,7 @@ from data.images import NAMES, load_images
 from nano_db.block import DiffusionBlock
 from nano_db.errors import UsageError
 from nano_db.heads import EDMHead
-from nano_db.images import ImageStack, edm_loss, patch_positions, patchify, unpatchify
+from nano_db.images import TOGETHER, ImageStack, edm_loss, patch_positions, patchify, unpatchify
 from nano_db.layers import Layer, NoiseEmbedding, rms_norm
 from nano_db.partition import KINDS, make_partition, sampling_grid, split_layers
 from nano_db.schedule import LogNormal
@@ -29,8 +29,6 @@ from nano_db.trainer.frechet import FEATURES, FrechetSmall
 from nano_db.trainer.report import picture, refuse_old_images, report
 from nano_db.trainer.run import OneAtATime, Run, command, first_weights, make_optimizer
 from nano_db.trainer.settings import Blocks, Training, method, network, output, read_settings, training
-
-BATCH, TOGETHER = 250, 5000  # images that a block sees at a time; images that take each sampling step together
 
 
 def samples_nothing(settings):
@@ -151,10 +149,10 @@ def batch(size, settings, images, partition):
     return torch.where(dropped, len(images.classes), labels), y
 
 
-def walk(stack, count, settings, first=0):
-    """Sample `count` images, of each class in turn, numbered from `first`. Yields the States (sampler.py)."""
-    generator = torch.Generator().manual_seed(settings.seed + first)
-    labels = torch.arange(first, first + count, device=settings.device) % stack.null_label
+def walk(stack, count, settings):
+    """Sample `count` images, of each class in turn. Yields the States (sampler.py)."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    labels = torch.arange(count, device=settings.device) % stack.null_label
     sigmas = sampling_grid(stack.partition, settings.sampling_steps)
     return stack.walk(labels, sigmas, settings.guidance, generator)
 
@@ -164,30 +162,24 @@ def sample(networks, count, settings, images, partition):
     return list(walk(assemble(networks, settings, images, partition), count, settings))
 
 
-def sample_many(stack, count, settings):
-    """Yield (first, images (B, C, H, W)), BATCH at a time. TOGETHER images take each step together, so that a block is
-    needed, and its file read, once for all of them. States are forgotten as the walk goes on.
-    """
-    for begin in range(0, count, TOGETHER):
-        end = min(begin + TOGETHER, count)
-        firsts = range(begin, end, BATCH)
-        walks = [walk(stack, min(BATCH, end - first), settings, first) for first in firsts]
-        for states in zip(*walks, strict=True):
-            last = [state.z for state in states]
-        yield from ((first, z.clamp(-1, 1).cpu()) for first, z in zip(firsts, last, strict=True))
+def sample_images(stack, count, settings):
+    """The ends of such walks: (count, C, H, W) in [-1, 1], on the CPU."""
+    for state in walk(stack, count, settings):
+        images = state.z  # all states but the last are forgotten
+    return images.clamp(-1, 1).cpu()
 
 
 def evaluate(run, networks, images, partition):
     """The held-out EDM loss and frechet_small, as metrics; samples.png, and images to export."""
     settings, stack = run.settings, assemble(networks, run.settings, images, partition)
-    batches = list(images.test_batches(BATCH, settings.test_images, settings.device))
+    batches = list(images.test_batches(TOGETHER, settings.test_images, settings.device))
     with run.autocast:  # as in training
         metrics = edm_loss(stack, batches, settings.sigma_data, seed=settings.seed)
     print(f"EDM loss {metrics['edm_loss']:.4f}, by block", *(f"{p:.4f}" for p in metrics["edm_loss_by_block"]))
     if settings.frechet_images:
         frechet = FrechetSmall(images, settings.frechet_images, settings.frechet_steps, settings.device)
         with run.autocast:  # of the blocks, and not of the classifier that judges them
-            sampled = torch.cat([part for _, part in sample_many(stack, settings.frechet_images, settings)])
+            sampled = sample_images(stack, settings.frechet_images, settings)
         metrics |= {"frechet_small": frechet(sampled), "frechet_small_real": frechet.floor}
         print(f"frechet_small {metrics['frechet_small']:.4f} (real images: {frechet.floor:.4f})")
     run.log_evaluation(metrics)  # before samples, which may fail
@@ -197,9 +189,9 @@ def evaluate(run, networks, images, partition):
         with run.autocast:
             states = list(walk(stack, settings.samples, settings))
         draw_images(picture(run), states, stack.partition, images.classes, settings.sigma_data)
-    with run.autocast:
-        for first, sampled in sample_many(stack, settings.export if run.last_round else 0, settings):
-            save_images(run.folder / "images", sampled, first)
+    if settings.export and run.last_round:
+        with run.autocast:
+            save_images(run.folder / "images", sample_images(stack, settings.export, settings))
     return metrics
 
 

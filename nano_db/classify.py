@@ -39,7 +39,6 @@ def classify(stack, x, sigmas=None):
 @torch.no_grad()
 def score_images(stack, batches, sigmas=None, walks=8, seed=0):
     """Shares of test images classified correctly. batches: yields (x, labels).
-
     For an Ensemble: accuracy. For blocks: accuracy_walk, of one walk from noise (the paper's way),
     accuracy_mean_of_walks, accuracy_noise_free (also as `accuracy`); of the first and the last also after each block.
 

@@ -13,7 +13,6 @@ EVALUATION_BATCH = 16  # windows at a time at most: larger ones gain nothing, an
 @torch.no_grad()
 def score_text(model, text, seq_len, windows=0, seed=0, device="cpu"):
     """Score the held-out text (data/text.py): exact for an Ensemble, for a Stack the bound of likelihood.py.
-
     windows: how many to score, 0 for all. Returns bits_per_char, nats_per_token and its split, nats_per_block.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -27,7 +27,6 @@ MARGIN = 0.05  # "clearly": by more than the noise of an estimate from a few tho
 
 def nats_per_block(posterior, y, target_embeddings, partition, generator=None):
     """The bound, split by block: nats per symbol, (blocks,) float64. Its sum bounds the mean of -ln p(y | x).
-
     posterior(z, sigma) -> ln p(y | z, x), see stack.py. y (B, ...) classes.
     """
     levels = quadrature(partition)

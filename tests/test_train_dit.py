@@ -9,8 +9,8 @@ from test_memory import PeakBytes
 import train_dit
 from nano_db.block import DiffusionBlock
 from nano_db.heads import EDMHead
+from nano_db.images import ImageStack
 from nano_db.partition import make_partition
-from nano_db.sampler import State
 from nano_db.schedule import LogNormal
 from nano_db.trainer.run import OneAtATime, Run
 
@@ -134,7 +134,7 @@ def test_a_block_is_read_once_for_all_images_that_are_sampled(dit, tmp_path, mon
         return trained_block(run, b, *builder)
 
     monkeypatch.setattr(Run, "trained_block", recorded)
-    monkeypatch.setattr(train_dit, "BATCH", 10)
+    monkeypatch.setattr("nano_db.images.TOGETHER", 10)
     code, _, err = dit("--samples", "0", "--ema", "0.5")
     assert code == 0, err
     assert loads == [0, 1, 2, 0, 1, 2]  # once for the held-out loss, once for the 66 images of frechet_small
@@ -195,16 +195,16 @@ def test_the_baseline_uses_the_noise_levels(dit, tmp_path):
 
 
 def test_across_batches_images_are_of_each_class_in_turn(monkeypatch):
-    class Stack:  # its images say which class they are of
-        null_label, partition = 3, make_partition(LogNormal(), 1)
+    sizes = []
 
-        def walk(self, labels, *_):
-            yield State(0.0, (labels / 10).view(-1, 1, 1, 1), None)
+    def block(labels, z, sigma):
+        """Its images say which class they are of."""
+        sizes.append(len(labels))
+        return (labels / 10).view(-1, 1, 1, 1).expand_as(z)
 
-    monkeypatch.setattr(train_dit, "BATCH", 4)
-    monkeypatch.setattr(train_dit, "TOGETHER", 8)
-    settings = train_dit.Settings(device="cpu", sampling_steps=2)
-    parts = list(train_dit.sample_many(Stack(), 10, settings))
-    assert [first for first, _ in parts] == [0, 4, 8]
-    labels = [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
-    assert torch.cat([images for _, images in parts]).mul(10).round().flatten().tolist() == labels
+    monkeypatch.setattr("nano_db.images.TOGETHER", 4)
+    settings = train_dit.Settings(device="cpu", sampling_steps=2, guidance=1.0)
+    stack = ImageStack([block], make_partition(LogNormal(), 1), (1, 2, 2), 3)
+    images = train_dit.sample_images(stack, 10, settings)
+    assert images.shape == (10, 1, 2, 2) and sizes == [4, 4, 2] * 2
+    assert images[:, 0, 0, 0].mul(10).round().tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]

@@ -94,16 +94,13 @@ def draw_images(path, states, partition, classes, sigma_data, walks=3, columns=1
     save_figure(figure, path)
 
 
-def save_images(folder, images, first):
-    """Images (B, C, H, W) in [-1, 1] as <folder>/00000.png and so on, numbered from `first`.
-
-    Raises UsageError where the folder cannot be made.
-    """
+def save_images(folder, images):
+    """Images (B, C, H, W) in [-1, 1] as <folder>/00000.png and so on. Raises UsageError for a folder it cannot make."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot make the folder {folder} ({error.strerror}): move away what is there") from error
-    for i, image in enumerate(images, first):
+    for i, image in enumerate(images):
         pixels = _pixels(image.expand(3, -1, -1).cpu())
         write_atomically(folder / f"{i:05}.png", lambda file, pixels=pixels: plt.imsave(file, pixels, format="png"))
 
