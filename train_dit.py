@@ -32,7 +32,7 @@ from nano_db.trainer.settings import Blocks, Training, method, network, output, 
 
 
 def samples_nothing(settings):
-    """The flags of an evaluation alone that is to sample nothing."""
+    """The flags with which an evaluation samples nothing."""
     nothing = settings.eval_only and not (settings.samples or settings.frechet_images or settings.export)
     return nothing and "--samples 0 --frechet-images 0"
 

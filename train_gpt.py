@@ -62,7 +62,7 @@ RECIPES = {
     "paper": dict(head="paper", predict="active", loss_weight="edm", noise="paper"),
 }
 NOISE = {
-    # Where z alone names the token (for 65 characters below sigma = 0.35) there is nothing to learn of the text: ours
+    # Where z alone identifies the token (for 65 characters below sigma = 0.35) the text need not be understood: ours
     # spends 5% of its draws there, and the others where the text must help. The paper's is EDM's, made for images.
     "nano": LogNormal(p_mean=0.3, p_std=0.8, sigma_min=0.05, sigma_max=20.0),
     "paper": LogNormal(p_mean=-1.2, p_std=1.2, sigma_min=0.002, sigma_max=80.0),

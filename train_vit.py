@@ -71,7 +71,7 @@ RECIPES = {
     "paper": dict(head="paper", predict="active", loss_weight="edm", noise="paper"),
 }
 NOISE = {
-    # A label is one of few: z alone names it below sigma = 0.3 or so, and there is nothing to learn of the image. Ours
+    # A label is one of few: z alone identifies it below sigma = 0.3 or so, and the image need not be looked at. Ours
     # spends nearly all of its draws above. The paper's is EDM's, made for images.
     "nano": LogNormal(p_mean=1.0, p_std=0.8, sigma_min=0.2, sigma_max=20.0),
     "paper": LogNormal(p_mean=-1.2, p_std=1.2, sigma_min=0.002, sigma_max=80.0),

@@ -69,7 +69,7 @@ def draw_block():
         (362, 224, 196, 48, "σ of the block's interval\nε standard normal", Z),
         (645, 224, 144, 56, "likelihood term\n⟨z, E⟩ / σ²", Z),
         (75, 110, 110, 56, "x\nthe condition", X),
-        (235, 110, 140, 72, "trunk\nL/B layers that\nread x alone", own),
+        (235, 110, 140, 72, "trunk\nL/B layers that\nread only x", own),
         (435, 110, 140, 72, "head\na small MLP that\nsees h, z and σ", own),
         (645, 110, 24, 24, "+", GREY),
         (805, 110, 150, 56, "softmax\np(y | z, x)", GREY),
@@ -104,11 +104,11 @@ def draw_networks():
     z, sigma, label, time = ("z, σ", Z), ("σ", Z), ("x", X), ("t", Z)  # what enters from the side, by height
     for i, (name, given, layers, head, answer, enters, words) in enumerate((
         ("GPT", ("x: the text so far", X), back, "denoising head", "p(next token)", {400: z},
-         "Noise enters at the head.\nThe layers read x alone,\nand run once per token."),
+         "Noise enters at the head.\nThe layers read only x,\nand run once per token."),
         ("ViT", ("x: an image", X), around, "denoising head", "p(label)", {400: z},
-         "Noise enters at the head.\nThe layers read x alone,\nand run once per image."),
+         "Noise enters at the head.\nThe layers read only x,\nand run once per image."),
         ("DiT", ("z: a noisy image", Z), around, "EDM head", "D: the image", {400: z, 290: sigma, 250: label},
-         "The layers read z.\nσ and the class x modulate\nthem, at each step anew."),
+         "The layers read z.\nσ and the class x modulate\nthem, at each step."),
         ("masked diffusion", ("z: text with gaps", Z), around, "lm_head", "p(masked letters)", {270: time},
          "Noise masks letters: z is\nthe text itself. The time t\nmodulates each layer."),
         ("looped", ("x: the text so far", X), loop, "posterior head", "p(next token)", {400: z, 270: z},

@@ -1,7 +1,8 @@
 """How far generated images are from real ones: a Frechet distance in the features of a small classifier.
 
 FID (Heusel et al. 2017) takes the features of an Inception network trained on ImageNet. This is the same distance in
-the features of a small network trained on the spot. Its values compare with each other alone, on the same data.
+the features of a small network trained on the spot. Its values can be compared only with each
+other, on the same data.
 """
 
 from itertools import pairwise
@@ -42,11 +43,11 @@ class FrechetSmall:
         for a, b in pairwise((images.shape[0], 32, 64, FEATURES)):
             layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.ReLU()]
         self.convolutions = nn.Sequential(*layers).to(device)
-        readout = nn.Linear(FEATURES, len(images.classes)).to(device)
-        optimizer = torch.optim.AdamW([*self.convolutions.parameters(), *readout.parameters()], lr=2e-3)
+        projection = nn.Linear(FEATURES, len(images.classes)).to(device)
+        optimizer = torch.optim.AdamW([*self.convolutions.parameters(), *projection.parameters()], lr=2e-3)
         for _ in range(steps):
             x, labels = images.batch(128, device=device)
-            F.cross_entropy(readout(self.convolutions(x).mean((2, 3))), labels).backward()
+            F.cross_entropy(projection(self.convolutions(x).mean((2, 3))), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
         order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(0))

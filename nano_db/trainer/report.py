@@ -141,7 +141,7 @@ def continue_prompt(text, complete, settings, *model):
 
 
 def export_texts(run, text, complete, *model):
-    """After the last round keep the first quarter of --export held-out windows, and sample the rest anew: into
+    """After the last round keep the first quarter of --export held-out windows, and sample the rest again: into
     texts.jsonl of the run, a line per window, its "prompt", what was "written", and the "original" of that.
 
     complete(tokens (n, m), length, generator, settings, *model): returns (n, m + length) tokens.

@@ -249,7 +249,7 @@ class Run:
         return state
 
     def log(self, kind, **record):
-        """Append a record to the metrics: to those of its block, if it names one, which its trainer alone writes."""
+        """Append a record to the metrics: to those of its block, if it names one, which only its trainer writes."""
         append_json(
             self.folder / (f"metrics_{record['block']}.jsonl" if "block" in record else "metrics.jsonl"),
             {"kind": kind, **record},
