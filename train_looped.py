@@ -9,11 +9,8 @@ The network (Geiping et al. 2025, "Huginn"): a prelude maps tokens to e; a recur
 next s; a coda reads the last s. Huginn starts from a random s, takes a random number of recurrences, and
 backpropagates through the last 8. The blocks method takes the loop for what it resembles, the solver of an ODE: the
 state is a noisy next token z, and one recurrence at a random noise level is a full training step. There is nothing to
-partition.
-
-How many sampling steps K are needed? The first, at sigma_max, sees nothing but noise in z. By Bayes' rule its answer is
-p(y | x), all there is to know of the next token, and further steps only carry out the draw. docs/results.md has what we
-measured.
+partition. The number K of sampling steps matters little: by Bayes' rule the first one, which sees only noise in z,
+already answers p(y | x), and further steps carry out the draw.
 """
 
 import math

@@ -26,7 +26,7 @@ from nano_db.trainer.checkpoints import read_block, read_config, read_metrics
 from nano_db.trainer.run import command
 
 FLAGS = [*SMALL, "--blocks", "2", "--rounds", "2"]  # saves each block at steps 5, 6, 10 and 12
-BLOCKS = range(2)
+BLOCKS, EMA = range(2), 0.9
 
 
 def start(*flags, sabotage=lambda: None):
@@ -55,7 +55,7 @@ def end(pid):
 @pytest.fixture(scope="module", autouse=True)
 def short_samples_and_averages():
     with pytest.MonkeyPatch.context() as patch:
-        quick = {"sample_length": 5, "sampling_steps_per_block": 1, "ema": 0.9}
+        quick = {"sample_length": 5, "sampling_steps_per_block": 1, "ema": EMA}
         patch.setitem(train_gpt.PRESETS, "tiny", {**train_gpt.PRESETS["tiny"], **quick})
         yield
 
@@ -208,7 +208,9 @@ def test_a_disk_that_refuses_a_save(small, undisturbed, tmp_path, monkeypatch, c
 def on_disk(mount, flags, out):
     """train_gpt.py with `mount`, a shell command, done to `out` in a mount namespace; `out` is copied to out.kept."""
     script = f'{mount} && "$@"; code=$?; cp -r "{out}" "{out}.kept"; exit $code'
-    run = [sys.executable, "train_gpt.py", *map(str, flags), out]
+    averages = f"train_gpt.PRESETS['tiny']['ema'] = {EMA}"
+    program = f"import train_gpt; {averages}; train_gpt.command(train_gpt.main)"
+    run = [sys.executable, "-c", program, *map(str, flags), out]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     start = ["unshare", "-rm", "sh", "-c", script, "sh", *map(str, run)]
     return subprocess.run(start, cwd=ROOT, env=environment, capture_output=True, text=True)
