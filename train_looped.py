@@ -100,8 +100,21 @@ class Looped(nn.Module):
         self.prelude = nn.ModuleList(Layer(width, heads, sandwich=True) for _ in range(settings.prelude))
         self.coda = nn.ModuleList(Layer(width, heads, sandwich=True) for _ in range(settings.coda))
         self.core = nn.ModuleList(Layer(width, heads, cond_width, sandwich=True) for _ in range(settings.core))
-        depth = settings.prelude + settings.coda + settings.core * settings.mean_recurrence
-        self.apply(lambda module: huginn_init(module, width, depth))
+        self.depth = settings.prelude + settings.coda + settings.core * settings.mean_recurrence
+        self.apply(self.initialize)
+
+    def initialize(self, module):
+        """Huginn's normal initialisation: std sqrt(2 / 5d), and that over sqrt(2 * depth) for what writes to the
+        residual stream. The depth counts Huginn's mean recurrences for both methods: both start at the same scale.
+        """
+        std = math.sqrt(2 / (5 * self.embedding.embedding_dim))
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.trunc_normal_(module.weight, std=std)
+        elif isinstance(module, Layer):
+            for out in (module.attention.out, module.mlp[2]):
+                nn.init.trunc_normal_(out.weight, std=std / math.sqrt(2 * self.depth))
+            if module.modulation is not None:
+                nn.init.zeros_(module.modulation.weight)
 
     def embed(self, x, cache=None):
         """e (B, T, width) of tokens x (B, T), and how all layers attend: (mask, causal, cache) and rotary angles."""
@@ -130,19 +143,6 @@ class Looped(nn.Module):
     def forward(self, x, z, c_noise, cache=None):
         e, attend = self.embed(x, cache)
         return self.read(self.recur(z, e, attend, self.noise_embedding(c_noise)), attend)
-
-
-def huginn_init(module, width, depth):
-    """Huginn's normal initialisation: std sqrt(2 / 5d), and that over sqrt(2 * depth) for what writes to the residual
-    stream. `depth` counts Huginn's mean recurrences for both methods, so that both start at the same scale.
-    """
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.trunc_normal_(module.weight, std=math.sqrt(2 / (5 * width)))
-    elif isinstance(module, Layer):
-        for out in (module.attention.out, module.mlp[2]):
-            nn.init.trunc_normal_(out.weight, std=math.sqrt(2 / (5 * width)) / math.sqrt(2 * depth))
-        if module.modulation is not None:
-            nn.init.zeros_(module.modulation.weight)
 
 
 class Huginn(nn.Module):

@@ -31,13 +31,15 @@ from nano_db.trainer.run import Run, command, first_weights, make_optimizer
 from nano_db.trainer.settings import Blocks, Discrete, Training, method, network, output, read_settings, training
 
 
+def other_data(settings):
+    """The flag with which no glyphs are drawn."""
+    return settings.data != "glyphs" and f"--data {settings.data}"
+
+
 @dataclass
 class Settings(Discrete, Blocks, Training):
     data: str = training("glyphs", "labelled images", choices=NAMES)
-    glyphs: int = training(
-        18_000, "how many glyphs to draw for training", at_least=100,
-        idle=lambda settings: settings.data != "glyphs" and f"--data {settings.data}",
-    )  # fmt: skip
+    glyphs: int = training(18_000, "how many glyphs to draw for training", at_least=100, idle=other_data)
     augment: str = training("standard", "training images", choices=("none", "flip", "standard"), flag=False)
     patch: int = network(4, "side of a patch in pixels", at_least=1)
     positions: float = network(1.0, "size (root mean square) of the embeddings of a patch's place", at_least=0)

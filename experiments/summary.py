@@ -31,7 +31,7 @@ MAIN = {  # columns of the main table, and which rows of an architecture's own t
     "end to end": ("baseline",),
     "blocks": ("nano", "blocks"),
     "blocks, recipe paper": ("paper",),
-    "control: one network of a block's memory": ("shallow", "one-turn"),
+    "control: one network of a block's memory": ("shallow", "one-recurrence"),
     "control: mean of B such": ("ensemble",),
 }
 PAPER = {"vit": "accuracy in %", "dit": "FID", "mdm": "bits per character", "gpt": "MAUVE", "looped": "MAUVE"}

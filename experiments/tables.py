@@ -170,8 +170,9 @@ def add_architectures(tables):
     row = "one noisy pass, recipe nano, 7 times the steps (about Huginn's seconds)"
     looped("nano-7-times", row, recipe="nano", **seven)
     row = "control: one recurrence, no noise (a plain transformer of the same layers)"
-    looped("one-turn", row, baseline=True, recurrences=1, sampling_steps=1)
-    looped("one-turn-7-times", f"{row}, 7 times the steps", baseline=True, recurrences=1, sampling_steps=1, **seven)
+    plain = dict(baseline=True, recurrences=1, sampling_steps=1)
+    looped("one-recurrence", row, **plain)
+    looped("one-recurrence-7-times", f"{row}, 7 times the steps", **plain, **seven)
 
 
 def add_ablations(tables):
@@ -193,7 +194,7 @@ def add_ablations(tables):
     add("first", "recipe nano, only the active block predicts", predict="active")
     add("weight", "loss weighted by w(sigma)", predict="active", loss_weight="edm")
     add("head", "the paper's head, two streams", predict="active", head="paper")
-    add("walk", "the mean of all blocks so far")
+    add("averaged", "the mean of all blocks so far")
 
 
 def of_layers(depth):

@@ -5,7 +5,7 @@ import torch
 
 class UsageError(Exception):
     """Something the user can fix. The message is one line: what is wrong, and how to fix it. Scripts print it without a
-    traceback and exit with code 2 (trainer/run.py: `command`).
+    traceback and exit with code 2.
     """
 
 

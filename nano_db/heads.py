@@ -142,7 +142,7 @@ class PaperHead(DiscreteHead):
         return self.output_projection(c_skip * z + c_out * features).float() / temperature
 
 
-HEADS = {"denoising": DenoisingHead, "posterior": PosteriorHead, "paper": PaperHead}  # as --head names them
+HEADS = {"denoising": DenoisingHead, "posterior": PosteriorHead, "paper": PaperHead}
 
 
 class EDMHead(nn.Module):
@@ -152,7 +152,7 @@ class EDMHead(nn.Module):
 
     sees_z = False
 
-    def __init__(self, sigma_data=0.5):
+    def __init__(self, sigma_data):
         super().__init__()
         self.sigma_data = sigma_data
 

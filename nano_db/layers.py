@@ -97,7 +97,7 @@ class Layer(nn.Module):
 
     def __init__(self, width, heads, cond_width=0, dropout=0.0, sandwich=False):
         super().__init__()
-        self.recomputes = False  # True: keep only the inputs for the backward pass (--checkpoint-activations)
+        self.recomputes = False  # True: keep only the inputs for the backward pass
         self.norm_sum = rms_norm if sandwich else nn.Identity()
         self.attention = Attention(width, heads)
         up, down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)

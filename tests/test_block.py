@@ -105,7 +105,7 @@ class Zero(nn.Module):
 def test_a_block_of_numbers_trains_on_the_error_of_f_against_its_unit_variance_target():
     """w(sigma) * |D - y|^2 is |F - (y - c_skip z) / c_out|^2: here against a slow loop, with F = 0."""
     noise = LogNormal()
-    block, y = DiffusionBlock(Zero(), EDMHead(), noise, (0.3, 80.0), loss_weight="edm"), 0.5 * torch.randn(2000, 3)
+    block, y = DiffusionBlock(Zero(), EDMHead(0.5), noise, (0.3, 80.0), loss_weight="edm"), 0.5 * torch.randn(2000, 3)
     torch.manual_seed(1)
     loss = block.loss(None, y)
     torch.manual_seed(1)

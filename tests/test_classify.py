@@ -9,12 +9,12 @@ from nano_db.partition import make_partition
 from nano_db.schedule import LogNormal, equal_probability_grid
 from nano_db.stack import Ensemble, Stack
 
-NOISE, CODEBOOK = LogNormal(0.0, 0.8, 0.2, 20.0), make_target_embeddings(4, 8)
+NOISE, EMBEDDINGS = LogNormal(0.0, 0.8, 0.2, 20.0), make_target_embeddings(4, 8)
 PRIOR = torch.tensor([0.1, 0.55, 0.05, 0.3])
 
 
 class Knows(nn.Module):
-    """A network that says ln PRIOR of every image, by way of a readout that is made the identity."""
+    """A network that says ln PRIOR of every image, by way of an output projection that is made the identity."""
 
     def forward(self, x, z=None, c_noise=None):
         return PRIOR.log().expand(len(x), 4)
@@ -25,7 +25,7 @@ def stack_of(blocks, average=False):
     partition = make_partition(NOISE, blocks)
     made = []
     for b in range(blocks):
-        head = Exact(CODEBOOK) if average else PosteriorHead(CODEBOOK)
+        head = Exact(EMBEDDINGS) if average else PosteriorHead(EMBEDDINGS)
         head.output_projection = nn.Identity()
         made.append(DiffusionBlock(Knows(), head, NOISE, partition.interval(b)))
     return Stack(made, partition, average)
@@ -83,7 +83,7 @@ def test_the_metrics_are_shares_of_images_named_right():
 
 
 def test_end_to_end_networks_answer_at_once():
-    head = PosteriorHead(CODEBOOK)
+    head = PosteriorHead(EMBEDDINGS)
     head.output_projection = nn.Identity()
     ensemble, x = Ensemble([EndToEnd(Knows(), head)] * 2), torch.zeros(4, 1)
     torch.testing.assert_close(classify(ensemble, x).exp(), PRIOR.expand(4, 4))

@@ -8,7 +8,7 @@ WIDTH, CLASSES = 8, 5
 SHAPES = {"labels": (2, WIDTH), "tokens": (2, 3, WIDTH)}
 
 
-def test_codebook_rows_are_unit_and_orthonormal_where_they_fit():
+def test_target_embeddings_rows_are_unit_and_orthonormal_where_they_fit():
     narrow, wide = make_target_embeddings(6, 8, seed=3), make_target_embeddings(50, 8, seed=3)
     torch.testing.assert_close(narrow @ narrow.T, torch.eye(6))
     torch.testing.assert_close(wide.norm(dim=-1), torch.ones(50))
@@ -98,7 +98,7 @@ def random_denoising_head():
 
 
 def test_the_denoising_head_is_its_formula():
-    """Position by position: u = (1 + scale) * h + shift + W_z c_in z, then the readout of h + W_out gelu(W_up u)."""
+    """Each position: u = (1 + scale) * h + shift + W_z c_in z; output projection of h + W_out relu(W_up u)."""
     head = random_denoising_head()
     features, z, sigma = inputs(SHAPES["tokens"])
     found = head.residual(features, z, sigma)
@@ -143,11 +143,11 @@ def test_the_edm_head_blends_z_and_features():
     for i in range(2):
         c_skip, c_out, _, _ = edm_coefficients(sigma[i], 0.5)
         torch.testing.assert_close(denoised[i], c_skip * z[i] + c_out * features[i])
-    assert not list(EDMHead().parameters())
+    assert not list(EDMHead(0.5).parameters())
 
 
 def test_the_loss_of_numbers_is_one_number_a_sample():
     features, z, y = torch.randn(3, 5, 2, 3)
-    denoised, loss = EDMHead()(features, z, torch.ones(5)), EDMHead().loss(features, z, torch.ones(5), y)
+    denoised, loss = EDMHead(0.5)(features, z, torch.ones(5)), EDMHead(0.5).loss(features, z, torch.ones(5), y)
     assert loss.shape == (5,)
     torch.testing.assert_close(loss[3], ((denoised[3] - y[3]) ** 2).mean())

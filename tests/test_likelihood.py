@@ -77,17 +77,17 @@ def test_the_bound_decodes_where_it_is_tightest():
     assert nats[2] == 0  # block 2 (sigma < 0.18) is never reached
 
 
-@pytest.mark.parametrize("calls", [1, 8, 2000])
-def test_the_bound_of_a_walk_has_its_minimum_at_one_call_and_falls_to_the_integral(calls):
-    """With an exact posterior, one call decodes p(y) itself; more calls are a Riemann sum of a falling error."""
+@pytest.mark.parametrize("steps", [1, 8, 2000])
+def test_the_bound_of_a_walk_has_its_minimum_at_one_step_and_falls_to_the_integral(steps):
+    """With an exact posterior, one step decodes p(y) itself; more steps are a Riemann sum of a falling error."""
     p = torch.tensor([0.5, 0.25, 0.125, 0.125])
     y = torch.multinomial(p, 5000, replacement=True, generator=torch.Generator().manual_seed(0))
     target_embeddings, noise = make_target_embeddings(4, 4), LogNormal(0.3, 0.8, 0.05, 20.0)
     posterior = lambda z, sigma: (p.log() + log_likelihood(z, sigma, target_embeddings)).log_softmax(-1)  # noqa: E731
-    sigmas = equal_probability_grid(noise, calls)
+    sigmas = equal_probability_grid(noise, steps)
     nats = nats_of_walk(posterior, y, target_embeddings, sigmas, torch.Generator().manual_seed(0))
     entropy = -float(p.log()[y].mean())
-    if calls == 8:
+    if steps == 8:
         assert nats > 1.05 * entropy
     else:
         assert nats == pytest.approx(entropy, rel=0.02)

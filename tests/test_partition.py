@@ -10,7 +10,7 @@ EDGES = {2: [0.301], 3: [0.505, 0.180], 4: [0.677, 0.301, 0.134], 6: [0.962, 0.5
 
 
 @pytest.mark.parametrize("blocks", EDGES)
-def test_equal_mass_edges_to_three_digits(blocks):
+def test_equal_probability_edges_to_three_digits(blocks):
     edges = make_partition(LogNormal(), blocks).edges
     assert edges[0] == 80.0 and edges[-1] == 0.002
     assert [round(edge, 3) for edge in edges[1:-1]] == EDGES[blocks]
@@ -42,27 +42,27 @@ def test_each_block_is_called_equally_often_and_first_at_its_own_top_edge():
     noise = LogNormal()
     for blocks in (1, 2, 3, 4, 6):
         partition = make_partition(noise, blocks)
-        calls = equal_probability_grid(noise, 5 * blocks)[:-1]
-        owners = partition.route(calls).tolist()
+        sigmas = equal_probability_grid(noise, 5 * blocks)[:-1]
+        owners = partition.route(sigmas).tolist()
         assert owners == [b for b in range(blocks) for _ in range(5)]
-        assert [calls[5 * b].item() for b in range(blocks)] == list(partition.edges[:-1])
+        assert [sigmas[5 * b].item() for b in range(blocks)] == list(partition.edges[:-1])
 
 
 @pytest.mark.parametrize("kind", ["probability", "uniform"])
-@pytest.mark.parametrize("blocks, calls", [(1, 5), (3, 3), (3, 7), (4, 16), (12, 50)])
-def test_a_sampling_grid_calls_each_block_evenly_and_first_at_its_top_edge(kind, blocks, calls):
+@pytest.mark.parametrize("blocks, steps", [(1, 5), (3, 3), (3, 7), (4, 16), (12, 50)])
+def test_a_sampling_grid_uses_each_block_evenly_and_first_at_its_top_edge(kind, blocks, steps):
     for noise in (LogNormal(), LogNormal(1.0, 0.8, 0.2, 20.0)):
         partition = make_partition(noise, blocks, kind)
-        grid = sampling_grid(partition, calls)
-        assert len(grid) == calls + 1 and grid[-1] == 0 and (grid.diff() < 0).all()
+        grid = sampling_grid(partition, steps)
+        assert len(grid) == steps + 1 and grid[-1] == 0 and (grid.diff() < 0).all()
         owners = partition.route(grid[:-1])
         counts = torch.bincount(owners, minlength=blocks)
         assert counts.min() >= 1 and counts.max() - counts.min() <= 1 and (counts.diff() <= 0).all()
         for b in range(blocks):
             mine = grid[:-1][owners == b]
             assert mine[0] == partition.edges[b]
-            mass = noise.cdf(torch.cat([mine, torch.tensor(partition.edges[b + 1 : b + 2])])).diff()
-            torch.testing.assert_close(mass, mass[:1].expand(len(mass)), rtol=1e-6, atol=1e-9)
+            probability = noise.cdf(torch.cat([mine, torch.tensor(partition.edges[b + 1 : b + 2])])).diff()
+            torch.testing.assert_close(probability, probability[:1].expand(len(probability)), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("p_mean", [-11.0, 10.0])

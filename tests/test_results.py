@@ -75,7 +75,7 @@ def test_rows_differ_only_in_what_they_name(scale):
         expected = len(MDM_TIMES) if group == "mdm-steps" else 1
         assert len(steps) == expected, f"{group}: the baseline takes as many steps as every block"
     looped = {row.name: settings_of(row).steps for row in rows if row.group == "looped"}
-    for name in ("looped-nano", "looped-one-turn") if looped else ():
+    for name in ("looped-nano", "looped-one-recurrence") if looped else ():
         assert looped[f"{name}-7-times"] == 7 * looped[name]
 
 
@@ -93,7 +93,8 @@ def test_every_row_that_was_promised_is_there(scale):
         if group in ("vit", "gpt"):
             assert {s.recipe for s in read if not s.baseline} == {"nano", "paper"}
     assert {s.recipe for _, s in by_group["looped"] if not s.baseline} == {"nano", "paper"}
-    assert {(s.recurrences, s.sampling_steps) for row, s in by_group["looped"] if "one-turn" in row.name} == {(1, 1)}
+    plain = [s for row, s in by_group["looped"] if "one-recurrence" in row.name]
+    assert {(s.recurrences, s.sampling_steps) for s in plain} == {(1, 1)}
     for group in ("vit", "dit", "mdm", "gpt", "looped"):
         assert sum(bool(row.note) for row, _ in by_group[group]) == 2, "the paper's end to end, and its blocks"
         three = [row for row, _ in by_group[group] if group == "looped" or row.name != f"{group}-paper"]  # far off

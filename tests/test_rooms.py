@@ -77,6 +77,7 @@ def test_a_script_is_read_from_top_to_bottom(name):
     found = {function: node for function, _, node in functions(path)}
     assert {"prepare", "build", "batch", "sample", "evaluate", "main"} <= found.keys()
     assert max(lines for _, lines, _ in functions(path)) <= 40
+    assert not [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Lambda)]
     for function, _, node in functions(path):
         inner = [other for other in ast.walk(node) if isinstance(other, ast.FunctionDef) and other is not node]
         assert not inner, f"{function} has a function inside"

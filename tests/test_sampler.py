@@ -57,8 +57,8 @@ def oracle(prior, target_embeddings):
     return lambda z, sigma: (prior.log() + log_likelihood(z, sigma, target_embeddings)).log_softmax(-1)
 
 
-@pytest.mark.parametrize("calls", [1, 16, 64])
-def test_classes_sampled_with_an_oracle_follow_it(calls):
+@pytest.mark.parametrize("steps", [1, 16, 64])
+def test_classes_sampled_with_an_oracle_follow_it(steps):
     """Chi-square against p(y|x), 7 degrees of freedom: 24.3 is exceeded by one seed in a thousand."""
     prior = torch.tensor([0.3, 0.25, 0.15, 0.1, 0.08, 0.06, 0.04, 0.02])
     target_embeddings, count = make_target_embeddings(8, 12), 4000
@@ -66,7 +66,7 @@ def test_classes_sampled_with_an_oracle_follow_it(calls):
         oracle(prior, target_embeddings),
         target_embeddings,
         (count,),
-        equal_probability_grid(NOISE, calls),
+        equal_probability_grid(NOISE, steps),
         torch.Generator().manual_seed(1),
     )
     expected = prior * count

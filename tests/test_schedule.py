@@ -49,7 +49,7 @@ def test_upper_quantiles_of_a_narrow_distribution_stay_finite():
 
 
 @pytest.mark.parametrize("blocks", [2, 3, 4, 6])
-def test_a_grid_of_a_multiple_of_B_calls_meets_the_edges_to_the_last_bit(blocks):
+def test_a_grid_of_a_multiple_of_B_steps_meets_the_edges_to_the_last_bit(blocks):
     for noise in NOISES:
         grid, edges = equal_probability_grid(noise, 4 * blocks), quantiles(noise, blocks)
         assert grid[0] == noise.sigma_max and grid[-1] == 0 and (grid.diff() < 0).all()

@@ -1,4 +1,4 @@
-"""The blocks put together: who is asked at a call, how often, and that all of them learn one and the same p(y | x)."""
+"""The blocks assembled: which is active at a noise level, and that all of them learn one and the same p(y | x)."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from nano_db.schedule import LogNormal, equal_probability_grid, sample_sigma
 from nano_db.stack import Ensemble, Stack
 
 NOISE, WIDTH, CLASSES, CONTEXTS = LogNormal(0.3, 0.8, 0.05, 20.0), 16, 4, 3
-CODEBOOK = make_target_embeddings(CLASSES, WIDTH)
+EMBEDDINGS = make_target_embeddings(CLASSES, WIDTH)
 P = torch.tensor([[0.7, 0.2, 0.05, 0.05], [0.1, 0.4, 0.4, 0.1], [0.25, 0.25, 0.25, 0.25]])  # p(y | x), by context
 
 
@@ -34,7 +34,7 @@ def make_stack(blocks, head=DenoisingHead, average=False, overlap=0.0, random=Tr
     partition, made = make_partition(NOISE, blocks, overlap=overlap), []
     for b in range(blocks):
         network = nn.Embedding(CONTEXTS, WIDTH) if head.sees_z else Shown()
-        made.append(DiffusionBlock(network, head(CODEBOOK), NOISE, partition.training_range(b)))
+        made.append(DiffusionBlock(network, head(EMBEDDINGS), NOISE, partition.training_range(b)))
         for p in made[b].parameters() if random else ():
             nn.init.normal_(p, std=0.3)
     return Stack(made, partition, average)
@@ -48,12 +48,12 @@ def count_calls(module):
 
 
 @pytest.mark.parametrize("average, asked", [(True, 4 * (1 + 2 + 3 + 4)), (False, 16)])
-def test_a_walk_of_16_calls_asks_the_heads_at_each_and_the_trunks_once(average, asked):
+def test_a_walk_of_16_steps_asks_the_heads_at_each_and_the_trunks_once(average, asked):
     stack = make_stack(4, average=average)
     trunks = [count_calls(block.network) for block in stack.blocks]
     heads = [count_calls(block.head.output_projection) for block in stack.blocks]
     x, sigmas = torch.tensor([0, 1, 2]), equal_probability_grid(NOISE, 16)
-    y = sample_classes(stack.posterior(x), CODEBOOK, (3,), sigmas, torch.Generator().manual_seed(0))
+    y = sample_classes(stack.posterior(x), EMBEDDINGS, (3,), sigmas, torch.Generator().manual_seed(0))
     assert y.shape == (3,) and [len(calls) for calls in trunks] == [1, 1, 1, 1]
     assert sum(map(len, heads)) == asked >= 16
     assert [len(calls) for calls in heads] == ([16, 12, 8, 4] if average else [4, 4, 4, 4])
@@ -64,7 +64,7 @@ def test_a_network_that_is_shown_z_is_asked_at_each_call_of_its_own_interval(hea
     stack = make_stack(4, head)
     networks = [count_calls(block.network) for block in stack.blocks]
     sigmas = equal_probability_grid(NOISE, 16)
-    sample_classes(stack.posterior(torch.tensor([0])), CODEBOOK, (1,), sigmas, torch.Generator().manual_seed(0))
+    sample_classes(stack.posterior(torch.tensor([0])), EMBEDDINGS, (1,), sigmas, torch.Generator().manual_seed(0))
     assert [len(calls) for calls in networks] == [4, 4, 4, 4]
 
 
@@ -85,7 +85,7 @@ def test_the_averaged_walk_is_the_mean_of_the_heads_answers_at_this_very_z_and_s
                     block.network(x[i : i + 1]), z[i : i + 1], torch.tensor([max(sigma, block.span[0])])
                 )[0]
                 said.append(residual - residual.exp().sum().log())  # ln p, normalised
-            logits = sum(said) / len(said) / temperature + z[i] @ CODEBOOK.T / sigma**2
+            logits = sum(said) / len(said) / temperature + z[i] @ EMBEDDINGS.T / sigma**2
             torch.testing.assert_close(answers[i], logits - logits.logsumexp(0))
 
 
@@ -105,7 +105,7 @@ def test_only_denoising_heads_can_be_averaged():
 
 def test_an_ensemble_is_the_mean_of_the_log_probabilities_normalised():
     torch.manual_seed(0)
-    networks = [EndToEnd(nn.Embedding(CONTEXTS, WIDTH), PosteriorHead(CODEBOOK)) for _ in range(3)]
+    networks = [EndToEnd(nn.Embedding(CONTEXTS, WIDTH), PosteriorHead(EMBEDDINGS)) for _ in range(3)]
     for network in networks:
         nn.init.normal_(network.head.output_projection.weight)
     x, product = torch.tensor([0, 1, 2]), torch.ones(3, CLASSES)
@@ -149,7 +149,7 @@ def answers_at_random_noise(block, interval, count=10_000):
     generator = torch.Generator().manual_seed(5)
     x, y = draw_contexts(count, generator)
     sigma = sample_sigma(NOISE, count, *interval, generator).float()
-    z = CODEBOOK[y] + sigma[:, None] * torch.randn(count, WIDTH, generator=generator)
+    z = EMBEDDINGS[y] + sigma[:, None] * torch.randn(count, WIDTH, generator=generator)
     with torch.no_grad():
         return x, z, sigma, block.head.residual(block.network(x), z, sigma).softmax(-1)
 
@@ -168,7 +168,7 @@ def test_by_bayes_rule_the_head_says_the_same_p_whatever_z_is(trained):
         x, z, sigma, p = answers_at_random_noise(block, trained.partition.interval(b))
         off = (p - P[x]).abs().sum(-1) / 2  # total variation between the head's p and p(y | x)
         assert off.mean() < 0.03 and off.max() < 0.1
-        answer = (p.log() + log_likelihood(z, sigma, CODEBOOK)).softmax(-1)
+        answer = (p.log() + log_likelihood(z, sigma, EMBEDDINGS)).softmax(-1)
         assert spread(p, x) < 0.01 and spread(p, x) < spread(answer, x) / 10
 
 
@@ -183,7 +183,7 @@ def test_a_head_without_the_likelihood_term_does_depend_on_z(trained):
     """The test above would notice: it must learn the whole answer, which moves with z by 0.22."""
     torch.manual_seed(0)
     span = trained.partition.training_range(1)
-    block = DiffusionBlock(nn.Embedding(CONTEXTS, WIDTH), WithoutBayes(CODEBOOK), NOISE, span)
+    block = DiffusionBlock(nn.Embedding(CONTEXTS, WIDTH), WithoutBayes(EMBEDDINGS), NOISE, span)
     train(block, seed=1)
     x, _, _, p = answers_at_random_noise(block, trained.partition.interval(1))
     assert spread(p, x) > 0.1
@@ -196,11 +196,11 @@ def test_the_bound_of_trained_blocks_is_near_the_entropy_and_not_below(trained, 
     stack = Stack(trained.blocks, trained.partition, average)
 
     def exact(z, sigma):
-        return (P[x].log() + log_likelihood(z, sigma, CODEBOOK)).log_softmax(-1)
+        return (P[x].log() + log_likelihood(z, sigma, EMBEDDINGS)).log_softmax(-1)
 
     with torch.no_grad():
         ours, best = (
-            float(nats_per_block(f, y, CODEBOOK, stack.partition, torch.Generator().manual_seed(7)).sum())
+            float(nats_per_block(f, y, EMBEDDINGS, stack.partition, torch.Generator().manual_seed(7)).sum())
             for f in (stack.posterior(x), exact)
         )
     entropy = -float(P[x].log().gather(-1, y[:, None]).mean())  # of these very y

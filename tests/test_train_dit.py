@@ -151,7 +151,7 @@ def test_a_share_of_the_labels_is_dropped_in_the_batch_and_nowhere_else(dit, tmp
 
     network, seen = train_dit.DiT((1, 32, 32), 10, settings, 1), []
     network.label_embedding.register_forward_hook(lambda module, given, result: seen.extend(given[0].tolist()))
-    block = DiffusionBlock(network, EDMHead(), LogNormal(), (0.002, 80.0))
+    block = DiffusionBlock(network, EDMHead(0.5), LogNormal(), (0.002, 80.0))
     block.train().loss(labels, pixels)
     assert seen == labels.tolist(), "a network draws nothing: checkpointed or not, it sees the same labels"
 

@@ -492,7 +492,7 @@ def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch, capsy
         assert "warning: no locks here" in (err := capsys.readouterr().err) and "block 3" in err
 
 
-# --- blocks from several places, put together ---
+# --- blocks from several places, assembled ---
 
 
 def test_blocks_that_are_missing_are_named_and_complete_ones_evaluated(small, cli, tmp_path):
