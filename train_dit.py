@@ -129,8 +129,8 @@ def build(b, settings, images, partition):
     if not settings.baseline:
         layers = split_layers(settings.layers, settings.blocks, settings.layer_split)[b]
         span = partition.training_range(b)
-    network = DiT(images.shape, len(images.classes), settings, layers)
-    return DiffusionBlock(network, EDMHead(settings.sigma_data), noise, span, loss_weight="edm")
+    dit = DiT(images.shape, len(images.classes), settings, layers)
+    return DiffusionBlock(dit, EDMHead(settings.sigma_data), noise, span, loss_weight="edm")
 
 
 def assemble(networks, settings, images, partition):
@@ -158,7 +158,7 @@ def walk(stack, count, settings):
 
 
 def sample(networks, count, settings, images, partition):
-    """Sample images: what one costs is measured by these."""
+    """Sample images, by which the report measures what one costs."""
     return list(walk(assemble(networks, settings, images, partition), count, settings))
 
 
@@ -206,7 +206,7 @@ def main():
         for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, mine
             block = first_weights(build, b, settings, images, partition)  # from the seed and b alone
             optimizer = make_optimizer(block, settings)
-            for _ in run.steps(b, block, optimizer):  # resumes from the block's file; seeds each step; logs and saves
+            for _ in run.steps(b, block, optimizer):  # goes on from the file; seeds, sets the rate, logs, saves
                 labels, y = batch(run.batch_size, settings, images, partition)
                 with run.autocast:
                     loss = block.loss(labels, y)

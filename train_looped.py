@@ -223,11 +223,11 @@ def build(b, settings, text, partition):
     """The one network; with --baseline Huginn's."""
     classes = text.tokenizer.classes
     target_embeddings = make_target_embeddings(classes, settings.width, settings.seed)
-    network = Looped(classes, settings, conditioned=not settings.baseline)
+    looped = Looped(classes, settings, conditioned=not settings.baseline)
     if settings.baseline:
-        return Huginn(network, PosteriorHead(target_embeddings), settings)
+        return Huginn(looped, PosteriorHead(target_embeddings), settings)
     head = HEADS[settings.head](target_embeddings)
-    return DiffusionBlock(network, head, partition.noise, partition.interval(0), settings.loss_weight)
+    return DiffusionBlock(looped, head, partition.noise, partition.interval(0), settings.loss_weight)
 
 
 def batch(size, settings, text, partition):
@@ -242,7 +242,7 @@ def complete(tokens, length, generator, settings, model, partition):
 
 
 def sample(networks, count, settings, text, partition):
-    """Sixteen tokens: what a sample costs is measured by them."""
+    """Sixteen tokens, by which the report measures what a sample costs. (samples.txt is made by `complete`.)"""
     first = torch.zeros(count, 1, dtype=torch.long, device=settings.device)
     return complete(first, 16, None, settings, assemble(networks, partition), partition)
 
@@ -267,13 +267,14 @@ def evaluate(run, networks, text, partition):
 def main():
     settings = read_settings("looped", Settings, PRESETS, RECIPES, __doc__)
     text, partition = prepare(settings)
-    run = Run("looped", settings, data_sha256=text.sha256, span=list(partition.interval(0)))
+    span, noise = list(partition.interval(0)), partition.noise
+    run = Run("looped", settings, data_sha256=text.sha256, span=span, p_mean=noise.p_mean, p_std=noise.p_std)
 
     for _ in run.rounds():
         for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, mine
             block = first_weights(build, b, settings, text, partition)  # from the seed and b alone
             optimizer = make_optimizer(block, settings)
-            for _ in run.steps(b, block, optimizer):  # resumes from the block's file; seeds each step; logs and saves
+            for _ in run.steps(b, block, optimizer):  # goes on from the file; seeds, sets the rate, logs, saves
                 x, y = batch(run.batch_size, settings, text, partition)
                 with run.autocast:
                     loss = block.loss(x, y)

@@ -126,7 +126,7 @@ def show(text, tokens):
 
 
 def sample(networks, count, settings, text, schedule):
-    """Unmask texts in 16 steps: what a sample costs is measured by them."""
+    """Unmask texts in 16 steps, by which the report measures what a sample costs."""
     masked = torch.full((count, settings.seq_len), text.tokenizer.classes, device=settings.device)
     return list(unmask(assemble(networks, settings), masked, 16))
 
@@ -179,7 +179,7 @@ def main():
         for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, mine
             block = first_weights(build, b, settings, text, schedule)  # from the seed and b alone
             optimizer = make_optimizer(block, settings)
-            for _ in run.steps(b, block, optimizer):  # resumes from the block's file; seeds each step; logs and saves
+            for _ in run.steps(b, block, optimizer):  # goes on from the file; seeds, sets the rate, logs, saves
                 (x,) = batch(run.batch_size, settings, text, schedule)
                 with run.autocast:
                     loss = block.loss(x)

@@ -73,8 +73,8 @@ RECIPES = {
     "paper": dict(head="paper", predict="active", loss_weight="edm", noise="paper"),
 }
 NOISE = {
-    # A label is one of few: z alone identifies it below sigma = 0.3 or so, and the image need not be looked at. Ours
-    # spends nearly all of its draws above. The paper's is EDM's, made for images.
+    # Below sigma = 0.25 z alone identifies 98% of 10 classes, and the image need not be looked at. Ours spends nearly
+    # all of its draws above. The paper's is EDM's, made for images.
     "nano": LogNormal(p_mean=1.0, p_std=0.8, sigma_min=0.2, sigma_max=20.0),
     "paper": LogNormal(p_mean=-1.2, p_std=1.2, sigma_min=0.002, sigma_max=80.0),
 }
@@ -129,9 +129,9 @@ def build(b, settings, images, partition):
         return EndToEnd(ViT(images.shape, settings, settings.layers), PosteriorHead(target_embeddings))
     head = HEADS[settings.head]
     layers = split_layers(settings.layers, settings.blocks)[b]
-    network = ViT(images.shape, settings, layers, shows_z=not head.sees_z)
+    vit = ViT(images.shape, settings, layers, shows_z=not head.sees_z)  # either the head sees z, or the network
     span = partition.training_range(b)
-    return DiffusionBlock(network, head(target_embeddings), partition.noise, span, settings.loss_weight)
+    return DiffusionBlock(vit, head(target_embeddings), partition.noise, span, settings.loss_weight)
 
 
 def batch(size, settings, images, partition):
@@ -140,7 +140,7 @@ def batch(size, settings, images, partition):
 
 
 def sample(networks, count, settings, images, partition):
-    """Classify `count` images: what that costs is measured."""
+    """Classify `count` images, by which the report measures what a sample costs."""
     x, _ = next(images.test_batches(count, count, settings.device))
     sigmas = sampling_grid(partition, settings.sampling_steps_per_block * partition.blocks)
     return classify(assemble(networks, partition, settings.predict), x, sigmas)
@@ -166,13 +166,14 @@ def evaluate(run, networks, images, partition):
 def main():
     settings = read_settings("vit", Settings, PRESETS, RECIPES, __doc__)
     images, partition = prepare(settings)
-    run = Run("vit", settings, data_sha256=images.sha256, edges=[round(edge, 5) for edge in partition.edges])
+    edges, noise = [round(edge, 5) for edge in partition.edges], partition.noise
+    run = Run("vit", settings, data_sha256=images.sha256, edges=edges, p_mean=noise.p_mean, p_std=noise.p_std)
 
     for _ in run.rounds():
         for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, mine
             block = first_weights(build, b, settings, images, partition)  # from the seed and b alone
             optimizer = make_optimizer(block, settings)
-            for _ in run.steps(b, block, optimizer):  # resumes from the block's file; seeds each step; logs and saves
+            for _ in run.steps(b, block, optimizer):  # goes on from the file; seeds, sets the rate, logs, saves
                 x, y = batch(run.batch_size, settings, images, partition)
                 with run.autocast:
                     loss = block.loss(x, y)

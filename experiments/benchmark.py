@@ -7,7 +7,6 @@ Flags after the script's name are its own.
 
 import os
 import statistics
-import sys
 import tempfile
 from importlib import import_module
 
@@ -21,13 +20,10 @@ from nano_db.trainer.settings import Parser, read_settings
 
 def script_and_settings(name, flags):
     """train_<name>.py as a module, and its settings for these flags. Raises UsageError where the script does."""
-    script, before = import_module(f"train_{name}"), sys.argv
+    script = import_module(f"train_{name}")
     with tempfile.TemporaryDirectory() as folder:  # in which no run has left settings to resume with
-        sys.argv = [f"train_{name}.py", *flags, "--out", folder]
-        try:
-            return script, read_settings(name, script.Settings, script.PRESETS, getattr(script, "RECIPES", None))
-        finally:
-            sys.argv = before
+        flags, recipes = [*flags, "--out", folder], getattr(script, "RECIPES", None)
+        return script, read_settings(name, script.Settings, script.PRESETS, recipes, flags=flags)
 
 
 class Contestant:

@@ -400,7 +400,7 @@ def test_a_full_disk_leaves_the_last_good_file(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
-        with pytest.raises(UsageError, match=r"cannot write .*block_0\.pt .*untouched"):
+        with pytest.raises(UsageError, match=r"cannot write .*block_0\.pt; .*untouched"):
             save(run, value=2.0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -112,12 +112,14 @@ def test_help_has_each_flag_under_its_heading_with_what_it_is_when_none_is_given
         (["--eval-only", "--compile"], "--compile does nothing with --eval-only"),
         (["--eval-only", "--rounds", 3], "--rounds does nothing with --eval-only"),
         (["--eval-only", "--checkpoint-activations"], "--checkpoint-activations does nothing with --eval-only"),
-        (["--words", "a", "--samples", 0], "--words does nothing with --samples 0: drop one of them"),
+        (["--words", "a", "--samples", 0], "--words does nothing with --samples 0: drop it"),
         (["--eval-only", "--out", "nowhere"], "nowhere holds no run"),
     ],
 )
-def test_what_is_out_of_its_limits_or_does_nothing_is_refused(read, monkeypatch, flags, message):
+def test_what_is_out_of_its_limits_or_does_nothing_is_refused(read, tmp_path, monkeypatch, flags, message):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path / "out/toy-blocks")  # for --eval-only
     with pytest.raises(UsageError) as error:
         read(*flags)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
@@ -126,6 +128,7 @@ def test_what_is_out_of_its_limits_or_does_nothing_is_refused(read, monkeypatch,
 @in_all_scripts
 def test_an_evaluation_alone_refuses_what_only_training_uses(cli, tmp_path, script):
     values = {"preset": ["tiny"], "recipe": ["nano"], "rounds": [2], "only": [1]}
+    write_config(tmp_path, script.__name__.removeprefix("train_"))
     refused = values.keys() & {f.name for f in fields(script.Settings)} | {"compile", "checkpoint_activations"}
     for name in refused:
         flag = "--" + name.replace("_", "-")
@@ -183,8 +186,9 @@ def test_a_flag_of_an_earlier_edition_is_refused_by_the_name_of_the_new_one(cli,
             assert re.search(rf"error: {old} .*use {new}\b", err), err
 
 
-def write_config(folder, **settings):
-    config = {"script": "toy", "depends_on": {}, "settings": settings}
+def write_config(folder, script="toy", **settings):
+    config = {"script": script, "depends_on": {}, "versions": {}, "settings": settings}
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
 
 

@@ -306,7 +306,7 @@ def test_a_block_that_another_process_finishes_meanwhile_is_left_to_that_process
 
     def ready_and_then_the_other_ends(run):
         answer = ready(run)
-        if run.only == "0":
+        if run.settings.only == "0":
             ends.append(small("--out", tmp_path / "run", "--blocks", "2", "--only", "1")[0])
             assert (tmp_path / "run" / "result.json").exists()
         return answer
@@ -367,7 +367,7 @@ BAD = {
     ("--baseline", "--overlap", "0.2"): "--overlap does nothing with the baseline method",
     ("--baseline", "--recipe", "paper"): "--recipe does nothing with the baseline method",
     ("--ensemble", "2"): "--ensemble does nothing with the blocks method",
-    ("--eval-only",): "--preset does nothing with --eval-only",
+    ("--eval-only",): "holds no run",
     ("--temperature", "0"): "at least 0.01",
     ("--seed", str(2**31)): "less than",
 }

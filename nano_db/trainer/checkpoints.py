@@ -33,27 +33,40 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+# What the two kinds of files hold that are read again:
 BLOCK = dict(block=int, step=int, seconds=int | float, settings=dict, weights=dict, optimizer=dict, ema=dict | None)
+CONFIG = dict(script=str, settings=dict, depends_on=dict, versions=dict)
 PATHS = {"data": "data_sha256", "init_from": "init_from_sha256"}  # settings that say where, and checksums of what
+
+
+@contextmanager
+def explained(message, kinds=Exception):
+    """A context in which errors of these kinds become UsageErrors: the message, with the reason in brackets. But a lack
+    of memory stays what it is.
+    """
+    try:
+        yield
+    except kinds as error:
+        if is_out_of_memory(error):
+            raise
+        raise UsageError(f"{message} ({getattr(error, 'strerror', None) or type(error).__name__})") from error
 
 
 def write_atomically(path, write):
     """Call write(file) on a temporary neighbour of `path`, then put it in the path's place."""
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(aside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
-        with suppress(OSError):
-            aside.unlink()
-        if is_out_of_memory(error):
-            raise
-        reason = getattr(error, "strerror", None) or "the disk may be full"
-        advice = "what it held before is untouched: make room or choose another --out, then run again"
-        raise UsageError(f"cannot write {path} ({reason}); {advice}") from error
+    advice = "what it held before is untouched: make room on the disk or choose another --out, then run again"
+    # torch.save reports a failed write as a RuntimeError.
+    with explained(f"cannot write {path}; {advice}", (OSError, RuntimeError)):
+        try:
+            with open(aside, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            with suppress(OSError):  # there is none, if all went well
+                aside.unlink()
 
 
 def write_text(path, text):
@@ -66,14 +79,11 @@ def write_json(path, content):
 
 def append_json(path, record):
     """Append a line to a file of metrics."""
-    try:
-        with open(path, "ab+") as file:
-            line = json.dumps(record).encode() + b"\n"
-            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-                line = b"\n" + line  # a killed process left half a line: it stays alone, and read_metrics skips it
-            file.write(line)
-    except OSError as error:
-        raise UsageError(f"cannot write {path} ({error.strerror}): make room, then run again") from error
+    line = json.dumps(record).encode() + b"\n"
+    with explained(f"cannot write {path}: make room, then run again", OSError), open(path, "ab+") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            line = b"\n" + line  # a killed process left half a line: it stays alone, and read_metrics skips it
+        file.write(line)
 
 
 def read_block(path):
@@ -81,7 +91,8 @@ def read_block(path):
     damaged, or not a block's.
     """
     path = Path(path)
-    try:
+    advice = f"move it away to train {path.stem.replace('_', ' ')} afresh"
+    with explained(f"{path} is damaged or no block of nano_db: {advice}"):  # damaged bytes raise nearly anything
         with zipfile.ZipFile(path) as archive:  # torch.load would not notice flipped bytes inside a tensor
             for member in archive.infolist():
                 if member.compress_type != zipfile.ZIP_STORED:  # torch.save never packs: this might unpack without end
@@ -90,11 +101,6 @@ def read_block(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         assert all(isinstance(state[name], kind) for name, kind in BLOCK.items()) and state["step"] >= 0
         assert not any(map(torch.is_tensor, state["settings"].values()))
-    except Exception as error:  # unpickling damaged bytes raises nearly anything
-        if is_out_of_memory(error):
-            raise
-        advice = f"move it away to train {path.stem.replace('_', ' ')} afresh"
-        raise UsageError(f"{path} is damaged or no block of nano_db ({type(error).__name__}): {advice}") from error
     return state
 
 
@@ -106,23 +112,18 @@ def differences(there, here):
 
 def identity(config):
     """What the weights depend on, by name, as a config.json says it (and other settings, too)."""
-    versions = config.get("versions")
-    version = versions.get("nano_db") if isinstance(versions, dict) else None
-    return {**config["settings"], "script": config["script"], "version": version, **config["depends_on"]}
+    about = {"script": config["script"], "version": config["versions"].get("nano_db")}
+    return {**config["settings"], **about, **config["depends_on"]}
 
 
 def read_config(folder, flag="--out"):
     path = Path(folder) / "config.json"
-    try:
+    if not os.path.exists(path):
+        raise UsageError(f"{folder} holds no run (no config.json): train one first, or name its folder with {flag}")
+    with explained(f"{path} is damaged: move the folder away, or choose another {flag}"):
         config = json.loads(path.read_text())
-        assert isinstance(config["script"], str) and isinstance(config["depends_on"], dict)
-        assert isinstance(config["settings"], dict)
-        return config
-    except FileNotFoundError:
-        hint = f"train one first, or name its folder with {flag}"
-        raise UsageError(f"{folder} holds no run (no config.json): {hint}") from None
-    except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
-        raise UsageError(f"{path} is damaged: move the folder away, or choose another {flag}") from error
+        assert all(isinstance(config[name], kind) for name, kind in CONFIG.items())
+    return config
 
 
 def read_metrics(folder, kind):
@@ -142,10 +143,8 @@ def lock(path, purpose, wait=False):
     """Hold the lock file `path`, which guards `purpose` (like "block 2"), while the context lasts. Raises UsageError
     where another process holds it, and says which; with wait, waits for that process instead.
     """  # the operating system holds it (flock): it ends with its owner, even by SIGKILL, and binds machines over NFS
-    try:
+    with explained(f"cannot write {path}: choose another --out", OSError):
         file = open(path, "a+")  # noqa: SIM115 - its closing is what frees the lock
-    except OSError as error:
-        raise UsageError(f"cannot write {path} ({error.strerror}): choose another --out") from error
     with file:
         try:
             if fcntl is None:

@@ -56,10 +56,9 @@ class Group:
 
     def average(self, tensors):
         """Put the mean over the members in the place of each tensor, in one message."""
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        self._all_reduce(flat)
+        flat = self.mean(torch.cat([tensor.flatten() for tensor in tensors]))
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor) / self.size)
+            tensor.copy_(part.view_as(tensor))
 
     def mean(self, values):
         """Mean over the members of a tensor that each of them has."""
@@ -70,7 +69,7 @@ class Group:
 
     def any(self, flag, device):
         """Whether the flag is set for any member."""
-        return bool(flag) if self.size == 1 else bool(self.mean(torch.tensor(float(bool(flag)), device=device)))
+        return bool(self.mean(torch.tensor(float(bool(flag)), device=device)))
 
     @staticmethod
     def _all_reduce(tensor, operation=dist.ReduceOp.SUM):

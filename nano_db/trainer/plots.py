@@ -11,8 +11,7 @@ if "MPLBACKEND" not in os.environ:  # a notebook has set it, to show figures in 
 import matplotlib.pyplot as plt
 import numpy as np
 
-from nano_db.errors import UsageError
-from nano_db.trainer.checkpoints import read_metrics, write_atomically
+from nano_db.trainer.checkpoints import explained, read_metrics, write_atomically
 
 
 def block_colours(blocks):
@@ -96,10 +95,8 @@ def draw_images(path, states, partition, classes, sigma_data, walks=3, columns=1
 
 def save_images(folder, images):
     """Images (B, C, H, W) in [-1, 1] as <folder>/00000.png and so on. Raises UsageError for a folder it cannot make."""
-    try:
+    with explained(f"cannot make the folder {folder}: move away what is there", OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot make the folder {folder} ({error.strerror}): move away what is there") from error
     for i, image in enumerate(images):
         pixels = _pixels(image.expand(3, -1, -1).cpu())
         write_atomically(folder / f"{i:05}.png", lambda file, pixels=pixels: plt.imsave(file, pixels, format="png"))

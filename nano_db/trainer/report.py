@@ -16,8 +16,6 @@ from nano_db.trainer.checkpoints import write_json, write_text
 from nano_db.trainer.memory import training_bytes
 from nano_db.trainer.run import VERSIONS, autocast, first_weights, make_optimizer, networks
 
-PROMPT_SHARE = 0.25  # of an exported text
-
 
 def report(run, metrics, metric, build, batch, sample, *shared):
     """Write result.json and curves.png, print what training and a sample cost, and name the run's files.
@@ -29,7 +27,7 @@ def report(run, metrics, metric, build, batch, sample, *shared):
     costs = {settings.method: costs_of(local, build, batch, sample, *shared)}
     seconds = [(state := run.load_block(b))["seconds"] / state["step"] for b in range(run.count)]
     result = {"script": run.script, "method": settings.method, "blocks": run.count, "steps": settings.steps}
-    result |= {"seed": settings.seed, "device": run.device, "versions": VERSIONS, "metrics": metrics}
+    result |= {"seed": settings.seed, "device": settings.device, "versions": VERSIONS, "metrics": metrics}
     result["settings"] = asdict(settings)  # what was evaluated: config.json has those of the run's first command
     result |= {"seconds_per_step": max(seconds), "seconds_per_step_all_blocks": sum(seconds), **costs[settings.method]}
     write_json(run.folder / "result.json", result)
@@ -60,18 +58,16 @@ def costs_of(settings, build, batch, sample, *shared):
     """memory_bytes: of a training step, by part, of the network that takes most. parameters: of all networks.
     one_sample: see cost_of_use.
     """
-    counts, parameters, context = [], 0, autocast(settings)
+    counts, context = [], autocast(settings)
     for b in range(networks(settings)):  # one at a time: all of them may be more than the machine can train
-        network = first_weights(build, b, settings, *shared).train()
+        network = first_weights(build, b, settings, *shared)
         samples = batch(settings.batch_size, settings, *shared)
         counts.append(training_bytes(network, samples, make_optimizer(network, settings), context))
-        parameters += sum(p.numel() for p in network.parameters())
         del network
-    largest = max(counts, key=lambda count: count["total"])
     built = [first_weights(build, b, settings, *shared).eval() for b in range(networks(settings))]
     return {
-        "parameters": parameters,
-        "memory_bytes": largest,
+        "parameters": sum(p.numel() for network in built for p in network.parameters()),
+        "memory_bytes": max(counts, key=lambda count: count["total"]),
         "one_sample": cost_of_use(settings, built, sample, *shared),
     }
 
@@ -147,7 +143,7 @@ def export_texts(run, text, complete, *model):
     complete(tokens (n, m), length, generator, settings, *model): returns (n, m + length) tokens.
     """
     settings, path, lines = run.settings, run.folder / "texts.jsonl", []
-    generator, shown = torch.Generator().manual_seed(settings.seed), max(1, round(PROMPT_SHARE * settings.seq_len))
+    generator, shown = torch.Generator().manual_seed(settings.seed), max(1, round(settings.seq_len / 4))
     windows = text.heldout_batches(EVALUATION_BATCH, settings.seq_len, settings.device, settings.export)
     for x, _ in windows if settings.export and run.last_round else ():
         written = complete(x[:, :shown], settings.seq_len - shown, generator, settings, *model)

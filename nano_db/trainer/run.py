@@ -19,7 +19,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, fields
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,29 +29,11 @@ from nano_db import __version__
 from nano_db.errors import UsageError, is_out_of_memory
 from nano_db.layers import checkpoint_layers
 from nano_db.partition import split_layers
-from nano_db.trainer.checkpoints import (
-    append_json,
-    differences,
-    identity,
-    initial_checksum,
-    initial_weights,
-    layers_of,
-    lock,
-    read_block,
-    read_config,
-    write_atomically,
-    write_json,
-)
+from nano_db.trainer import checkpoints
 from nano_db.trainer.distributed import Group, Worker, join
 
-OUT_OF_MEMORY = "try more --blocks (`python -m experiments.plan` says how many), or a smaller --batch-size"
 FIRST_WEIGHTS = (0, 0, 1)  # (seed, b, 0, 0, 1) seeds the first weights of block b, (seed, b, step, rank) its steps
-VERSIONS = {
-    "nano_db": __version__,
-    "python": platform.python_version(),
-    "torch": torch.__version__,
-    "numpy": np.__version__,
-}
+VERSIONS = dict(nano_db=__version__, python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
 
 
 def seed_from(*numbers):
@@ -113,25 +94,27 @@ class Run:
     """
 
     def __init__(self, script, settings, **depends_on):
-        self.script, self.settings, self.device, self.depends_on = script, settings, settings.device, depends_on
-        self.folder = Path(settings.out)
+        self.script, self.settings, self.depends_on, self.folder = script, settings, depends_on, Path(settings.out)
         self.autocast, self.count = autocast(settings), networks(settings)
         if hasattr(settings, "layers") and not settings.baseline:  # refuses before there is a folder
             self.split = split_layers(settings.layers, settings.blocks, getattr(settings, "layer_split", ""))
         if getattr(settings, "init_from", ""):
-            depends_on["init_from_sha256"] = initial_checksum(settings, script, depends_on["data_sha256"])
+            depends_on["init_from_sha256"] = checkpoints.initial_checksum(settings, script, depends_on["data_sha256"])
         fixed = {f.name: getattr(settings, f.name) for f in fields(settings) if not f.metadata["resumable"]}
         # What a block's file must agree with:
         self.fixed = {**fixed, "script": script, "version": __version__, **depends_on}
         self.paths = [self.folder / f"block_{b}.pt" for b in range(self.count)]
-        self.only, self.worker, self.group = getattr(settings, "only", ""), Worker(), Group()
-        self.mine = chosen_blocks(self.only, self.count) if self.only else list(range(self.count))
+        only, self.worker, self.group = getattr(settings, "only", ""), Worker(), Group()
+        self.mine = chosen_blocks(only, self.count) if only else list(range(self.count))
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             self.worker = join()
             self.mine, self.group = self.worker.assign(self.mine, settings.batch_size)
+        if settings.eval_only:
+            self.mine = []
+        self.alone = not only and self.worker.world_size == 1  # nobody else is to train blocks of this run
         self.batch_size = settings.batch_size // self.group.size
-        # The end of this round; steps taken by this process so far; (loss, gradient norm) since the last look:
-        self.step_to_reach, self.trained, self.losses = 0, 0, []
+        # The end of this round; whether this process has trained; (loss, gradient norm) since the last look:
+        self.step_to_reach, self.trained, self.losses = 0, False, []
         self.finished = False  # whether all blocks had taken all steps when `ready` looked: a run reports then
 
     # --- the training loop, from outside to inside ---
@@ -141,14 +124,14 @@ class Run:
         With --only or torchrun there is one. Raises UsageError if another process trains one of these blocks.
         """
         self._take_folder()
-        settings, alone = self.settings, self.only or self.worker.world_size > 1 or self.settings.eval_only
+        settings = self.settings
         if not (self.worker.rank or settings.eval_only):
-            where = f"{self.device}, {settings.dtype}"
+            where = f"{settings.device}, {settings.dtype}"
             print(f"preset {settings.preset} on {where}: {self.count} x {settings.steps} steps")
-        rounds = 1 if alone else settings.rounds
+        rounds = settings.rounds if self.alone and not settings.eval_only else 1
         with ExitStack() as locks:
-            for b in () if self.group.rank or settings.eval_only else self.mine:
-                locks.enter_context(lock(self.folder / f".block_{b}.lock", f"block {b}"))
+            for b in self.mine if self.group.rank == 0 else ():
+                locks.enter_context(checkpoints.lock(self.folder / f".block_{b}.lock", f"block {b}"))
                 for aside in self.folder.glob(f".block_{b}.pt.*"):  # what a killed owner left half-written
                     aside.unlink(missing_ok=True)
             for r in range(1, rounds + 1):
@@ -157,9 +140,7 @@ class Run:
 
     def blocks_to_train(self):
         """This process's blocks, one after the other, that have steps to go in this round."""
-        for b in () if self.settings.eval_only else self.mine:
-            if self.step_of(b) < self.step_to_reach:
-                yield b
+        return (b for b in self.mine if self.step_of(b) < self.step_to_reach)
 
     def steps(self, b, module, optimizer):
         """Count block b's steps of this round, for a loop whose body takes a step and hands its loss to `record`.
@@ -173,7 +154,7 @@ class Run:
         if settings.compile:
             module.network.compile()  # in place: the names of the weights stay as they are
         module.train()
-        with group.connected(b, self.device, at.step) if group.size > 1 else nullcontext(), stop_requests() as stop:
+        with group.connected(b, settings.device, at.step) if group.size > 1 else nullcontext(), stop_requests() as stop:
             while at.step < self.step_to_reach and not at.stopped:
                 seed_from(settings.seed, b, at.step, group.rank)
                 for parameters in optimizer.param_groups:
@@ -203,11 +184,11 @@ class Run:
         if self.worker.rank:
             return False
         steps = [self.step_of(b) for b in range(self.count)]  # looked at once: others may be training these blocks
-        unfinished = [b for b in range(self.count) if steps[b] < self.settings.steps]
+        unfinished = [b for b, step in enumerate(steps) if step < self.settings.steps]
         to_train = f"still to train: blocks {', '.join(map(str, unfinished))} of {self.folder}"
         if self.settings.eval_only and 0 in steps:
             raise UsageError(f"{to_train}; an evaluation needs all of them")
-        if unfinished and (self.only or self.worker.world_size > 1):
+        if unfinished and not self.alone:
             print(to_train)
             return False
         if self.trained or self.last_round:
@@ -223,7 +204,8 @@ class Run:
         if not self.paths[b].exists():
             raise UsageError(f"{self.paths[b]} is missing: block {b} has not been trained yet")
         state, module = self.load_block(b), first_weights(build, b, self.settings, *shared)
-        self._fill(module.load_state_dict, state["ema"] or state["weights"], b)
+        with self._fitting(b):
+            module.load_state_dict(state["ema"] or state["weights"])
         return module.eval()
 
     def trained_blocks(self, build, *shared):
@@ -237,12 +219,12 @@ class Run:
         """seconds: pure training time so far. All is tensors and plain values, to be read with weights_only=True."""
         state = {"block": b, "step": step, "seconds": seconds, "settings": self.fixed}
         state |= {"weights": weights, "optimizer": optimizer, "ema": ema}
-        write_atomically(self.paths[b], lambda file: torch.save(state, file))
+        checkpoints.write_atomically(self.paths[b], lambda file: torch.save(state, file))
 
     def load_block(self, b):
         """The dictionary that save_block wrote, on the CPU."""
-        state = read_block(self.paths[b])
-        if different := differences(state["settings"], self.fixed):
+        state = checkpoints.read_block(self.paths[b])
+        if different := checkpoints.differences(state["settings"], self.fixed):
             raise UsageError(f"{self.paths[b]} does not belong to this run: {'; '.join(different)}")
         if state["block"] != b:
             raise UsageError(f"{self.paths[b]} holds block {state['block']}: it has been renamed, or copied")
@@ -250,10 +232,8 @@ class Run:
 
     def log(self, kind, **record):
         """Append a record to the metrics: to those of its block, if it names one, which only its trainer writes."""
-        append_json(
-            self.folder / (f"metrics_{record['block']}.jsonl" if "block" in record else "metrics.jsonl"),
-            {"kind": kind, **record},
-        )
+        name = f"metrics_{record['block']}.jsonl" if "block" in record else "metrics.jsonl"
+        checkpoints.append_json(self.folder / name, {"kind": kind, **record})
 
     def log_evaluation(self, metrics):
         """Append the metrics of an evaluation, but for one with --eval-only, which leaves the run as it is."""
@@ -263,81 +243,78 @@ class Run:
     def _take_folder(self):
         """Make the folder this run's own, or raise UsageError: it belongs to one set of settings."""
         config = self.folder / "config.json"
-        try:
+        with checkpoints.explained(f"cannot make {self.folder}: choose another --out", OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"cannot make {self.folder} ({error.strerror}): choose another --out") from error
         if not config.exists():
-            with lock(self.folder / ".config.lock", "config.json", wait=True):  # several processes may come at once
-                if any(self.folder.glob("block_*.pt")) and not config.exists():
-                    raise UsageError(f"{self.folder} holds block files but no config.json: choose another --out")
-                if not config.exists():
+            with checkpoints.lock(self.folder / ".config.lock", "config.json", wait=True):
+                if not config.exists():  # several processes may have come at once: this one is the first
+                    if any(self.folder.glob("block_*.pt")):
+                        raise UsageError(f"{self.folder} holds block files but no config.json: choose another --out")
                     about = {"script": self.script, "depends_on": self.depends_on, "settings": asdict(self.settings)}
-                    return write_json(config, {**about, "versions": VERSIONS})
-        if different := differences(identity(read_config(self.folder)), self.fixed):
-            there = f"{self.folder} holds a run of other settings ({'; '.join(different)})"
-            raise UsageError(f"{there}: choose another --out, or delete that folder")
+                    return checkpoints.write_json(config, {**about, "versions": VERSIONS})
+        there = checkpoints.identity(checkpoints.read_config(self.folder))
+        if different := checkpoints.differences(there, self.fixed):
+            different = checkpoints.differences(there, {"preset": self.settings.preset, **self.fixed})
+            holds = f"{self.folder} holds a run of other settings ({'; '.join(different)})"
+            raise UsageError(f"{holds}: choose another --out, or delete that folder")
 
     def _restore(self, b, module, optimizer):
         """Load block b's file, if there is one, into module and optimizer. Returns where its training stands."""
-        self.losses, clock = [], time.perf_counter()
-        at = SimpleNamespace(step=0, seconds=0.0, ema=None, stopped=False, start=0, began=clock, clock=clock)
+        self.losses = []
+        at = SimpleNamespace(step=0, seconds=0.0, average=None, stopped=False, clock=time.perf_counter())
         if self.paths[b].exists():
             state = self.load_block(b)
-            at.step, at.start, at.seconds = state["step"], state["step"], state["seconds"]
-            if self.settings.ema:
-                at.ema = state["ema"] or {}
-                self._fill(module.load_state_dict, at.ema, b)  # to see that it fits; the weights come next
-            self._fill(module.load_state_dict, state["weights"], b)
-            self._fill(partial(_load_moments, optimizer), state["optimizer"], b)
+            at.step, at.seconds = state["step"], state["seconds"]
+            with self._fitting(b):
+                if self.settings.ema:
+                    at.average = state["ema"] or {}
+                    module.load_state_dict(at.average)  # to see that it fits; the weights come next
+                module.load_state_dict(state["weights"])
+                _load_moments(optimizer, state["optimizer"])
         elif self.fixed.get("init_from"):
-            self._start_from_network(b, module)
+            self._init_from_network(b, module)
         if self.settings.ema:
-            at.ema = {name: tensor.clone().to(self.device) for name, tensor in (at.ema or module.state_dict()).items()}
+            source = at.average or module.state_dict()
+            at.average = {name: tensor.clone().to(self.settings.device) for name, tensor in source.items()}
         return at
 
     def _after_step(self, b, module, optimizer, at, stop):
         """Averages; now and then a line of metrics, and one on the screen; the file. at: see _restore."""
-        if at.ema:
+        if at.average:
             weights = module.state_dict()
-            averages = [at.ema[name] for name in weights]
-            torch._foreach_lerp_(averages, list(weights.values()), 1 - ema_decay(at.step, self.settings))  # one kernel
-        at.step, self.trained = at.step + 1, self.trained + 1
+            averages, decay = [at.average[name] for name in weights], ema_decay(at.step, self.settings)
+            torch._foreach_lerp_(averages, list(weights.values()), 1 - decay)  # one kernel
+        at.step, self.trained = at.step + 1, True
         log_every = max(1, min(50, self.settings.steps // 10))
         save = at.step == self.step_to_reach or at.step % (5 * log_every) == 0
         # A group looks at requests to stop at fixed steps only: all its members must stop at the same one.
         if not (save or at.step % log_every == 0 or (stop and self.group.size == 1)):
             return
+        count = len(self.losses)
         loss = self._mean_loss(b, at.step)  # also waits for the device, so that the clock is right
-        at.stopped, now = self.group.any(stop, self.device), time.perf_counter()
-        at.seconds += max(0.0, now - at.clock)  # clocks have been seen to run backwards
+        at.stopped, spent = self.group.any(stop, self.settings.device), time.perf_counter() - at.clock
+        at.seconds += max(0.0, spent)  # clocks have been seen to run backwards
         if self.group.rank == 0:
-            rate = optimizer.param_groups[0]["lr"]
+            rate, pace = optimizer.param_groups[0]["lr"], max(1e-9, spent) / count
             self.log("train", block=b, step=at.step, loss=loss, learning_rate=rate, seconds=at.seconds)
-            pace = max(1e-9, now - at.began) / (at.step - at.start)
             left = f"{1 / pace:.1f} steps/s  {pace * (self.step_to_reach - at.step):.0f} s left"
             print(f"{self._label(b)}  step {at.step}/{self.step_to_reach}  loss {loss:.4f}  {left}", flush=True)
             if save or at.stopped:
-                self.save_block(b, at.step, at.seconds, module.state_dict(), optimizer.state_dict(), at.ema)
+                self.save_block(b, at.step, at.seconds, module.state_dict(), optimizer.state_dict(), at.average)
         at.clock = time.perf_counter()
 
-    def _start_from_network(self, b, module):
+    def _init_from_network(self, b, module):
         """Give block b, which has no file yet, its layers of the network of --init-from."""
-        settings, (weights, sha256, _) = self.settings, initial_weights(self.settings)
+        settings, (weights, sha256, _) = self.settings, checkpoints.initial_weights(self.settings)
         if sha256 != self.fixed["init_from_sha256"]:
             raise UsageError(f"--init-from {settings.init_from}: its weights are not those with which this run began")
         first = 0 if settings.baseline else sum(self.split[:b])  # a baseline starts with all layers
-        module.load_state_dict(layers_of(weights, module.state_dict(), first))
+        module.load_state_dict(checkpoints.layers_of(weights, module.state_dict(), first))
 
-    def _fill(self, load, state, b):
-        """Let load(state) read a part of block b's file."""
-        try:
-            load(state)
-        except Exception as error:  # which one depends on what does not fit
-            if is_out_of_memory(error):
-                raise
-            path = self.paths[b]
-            raise UsageError(f"{path} does not fit the network of these settings: it is no part of this run") from error
+    def _fitting(self, b):
+        """A context to load what block b's file holds: which error says that it does not fit depends on what it is."""
+        fault = f"{self.paths[b]} does not fit the network of these settings: it is no part of this run"
+        return checkpoints.explained(fault)
 
     def _label(self, b):
         return f"baseline {b}" if self.settings.baseline else f"block {b}"
@@ -345,11 +322,11 @@ class Run:
     def _mean_loss(self, b, step):
         """Mean of the losses since the last look, over the whole batch, if all of them were sound."""
         values, self.losses = self.group.mean(torch.stack(self.losses)).tolist(), []
-        for i, (loss, norm) in enumerate(values):
+        for taken, (loss, norm) in enumerate(values, start=step - len(values) + 1):
             if not (math.isfinite(loss) and math.isfinite(norm)):  # an infinite gradient would ruin the weights, too
                 path = self.paths[b]
                 kept = f"{path} keeps the last good state" if path.exists() else "no file was written yet"
-                at = f"the loss is {loss} and the gradient's norm {norm} at step {step - len(values) + i + 1}"
+                at = f"the loss is {loss} and the gradient's norm {norm} at step {taken}"
                 raise UsageError(f"{self._label(b)}: {at}; {kept}. Try a smaller --learning-rate")
         return sum(loss for loss, _ in values) / len(values)
 
@@ -414,9 +391,10 @@ def command(main):
     """Run a script's main: a UsageError is one line on stderr and exit code 2, an interruption one line and 130."""
     try:
         main()
-    except (UsageError, RuntimeError, MemoryError) as error:
+    except Exception as error:
         if is_out_of_memory(error):
-            error = UsageError(f"out of memory: {OUT_OF_MEMORY}; what was saved is untouched")
+            advice = "try more --blocks (`python -m experiments.plan` says how many), or a smaller --batch-size"
+            error = UsageError(f"out of memory: {advice}; what was saved is untouched")
         if not isinstance(error, UsageError):
             raise
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)

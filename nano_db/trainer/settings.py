@@ -108,44 +108,49 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def read_settings(script, settings_class, presets, recipes=None, description=None):
+def read_settings(script, settings_class, presets, recipes=None, description=None, flags=None):
     """The command line as checked settings, `device` and `dtype` being those to use. Raises UsageError where it cannot.
 
     presets, recipes: {name: {field: value}}. A preset may have a twin of the name "<preset>-baseline", with what
-    differs there. With --eval-only the settings saved in the run's folder take the place of preset and recipe.
+    differs there. With --eval-only the settings saved in the run's folder take the place of preset and recipe. flags:
+    a list to read in place of the command line.
     """
-    given = parse(settings_class, {**presets["laptop"], **(recipes["nano"] if recipes else {})}, description)
+    usual = {**presets["laptop"], **(recipes["nano"] if recipes else {})}
+    given = parse(script, settings_class, usual, description, flags)
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if given.setdefault("device", "auto") == "auto":
         given["device"] = "cuda" if available["cuda"] else "cpu"
     if not available.get(given["device"], True):
         raise UsageError(f"--device {given['device']} is not available on this machine; use --device cpu (or auto)")
     given.setdefault("out", f"out/{script}-{'baseline' if given.get('baseline') else 'blocks'}")
+    if given.get("dtype") == "auto":
+        del given["dtype"]
+    begun = (Path(given["out"]) / "config.json").exists()
+    stored = stored_settings(script, settings_class, given["out"]) if begun or given.get("eval_only") else {}
     if given.get("eval_only"):
-        for f in dataclasses.fields(settings_class):
-            if f.name in given and f.metadata["trains"]:
-                raise UsageError(f"{flag_of(f)} does nothing with --eval-only, which trains nothing: drop it")
-        bundle = stored_settings(script, settings_class, given["out"])
+        bundle = stored
     else:
         preset = given.pop("preset", "auto")
         if preset == "auto":
             preset = "gpu" if given["device"] == "cuda" else "laptop"
-        bundle = {**presets[preset], "preset": preset}
+        bundle = {**presets[preset], "preset": preset, "dtype": stored.get("dtype", "auto")}
         if given.get("baseline"):
             bundle |= presets.get(f"{preset}-baseline", {})
         elif recipes:
             bundle |= recipes[given.get("recipe", settings_class.recipe)]
     settings = settings_class(**{**bundle, **given})
     validate(settings, given)
-    if settings.dtype == "auto":
-        settings.dtype = usual_dtype(settings)
+    if settings.dtype == "auto":  # of a new run; one that has begun on a CPU goes on in float32 on a GPU
+        computes = settings.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        settings.dtype = "bfloat16" if computes else "float32"
     return settings
 
 
-def parse(settings_class, usual, description):
+def parse(script, settings_class, usual, description, flags):
     """{field: value} of the flags that were given. usual: values that --help names in place of the defaults."""
     how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "argument_default": argparse.SUPPRESS}
-    parser = Parser(usage="python %(prog)s [flags]", description=description, allow_abbrev=False, **how)
+    prog, usage = f"train_{script}.py", "python %(prog)s [flags]"
+    parser = Parser(prog=prog, usage=usage, description=description, allow_abbrev=False, **how)
     groups = {name: parser.add_argument_group(name) for name in ("method", "network", "training", "output")}
     for f in dataclasses.fields(settings_class):
         about, kind, value = f.metadata, type(f.default), usual.get(f.name, f.default)
@@ -157,25 +162,13 @@ def parse(settings_class, usual, description):
                 form = {"type": kind, "choices": about["choices"]}
                 form["metavar"] = None if about["choices"] else kind.__name__
             groups[about["group"]].add_argument(flag_of(f), help=text, **form)
-    given, unknown = parser.parse_known_args()
+    given, unknown = parser.parse_known_args(flags)
     for flag in (argument.split("=")[0] for argument in unknown):
         if flag in RENAMED and RENAMED[flag].split()[0][2:].replace("-", "_") in settings_class.__dataclass_fields__:
             raise UsageError(f"{flag} is gone: use {RENAMED[flag]}")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return vars(given)
-
-
-def usual_dtype(settings):
-    """What --dtype auto means: the dtype of the run in the folder, else one that suits the device. So a run that has
-    begun on a CPU goes on in float32 on a GPU.
-    """
-    if (Path(settings.out) / "config.json").exists():
-        kept = read_config(settings.out)["settings"].get("dtype")
-        if kept in ("float32", "bfloat16"):
-            return kept
-    computes = settings.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bfloat16" if computes else "float32"
 
 
 def flag_of(field):
@@ -196,7 +189,7 @@ def stored_settings(script, settings_class, folder):
     return kept
 
 
-def validate(settings, given=()):
+def validate(settings, given):
     """Raise UsageError for a value out of its limits, or for a flag among `given` without effect."""
     for f in dataclasses.fields(settings):
         value, flag, about = getattr(settings, f.name), flag_of(f), f.metadata
@@ -211,10 +204,12 @@ def validate(settings, given=()):
             raise UsageError(f"{flag} must be less than {below}, not {value}")
         if about["choices"] and value not in about["choices"]:
             raise UsageError(f"{flag} must be one of {', '.join(map(str, about['choices']))}, not {value}")
-        if f.name in given and about["of"] and (about["of"] == "baseline") != settings.baseline:
-            raise UsageError(f"{flag} does nothing with the {settings.method} method: drop it")
         needed, other = about["needs"].split(), about["idle"](settings)
-        if needed and not any(getattr(settings, name) for name in needed):
+        if settings.eval_only and about["trains"]:
+            other = "--eval-only, which trains nothing"
+        elif about["of"] and (about["of"] == "baseline") != settings.baseline:
+            other = f"the {settings.method} method"
+        elif needed and not any(getattr(settings, name) for name in needed):
             other = f"--{needed[0]} 0"
         if f.name in given and other:
-            raise UsageError(f"{flag} does nothing with {other}: drop one of them")
+            raise UsageError(f"{flag} does nothing with {other}: drop it")
