@@ -25,6 +25,7 @@ from nano_db.images import ImageStack
 from nano_db.language import score_text
 from nano_db.layers import Layer
 from nano_db.partition import make_partition, sampling_grid, split_layers
+from nano_db.schedule import LogNormal
 from nano_db.stack import Stack
 from nano_db.trainer.checkpoints import read_block, read_metrics
 from nano_db.trainer.settings import read_settings
@@ -233,3 +234,22 @@ def test_a_vit_is_scored_by_the_prediction_that_is_asked_for(tiny, tmp_path, mon
         _, log_p[name], _ = score_images(stack, images.test_batches(256), grid, settings.walks, settings.seed)
     torch.testing.assert_close(scored.log_p, log_p[predict])
     assert (log_p["averaged"] - log_p["active"]).abs().max() > 1e-3, "and the test can tell"
+
+
+@pytest.mark.parametrize("script", [train_gpt, train_looped, train_vit], ids=attrgetter("__name__"))
+@pytest.mark.usefixtures("no_report")
+def test_a_run_of_other_noise_levels_is_refused_though_the_ends_are_the_same(tiny, monkeypatch, script):
+    """Whoever edits NOISE in a script trains other networks, in one block, too, where no edge tells."""
+    flags = () if script is train_looped else ("--blocks", "1")
+    assert tiny(script, *flags, "--samples", "0")[0] == 0
+    usual = script.NOISE["nano"]
+    edited = LogNormal(usual.p_mean - 1, usual.p_std, usual.sigma_min, usual.sigma_max)
+    monkeypatch.setitem(script.NOISE, "nano", edited)
+    code, _, err = tiny(script, *flags, "--samples", "0")
+    assert code == 2 and f"p_mean {usual.p_mean} there, {edited.p_mean} here" in err and err.count("\n") == 1, err
+
+
+def test_a_run_of_another_preset_says_so_first(tiny):
+    assert tiny(train_gpt, "--samples", "0", "--only", "0")[0] == 0
+    code, _, err = tiny(train_gpt, "--samples", "0", "--only", "0", "--preset", "gpu")
+    assert code == 2 and "(preset 'tiny' there, 'gpu' here; " in err and err.count("\n") == 1, err
