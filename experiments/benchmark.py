@@ -79,7 +79,7 @@ def main():
         raise UsageError(f"--pairs must be at least 1, not {args.pairs}")
     if "--baseline" in flags:
         raise UsageError("--baseline: blocks are timed against it, so drop it")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UsageError("a benchmark times a single process: start it without torchrun")
     script, settings = script_and_settings(args.script, flags)
     shared = script.prepare(settings)

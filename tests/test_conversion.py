@@ -1,6 +1,5 @@
 import copy
 import hashlib
-import json
 import shutil
 from types import SimpleNamespace
 
@@ -117,7 +116,8 @@ def test_what_has_another_shape_stays():
 
 def start(folder):
     """What a run takes that is to start from the one in `folder`: (weights, sha256, step)."""
-    return initial_weights(SimpleNamespace(init_from=str(folder)))
+    weights, sha256, state = initial_weights(SimpleNamespace(init_from=str(folder)))
+    return weights, sha256, state["step"]
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def test_a_shallow_network_too_can_be_trained_further(small, tmp_path):
         (("--layers", "5", "--layer-split", "2,3"), "layers 4 there, 5 here"),
         (("--patch", "4"), "patch 8 there, 4 here"),
         (("--sigma-data", "0.9"), "sigma_data 0.5 there, 0.9 here"),
-        (("--init-from", "nowhere"), "nowhere holds no run (no config.json): train one first"),
+        (("--init-from", "nowhere"), "nowhere/block_0.pt is missing"),
     ],
 )
 def test_a_network_that_does_not_fit_is_refused_in_one_line(dit, tmp_path, flags, message):
@@ -230,21 +230,32 @@ def test_what_is_no_finished_end_to_end_run_is_refused_in_one_line(dit, cli, tmp
         code, _, err = dit("run", "--init-from", tmp_path / "network")
         assert code == 2 and message in err and err.count("\n") == 1, err
 
-    source = tmp_path / "network" / "config.json"
-    config = json.loads(source.read_text())
-    for place, name, value, message in (
-        ("settings", "steps", 12, "is not finished: step 6 of 12"),
-        ("settings", "baseline", False, "(baseline False there, True here)"),
-        ("depends_on", "data_sha256", "abc", "data_sha256 'abc' there"),
-        ("versions", "nano_db", "0.2.0", f"version '0.2.0' there, '{__version__}' here"),
+    source = tmp_path / "network" / "block_0.pt"
+    state = torch.load(source, weights_only=True)
+    for name, value, message in (
+        ("steps", 12, "is not finished: step 6 of 12"),
+        ("baseline", False, "(baseline False there, True here)"),
+        ("data_sha256", "abc", "data_sha256 'abc' there"),
+        ("version", "0.2.0", f"version '0.2.0' there, '{__version__}' here"),
+        ("script", "vit", "(script 'vit' there, 'dit' here)"),
     ):
-        source.write_text(json.dumps({**config, place: {**config[place], name: value}}))
+        torch.save({**state, "settings": {**state["settings"], name: value}}, source)
         refuses(message)
-    source.write_text(json.dumps({**config, "script": "vit"}))
-    refuses("(script 'vit' there, 'dit' here)")
-    source.write_text(json.dumps(config))
-    (tmp_path / "network" / "block_0.pt").unlink()
+    for weights in ({1: 2, "a": None}, {"a": 3}, {"a": torch.ones(2, dtype=torch.bfloat16)}):
+        torch.save({**state, "weights": weights, "ema": None}, source)
+        refuses("block_0.pt holds no weights")
+    source.unlink()
     refuses("block_0.pt is missing")
+
+
+def test_the_block_of_another_network_in_the_folder_is_refused(dit, cli, tmp_path):
+    """What counts is the file that is read, and not what its folder says."""
+    code, _, err = cli(*QUICK, "--baseline", "--width", "24", "--frechet-images", "0", "--sampling-steps", "4",
+                       "--out", tmp_path / "other", main=train_dit.main)  # fmt: skip
+    assert code == 0, err
+    shutil.copy(tmp_path / "other" / "block_0.pt", tmp_path / "network" / "block_0.pt")
+    code, _, err = dit("run", "--init-from", tmp_path / "network")
+    assert code == 2 and "width 24 there, 16 here" in err and err.count("\n") == 1, err
 
 
 def test_texts_must_agree_in_data_tokenizer_and_length(small, tmp_path):
@@ -258,9 +269,8 @@ def test_texts_must_agree_in_data_tokenizer_and_length(small, tmp_path):
     ):
         code, _, err = small("--out", tmp_path / "run", "--init-from", source, *flags)
         assert code == 2 and message in err and err.count("\n") == 1, err
-    config = read_config(source)
-    settings = {**config["settings"], "tokenizer": "gpt2"}
-    (source / "config.json").write_text(json.dumps({**config, "settings": settings}))
+    state = torch.load(source / "block_0.pt", weights_only=True)
+    torch.save({**state, "settings": {**state["settings"], "tokenizer": "gpt2"}}, source / "block_0.pt")
     code, _, err = small("--out", tmp_path / "run", "--init-from", source)
     assert code == 2 and "tokenizer 'gpt2' there, 'char' here" in err and err.count("\n") == 1, err
 

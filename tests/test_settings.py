@@ -112,6 +112,7 @@ def test_help_has_each_flag_under_its_heading_with_what_it_is_when_none_is_given
         (["--eval-only", "--compile"], "--compile does nothing with --eval-only"),
         (["--eval-only", "--rounds", 3], "--rounds does nothing with --eval-only"),
         (["--eval-only", "--checkpoint-activations"], "--checkpoint-activations does nothing with --eval-only"),
+        (["--out", ""], "--out is empty: say what it shall be, or drop it"),
         (["--words", "a", "--samples", 0], "--words does nothing with --samples 0: drop it"),
         (["--eval-only", "--out", "nowhere"], "nowhere holds no run"),
     ],

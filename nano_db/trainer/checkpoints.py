@@ -52,6 +52,12 @@ def explained(message, kinds=Exception):
         raise UsageError(f"{message} ({getattr(error, 'strerror', None) or type(error).__name__})") from error
 
 
+def require(sound):
+    """An assertion that `python -O` does not take away."""
+    if not sound:
+        raise ValueError
+
+
 def write_atomically(path, write):
     """Call write(file) on a temporary neighbour of `path`, then put it in the path's place."""
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -99,8 +105,8 @@ def read_block(path):
                     raise zipfile.BadZipFile(f"{member.filename} is compressed")
                 archive.read(member)  # verifies its checksum
         state = torch.load(path, map_location="cpu", weights_only=True)
-        assert all(isinstance(state[name], kind) for name, kind in BLOCK.items()) and state["step"] >= 0
-        assert not any(map(torch.is_tensor, state["settings"].values()))
+        require(all(isinstance(state[name], kind) for name, kind in BLOCK.items()) and state["step"] >= 0)
+        require(not any(map(torch.is_tensor, state["settings"].values())))
     return state
 
 
@@ -116,13 +122,13 @@ def identity(config):
     return {**config["settings"], **about, **config["depends_on"]}
 
 
-def read_config(folder, flag="--out"):
+def read_config(folder):
     path = Path(folder) / "config.json"
     if not os.path.exists(path):
-        raise UsageError(f"{folder} holds no run (no config.json): train one first, or name its folder with {flag}")
-    with explained(f"{path} is damaged: move the folder away, or choose another {flag}"):
+        raise UsageError(f"{folder} holds no run (no config.json): train one first, or name its folder with --out")
+    with explained(f"{path} is damaged: move the folder away, or choose another --out"):
         config = json.loads(path.read_text())
-        assert all(isinstance(config[name], kind) for name, kind in CONFIG.items())
+        require(all(isinstance(config[name], kind) for name, kind in CONFIG.items()))
     return config
 
 
@@ -167,15 +173,16 @@ def lock(path, purpose, wait=False):
 
 
 def initial_weights(settings):
-    """(weights, sha256, step) of the network to start from, averaged weights where there are such."""
+    """(weights, sha256, state) of the network to start from: averaged weights if there are any; and all of its file."""
     path, sha256 = Path(settings.init_from) / "block_0.pt", hashlib.sha256()
     if not path.exists():
         raise UsageError(f"--init-from: {path} is missing, and a block that has not begun needs it")
     state = read_block(path)
     weights = state["ema"] or state["weights"]
-    for name, tensor in sorted(weights.items()):
-        sha256.update(name.encode() + tensor.numpy().tobytes())
-    return weights, sha256.hexdigest(), state["step"]
+    with explained(f"--init-from: {path} holds no weights"):
+        for name, tensor in sorted(weights.items()):
+            sha256.update(name.encode() + tensor.numpy().tobytes())
+    return weights, sha256.hexdigest(), state
 
 
 def initial_checksum(settings, script, data_sha256):
@@ -186,17 +193,19 @@ def initial_checksum(settings, script, data_sha256):
         config = read_config(settings.out)
         if config["settings"].get("init_from") == settings.init_from:
             return config["depends_on"].get("init_from_sha256")
-    there = identity(read_config(settings.init_from, "--init-from"))
+    _, sha256, state = initial_weights(settings)
+    there = state["settings"]
     here = {"script": script, "version": __version__, "data_sha256": data_sha256}
     for f in fields(settings):
-        if f.name in ("data", "tokenizer") or (f.metadata["group"] in ("network", "method") and not f.metadata["of"]):
+        of_both = f.metadata["group"] in ("network", "method") and not (f.metadata["of"] or f.metadata["resumable"])
+        if of_both or f.name in ("data", "tokenizer"):
             here[f.name] = getattr(settings, f.name)
     if different := differences(there, here | {"baseline": True}):
         needed = f"needs a --baseline of the same script, version, network and data ({'; '.join(different)})"
         raise UsageError(f"--init-from {settings.init_from}: this run {needed}")
-    _, sha256, step = initial_weights(settings)
-    if step != there.get("steps"):
-        raise UsageError(f"--init-from {settings.init_from} is not finished: step {step} of {there.get('steps')}")
+    if state["step"] != there.get("steps"):
+        reached = f"step {state['step']} of {there.get('steps')}"
+        raise UsageError(f"--init-from {settings.init_from} is not finished: {reached}")
     return sha256
 
 

@@ -164,5 +164,5 @@ def picture(run):
 
 def refuse_old_images(folder):
     """Raise UsageError where the folder holds anything: images of two runs must not be mixed."""
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(f"{folder} holds images already: move it away, or they would be mixed with the new ones")

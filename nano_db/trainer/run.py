@@ -106,7 +106,7 @@ class Run:
         self.paths = [self.folder / f"block_{b}.pt" for b in range(self.count)]
         only, self.worker, self.group = getattr(settings, "only", ""), Worker(), Group()
         self.mine = chosen_blocks(only, self.count) if only else list(range(self.count))
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             self.worker = join()
             self.mine, self.group = self.worker.assign(self.mine, settings.batch_size)
         if settings.eval_only:
@@ -297,10 +297,10 @@ class Run:
         if self.group.rank == 0:
             rate, pace = optimizer.param_groups[0]["lr"], max(1e-9, spent) / count
             self.log("train", block=b, step=at.step, loss=loss, learning_rate=rate, seconds=at.seconds)
+            if save or at.stopped:  # before the screen, which may be gone
+                self.save_block(b, at.step, at.seconds, module.state_dict(), optimizer.state_dict(), at.average)
             left = f"{1 / pace:.1f} steps/s  {pace * (self.step_to_reach - at.step):.0f} s left"
             print(f"{self._label(b)}  step {at.step}/{self.step_to_reach}  loss {loss:.4f}  {left}", flush=True)
-            if save or at.stopped:
-                self.save_block(b, at.step, at.seconds, module.state_dict(), optimizer.state_dict(), at.average)
         at.clock = time.perf_counter()
 
     def _init_from_network(self, b, module):
@@ -383,8 +383,8 @@ def _load_moments(optimizer, state):
     """
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state["state"]})
     for p, moments in optimizer.state.items():
-        assert set(moments) == {"step", "exp_avg", "exp_avg_sq"} and moments["step"].shape == ()
-        assert moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape
+        checkpoints.require(set(moments) == {"step", "exp_avg", "exp_avg_sq"} and moments["step"].shape == ())
+        checkpoints.require(moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape)
 
 
 def command(main):

@@ -8,6 +8,7 @@ flag, then the recipe, then the preset, then the default. A flag without effect 
 import argparse
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -125,7 +126,7 @@ def read_settings(script, settings_class, presets, recipes=None, description=Non
     given.setdefault("out", f"out/{script}-{'baseline' if given.get('baseline') else 'blocks'}")
     if given.get("dtype") == "auto":
         del given["dtype"]
-    begun = (Path(given["out"]) / "config.json").exists()
+    begun = os.path.exists(Path(given["out"]) / "config.json")
     stored = stored_settings(script, settings_class, given["out"]) if begun or given.get("eval_only") else {}
     if given.get("eval_only"):
         bundle = stored
@@ -183,7 +184,8 @@ def stored_settings(script, settings_class, folder):
     for f in dataclasses.fields(settings_class):
         value = config["settings"].get(f.name, f.default)
         if not isinstance(value, type(f.default)) and not (isinstance(f.default, float) and isinstance(value, int)):
-            raise UsageError(f"the config.json of that run is damaged: {f.name} is {value!r}")
+            fault = f"{folder}/config.json is damaged ({f.name} is {value!r})"
+            raise UsageError(f"{fault}: move the folder away, or choose another --out")
         if not f.metadata["once"]:
             kept[f.name] = value
     return kept
@@ -194,6 +196,8 @@ def validate(settings, given):
     for f in dataclasses.fields(settings):
         value, flag, about = getattr(settings, f.name), flag_of(f), f.metadata
         low, below, above = about["at_least"], about["below"], about["above"]
+        if f.name in given and value == "" and not about["needs"]:  # texts of samples may be empty
+            raise UsageError(f"{flag} is empty: say what it shall be, or drop it")
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{flag} must be a finite number, not {value}")
         if low is not None and value < low:
