@@ -321,3 +321,10 @@ def test_no_code_here_unpickles_evaluates_or_unpacks_what_it_reads():
                 assert not name.endswith((".extract", ".extractall", ".unpack_archive")), path
                 assert name != "torch.load" or keywords.get("weights_only") == "True", path
                 assert keywords.get("allow_pickle", "False") == keywords.get("shell", "False") == "False", path
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "run", "settings"])
+def test_what_is_read_is_not_verified_by_assert(name):
+    """`python -O` would take it away."""
+    nodes = ast.walk(ast.parse((ROOT / f"nano_db/trainer/{name}.py").read_text()))
+    assert not [node for node in nodes if isinstance(node, ast.Assert)]

@@ -393,6 +393,19 @@ def test_a_block_that_would_run_code_is_refused(tmp_path):
         run.load_block(0)
 
 
+def test_a_screen_that_is_gone_costs_no_save(tmp_path, monkeypatch):
+    """As in `python train_gpt.py | head -1`."""
+
+    def gone(line, **_):
+        if "step 10/" in line:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", gone)
+    with pytest.raises(BrokenPipeError):
+        train(make_run(tmp_path))
+    assert torch.load(tmp_path / "block_0.pt", weights_only=True)["step"] == 10
+
+
 def test_a_full_disk_leaves_the_last_good_file(tmp_path):
     """The limit on file size stands in for the disk: writing past it fails in the same way."""
     run = take(make_run(tmp_path, blocks=1))
