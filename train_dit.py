@@ -27,7 +27,7 @@ from nano_db.schedule import LogNormal
 from nano_db.stack import Ensemble
 from nano_db.trainer.frechet import FEATURES, FrechetSmall
 from nano_db.trainer.report import picture, refuse_old_images, report
-from nano_db.trainer.run import OneAtATime, Run, command, first_weights, make_optimizer
+from nano_db.trainer.run import OneAtATime, Run, command, first_weights, make_optimizer, noise_identity
 from nano_db.trainer.settings import Blocks, Training, method, network, output, read_settings, training
 
 
@@ -198,7 +198,7 @@ def evaluate(run, networks, images, partition):
 def main():
     settings = read_settings("dit", Settings, PRESETS, description=__doc__)
     images, partition = prepare(settings)
-    run = Run("dit", settings, data_sha256=images.sha256, edges=[round(edge, 5) for edge in partition.edges])
+    run = Run("dit", settings, data_sha256=images.sha256, **noise_identity(partition))
     if settings.export:
         refuse_old_images(run.folder / "images")  # now, not after the training
 

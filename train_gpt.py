@@ -26,7 +26,7 @@ from nano_db.partition import make_partition, sampling_grid, split_layers
 from nano_db.schedule import LogNormal
 from nano_db.stack import PREDICT, assemble
 from nano_db.trainer.report import continue_prompt, export_texts, keep_samples, report
-from nano_db.trainer.run import Run, command, first_weights, make_optimizer
+from nano_db.trainer.run import Run, command, first_weights, make_optimizer, noise_identity
 from nano_db.trainer.settings import Blocks, Discrete, Training, method, network, output, read_settings, training
 
 
@@ -171,8 +171,7 @@ def evaluate(run, networks, text, partition):
 def main():
     settings = read_settings("gpt", Settings, PRESETS, RECIPES, __doc__)
     text, partition = prepare(settings)
-    edges, noise = [round(edge, 5) for edge in partition.edges], partition.noise
-    run = Run("gpt", settings, data_sha256=text.sha256, edges=edges, p_mean=noise.p_mean, p_std=noise.p_std)
+    run = Run("gpt", settings, data_sha256=text.sha256, **noise_identity(partition))
 
     for _ in run.rounds():
         for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, mine

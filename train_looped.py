@@ -30,7 +30,7 @@ from nano_db.partition import make_partition, sampling_grid
 from nano_db.schedule import LogNormal
 from nano_db.stack import assemble
 from nano_db.trainer.report import continue_prompt, export_texts, keep_samples, report
-from nano_db.trainer.run import Run, command, first_weights, make_optimizer
+from nano_db.trainer.run import Run, command, first_weights, make_optimizer, noise_identity
 from nano_db.trainer.settings import Discrete, Training, method, network, output, read_settings, training
 
 K_VALUES = (1, 2, 4, 8, 16, 32, 64)  # sampling steps, or recurrences, at which quality is measured
@@ -267,8 +267,7 @@ def evaluate(run, networks, text, partition):
 def main():
     settings = read_settings("looped", Settings, PRESETS, RECIPES, __doc__)
     text, partition = prepare(settings)
-    span, noise = list(partition.interval(0)), partition.noise
-    run = Run("looped", settings, data_sha256=text.sha256, span=span, p_mean=noise.p_mean, p_std=noise.p_std)
+    run = Run("looped", settings, data_sha256=text.sha256, **noise_identity(partition))
 
     for _ in run.rounds():
         for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, mine

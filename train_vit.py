@@ -27,7 +27,7 @@ from nano_db.partition import make_partition, sampling_grid, split_layers
 from nano_db.schedule import LogNormal
 from nano_db.stack import PREDICT, assemble
 from nano_db.trainer.report import picture, report
-from nano_db.trainer.run import Run, command, first_weights, make_optimizer
+from nano_db.trainer.run import Run, command, first_weights, make_optimizer, noise_identity
 from nano_db.trainer.settings import Blocks, Discrete, Training, method, network, output, read_settings, training
 
 
@@ -166,8 +166,7 @@ def evaluate(run, networks, images, partition):
 def main():
     settings = read_settings("vit", Settings, PRESETS, RECIPES, __doc__)
     images, partition = prepare(settings)
-    edges, noise = [round(edge, 5) for edge in partition.edges], partition.noise
-    run = Run("vit", settings, data_sha256=images.sha256, edges=edges, p_mean=noise.p_mean, p_std=noise.p_std)
+    run = Run("vit", settings, data_sha256=images.sha256, **noise_identity(partition))
 
     for _ in run.rounds():
         for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, mine

@@ -86,6 +86,14 @@ def first_weights(build, b, settings, *shared):
     return module
 
 
+def noise_identity(partition):
+    """What tells the noise levels of a Partition from others, as plain values for a Run's depends_on. The edges do not
+    suffice: those of a single block are the ends of the range, whatever lies between.
+    """
+    noise = partition.noise
+    return {"edges": [round(edge, 5) for edge in partition.edges], "p_mean": noise.p_mean, "p_std": noise.p_std}
+
+
 class Run:
     """script: its name, like "gpt". settings: those of trainer/settings.py. depends_on: what else the weights depend
     on, like the data's checksum, as plain values.
@@ -254,8 +262,8 @@ class Run:
                     return checkpoints.write_json(config, {**about, "versions": VERSIONS})
         there = checkpoints.identity(checkpoints.read_config(self.folder))
         if different := checkpoints.differences(there, self.fixed):
-            different = checkpoints.differences(there, {"preset": self.settings.preset, **self.fixed})
-            holds = f"{self.folder} holds a run of other settings ({'; '.join(different)})"
+            preset = checkpoints.differences(there, {"preset": self.settings.preset})  # by itself no reason to refuse
+            holds = f"{self.folder} holds a run of other settings ({'; '.join(preset + different)})"
             raise UsageError(f"{holds}: choose another --out, or delete that folder")
 
     def _restore(self, b, module, optimizer):
