@@ -195,8 +195,8 @@ def evaluate(run, networks, images, partition):
     return metrics
 
 
-def main():
-    settings = read_settings("dit", Settings, PRESETS, description=__doc__)
+def main(flags=None):
+    settings = read_settings("dit", Settings, PRESETS, description=__doc__, flags=flags)
     images, partition = prepare(settings)
     run = Run("dit", settings, data_sha256=images.sha256, **noise_identity(partition))
     if settings.export:

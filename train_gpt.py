@@ -168,8 +168,8 @@ def evaluate(run, networks, text, partition):
     return metrics
 
 
-def main():
-    settings = read_settings("gpt", Settings, PRESETS, RECIPES, __doc__)
+def main(flags=None):
+    settings = read_settings("gpt", Settings, PRESETS, RECIPES, __doc__, flags)
     text, partition = prepare(settings)
     run = Run("gpt", settings, data_sha256=text.sha256, **noise_identity(partition))
 

@@ -264,8 +264,8 @@ def evaluate(run, networks, text, partition):
     return metrics
 
 
-def main():
-    settings = read_settings("looped", Settings, PRESETS, RECIPES, __doc__)
+def main(flags=None):
+    settings = read_settings("looped", Settings, PRESETS, RECIPES, __doc__, flags)
     text, partition = prepare(settings)
     run = Run("looped", settings, data_sha256=text.sha256, **noise_identity(partition))
 

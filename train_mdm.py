@@ -152,7 +152,7 @@ def fill(blocks, text, settings):
     return ["\n\n".join(lines), *(show(text, row[:length].tolist()) for row in x)]
 
 
-def evaluate(run, networks, text):
+def evaluate(run, networks, text, schedule):
     """The score on held-out text, as metrics; samples.txt, and texts to export."""
     settings, blocks = run.settings, assemble(networks, run.settings)
     windows = text.heldout_batches(32, settings.seq_len, settings.device, settings.eval_windows)
@@ -170,8 +170,8 @@ def evaluate(run, networks, text):
     return metrics
 
 
-def main():
-    settings = read_settings("mdm", Settings, PRESETS, description=__doc__)
+def main(flags=None):
+    settings = read_settings("mdm", Settings, PRESETS, description=__doc__, flags=flags)
     text, schedule = prepare(settings)
     run = Run("mdm", settings, data_sha256=text.sha256)
 
@@ -191,7 +191,7 @@ def main():
                 run.record(loss, norm)
             del block, optimizer, loss  # this block's memory is freed before the next one trains
         if run.ready():  # all blocks are there
-            metrics = evaluate(run, run.trained_blocks(build, text, schedule), text)
+            metrics = evaluate(run, run.trained_blocks(build, text, schedule), text, schedule)
     if run.finished:
         report(run, metrics, "bits_per_char", build, batch, sample, text, schedule)
 

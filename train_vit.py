@@ -163,8 +163,8 @@ def evaluate(run, networks, images, partition):
     return metrics
 
 
-def main():
-    settings = read_settings("vit", Settings, PRESETS, RECIPES, __doc__)
+def main(flags=None):
+    settings = read_settings("vit", Settings, PRESETS, RECIPES, __doc__, flags)
     images, partition = prepare(settings)
     run = Run("vit", settings, data_sha256=images.sha256, **noise_identity(partition))
 

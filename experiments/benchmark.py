@@ -26,6 +26,17 @@ def script_and_settings(name, flags):
         return script, read_settings(name, script.Settings, script.PRESETS, recipes, flags=flags)
 
 
+def take_step(script, network, optimizer, settings, shared):
+    """A training step as the scripts take it. Returns its loss, and the norm of the gradient."""
+    with autocast(settings):
+        loss = network.loss(*script.batch(settings.batch_size, settings, *shared))
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss, norm
+
+
 class Contestant:
     """Networks in training, in turn: all blocks, or the end-to-end network."""
 
@@ -45,12 +56,7 @@ class Contestant:
             seed_from(settings.seed, b, step)
             for parameters in optimizer.param_groups:
                 parameters["lr"] = learning_rate(step, settings)
-            with autocast(settings):
-                loss = network.loss(*self.script.batch(settings.batch_size, settings, *self.shared))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
-            optimizer.step()
-            optimizer.zero_grad()
+            take_step(self.script, network, optimizer, settings, self.shared)
 
     def sample(self, step):
         """Sixteen samples."""
@@ -60,13 +66,21 @@ class Contestant:
             self.script.sample(self.networks, 16, self.settings, *self.shared)
 
 
-def compare(label, works, pairs, settings):
-    """Print the seconds of two works, which are functions of the step. Machines drift: compare within the pairs."""
+def time_pairs(works, pairs, settings):
+    """Time two works, which are functions of the step, in turn: (their median seconds, quartiles of the ratio of the
+    first to the second). Machines drift: the ratios are those within a pair.
+    """
     times = [[seconds_of(settings, work, step) for work in works] for step in range(pairs + 2)][2:]  # warm
-    ours, theirs = (f"{1000 * statistics.median(side):.1f} ms" for side in zip(*times, strict=True))
     ratios = [a / b for a, b in times]
-    low, middle, high = statistics.quantiles(ratios, n=4) if pairs > 1 else ratios * 3
-    print(f"{label} {ours}, end to end {theirs}; ratio in pairs {middle:.3f} (quartiles {low:.3f}, {high:.3f})")
+    quartiles = statistics.quantiles(ratios, n=4) if pairs > 1 else ratios * 3
+    return [statistics.median(side) for side in zip(*times, strict=True)], quartiles
+
+
+def compare(label, works, pairs, settings):
+    """Time two works and print the result."""
+    (ours, theirs), (low, middle, high) = time_pairs(works, pairs, settings)
+    seconds = f"{1000 * ours:.1f} ms, end to end {1000 * theirs:.1f} ms"
+    print(f"{label} {seconds}; ratio in pairs {middle:.3f} (quartiles {low:.3f}, {high:.3f})")
 
 
 def main():
