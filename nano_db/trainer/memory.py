@@ -16,14 +16,10 @@ def training_bytes(module, batch, optimizer, context=nullcontext()):  # noqa: B0
 
     Activations are the tensors that autograd saves in the forward pass, each storage once, weights excluded. Of what is
     recomputed (layers.py) the inputs count, and what the largest such part saves when it is evaluated again. Target
-    embeddings and other fixed buffers count as weights. On CUDA "allocator_peak" is added: the most the allocator held
-    during the step, which also has the temporaries. context: the autocast to compute in.
+    embeddings and other fixed buffers count as weights. context: the autocast to compute in.
     """
     fixed = [*module.parameters(), *module.buffers()]
-    on_cuda = fixed[0].is_cuda
     activations = _activation_bytes(module, batch, fixed, context)
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats()
     with context:
         loss = module.loss(*batch)
     loss.backward()
@@ -32,9 +28,20 @@ def training_bytes(module, batch, optimizer, context=nullcontext()):  # noqa: B0
     state = [v for per_weight in optimizer.state.values() for v in per_weight.values() if torch.is_tensor(v)]
     count = dict(zip(PARTS, (_bytes(fixed), _bytes(gradients), _bytes(state), activations), strict=True))
     count["total"] = sum(count[part] for part in PARTS)
-    if on_cuda:
-        count["allocator_peak"] = torch.cuda.max_memory_allocated()
     return count
+
+
+def allocator_peak(module, batch, optimizer, context=nullcontext()):  # noqa: B008
+    """Take one more training step on CUDA. Returns the most bytes that the allocator held during it: besides the parts
+    above there are temporaries, and whatever else is on the device. At the first step AdamW has no averages yet.
+    """
+    optimizer.zero_grad()
+    torch.cuda.reset_peak_memory_stats()
+    with context:
+        loss = module.loss(*batch)
+    loss.backward()
+    optimizer.step()
+    return torch.cuda.max_memory_allocated()
 
 
 def _activation_bytes(module, batch, fixed, context):

@@ -13,7 +13,7 @@ from nano_db.errors import UsageError, is_out_of_memory
 from nano_db.language import EVALUATION_BATCH
 from nano_db.layers import Layer
 from nano_db.trainer.checkpoints import write_json, write_text
-from nano_db.trainer.memory import training_bytes
+from nano_db.trainer.memory import allocator_peak, training_bytes
 from nano_db.trainer.run import VERSIONS, autocast, first_weights, make_optimizer, networks
 
 
@@ -62,8 +62,11 @@ def costs_of(settings, build, batch, sample, *shared):
     for b in range(networks(settings)):  # one at a time: all of them may be more than the machine can train
         network = first_weights(build, b, settings, *shared)
         samples = batch(settings.batch_size, settings, *shared)
-        counts.append(training_bytes(network, samples, make_optimizer(network, settings), context))
-        del network
+        optimizer = make_optimizer(network, settings)
+        counts.append(training_bytes(network, samples, optimizer, context))
+        if settings.device == "cuda":
+            counts[-1]["allocator_peak"] = allocator_peak(network, samples, optimizer, context)
+        del network, optimizer
     built = [first_weights(build, b, settings, *shared).eval() for b in range(networks(settings))]
     return {
         "parameters": sum(p.numel() for network in built for p in network.parameters()),
