@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from experiments.benchmark import script_and_settings
 from nano_db.errors import UsageError
-from nano_db.partition import Partition, make_partition
+from nano_db.partition import Partition, make_partition, split_layers
 from nano_db.trainer.memory import PARTS, training_bytes
 from nano_db.trainer.report import end_to_end
 from nano_db.trainer.run import autocast, command, first_weights, make_optimizer, networks
@@ -35,16 +35,27 @@ def parse_bytes(text):
     return float(match[1]) * UNITS[match[2]]
 
 
-def step_bytes(script, settings, data, levels):
-    """Bytes by part (trainer/memory.py) of a training step of the largest network of these settings. data, levels: what
-    script.prepare has returned for another number of blocks.
+def largest_network(script, settings, data, levels):
+    """The largest network of these settings, in training mode, and a batch for it. data, levels: what script.prepare
+    has returned for another number of blocks.
     """
     if isinstance(levels, Partition):  # where the edges are makes no difference to the bytes
         levels = make_partition(levels.noise, networks(settings))
-    shared = data, levels
-    built = (first_weights(script.build, b, settings, *shared) for b in range(networks(settings)))  # one at a time
-    network = max(built, key=lambda network: sum(p.numel() for p in network.parameters())).train()
-    mode, batch = FakeTensorMode(), script.batch(settings.batch_size, settings, *shared)
+    shared, b = (data, levels), 0
+    if networks(settings) > 1 and not settings.baseline:
+        layers = split_layers(settings.layers, settings.blocks, getattr(settings, "layer_split", ""))
+        b = layers.index(max(layers))
+    network = first_weights(script.build, b, settings, *shared).train()
+    return network, script.batch(settings.batch_size, settings, *shared)
+
+
+def step_bytes(script, settings, *shared):
+    """Bytes by part (trainer/memory.py) of a training step of the largest network; the rest: see there. Counted on the
+    CPU: a GPU may be too small even for the weights.
+    """
+    settings = replace(settings, device="cpu")
+    network, batch = largest_network(script, settings, *shared)
+    mode = FakeTensorMode()
     for module in network.modules():
         for tensors in (module._parameters, module._buffers):
             tensors |= {name: mode.from_tensor(t) for name, t in tensors.items() if t is not None}
