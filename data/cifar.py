@@ -41,6 +41,12 @@ ARCHIVES = {
 }  # fmt: skip
 
 
+def is_here(name, folder="data/cache"):
+    """Whether `load` finds the images in `folder`, and need not download them."""
+    about = ARCHIVES[name]
+    return (Path(folder) / about.folder).is_dir() or _archive(about, folder).exists()
+
+
 def load(name, folder):
     """((images, labels) to train on, the same to test on, class names); images (N, 3, 32, 32) uint8, labels (N,).
 
@@ -51,9 +57,13 @@ def load(name, folder):
     unpacked = Path(folder) / about.folder
     if unpacked.is_dir():
         return _assemble(about, unpacked, lambda member: (unpacked / member).read_bytes())
-    path = Path(folder) / about.url.rsplit("/", 1)[1]
+    path = _archive(about, folder)
     with tarfile.open(fetch(about.url, path, about.md5, about.size, algorithm="md5")) as archive:
         return _assemble(about, path, lambda member: archive.extractfile(f"{about.folder}/{member}").read())
+
+
+def _archive(about, folder):
+    return Path(folder) / about.url.rsplit("/", 1)[1]
 
 
 def _assemble(about, source, read):

@@ -405,7 +405,8 @@ def command(main):
             error = UsageError(f"out of memory: {advice}; what was saved is untouched")
         if not isinstance(error, UsageError):
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        path = Path(sys.argv[0])  # of a package it is __main__.py
+        print(f"{path.parent.name if path.stem == '__main__' else path.name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; what was reached is saved, and the same command goes on from there", file=sys.stderr)

@@ -1,0 +1,101 @@
+"""What the stages share: scripts with their methods, data that needs no network, and the training loop of a script."""
+
+import gc
+import signal
+import traceback
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from data import cifar
+from experiments.benchmark import script_and_settings, take_step
+from nano_db.errors import is_out_of_memory
+from nano_db.partition import Partition
+from nano_db.trainer.report import end_to_end
+from nano_db.trainer.run import Run, first_weights, make_optimizer, noise_identity
+
+SCRIPTS = ("gpt", "dit", "vit", "mdm", "looped")  # those that a user is most likely to want come first
+GLYPHS = ("p_mean", "sigma_data", "positions", "pooling")  # settings that glyphs want otherwise than photographs
+
+
+@dataclass(frozen=True)
+class Options:
+    """device: "cuda" or "cpu". preset: of the stages that measure, "gpu" or "tiny". minutes: for all stages. seconds:
+    for this one.
+    """
+
+    device: str
+    preset: str
+    minutes: float
+    out: Path
+    seconds: float = 0.0
+
+
+def configure(name, preset, *flags):
+    """(script, settings, flags) of train_<name>.py. Where the preset's photographs are not on this machine it is given
+    glyphs, with noise levels and positions of their own: nothing is downloaded here.
+    """
+    script = import_module(f"train_{name}")
+    wanted, laptop = script.PRESETS[preset].get("data", ""), script.PRESETS["laptop"]
+    flags = ["--preset", preset, *flags]
+    if wanted in cifar.ARCHIVES and not cifar.is_here(wanted):
+        flags += ["--data", "glyphs"]
+        for setting in (s for s in GLYPHS if hasattr(script.Settings, s)):
+            value = laptop.get(setting, getattr(script.Settings, setting))
+            flags += ["--" + setting.replace("_", "-"), str(value)]
+    return *script_and_settings(name, flags), flags
+
+
+def baseline_of(settings):
+    """The settings of the end-to-end network. Of the looped one's random number of recurrences, the mean."""
+    whole = end_to_end(settings)
+    return replace(whole, recurrences=round(1 + whole.mean_recurrence)) if hasattr(whole, "recurrences") else whole
+
+
+def few_images(settings):
+    """Settings for which no more images are drawn than a batch or two take: where only bytes and seconds count."""
+    few = {"glyphs": 2 * settings.batch_size, "frechet_images": 0}
+    return replace(settings, **{name: value for name, value in few.items() if hasattr(settings, name)})
+
+
+def new_run(name, settings, shared):
+    data, levels = shared
+    return Run(
+        name, settings, data_sha256=data.sha256, **noise_identity(levels) if isinstance(levels, Partition) else {}
+    )
+
+
+def train(run, script, shared, stop_after=None):
+    """The training loop of a script. stop_after: the step after which to stop as SIGTERM does (KeyboardInterrupt)."""
+    for _ in run.rounds():
+        for b in run.blocks_to_train():
+            block = first_weights(script.build, b, run.settings, *shared)
+            optimizer = make_optimizer(block, run.settings)
+            for step in run.steps(b, block, optimizer):
+                run.record(*take_step(script, block, optimizer, run.settings, shared))
+                if step == stop_after:
+                    signal.raise_signal(signal.SIGTERM)
+            del block, optimizer
+
+
+def computes_bfloat16(device):
+    return device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def attempt(work, *args):
+    """What work(*args) returns, a dictionary; where it fails, why in one line: one failure must not cost the rest."""
+    try:
+        return work(*args)
+    except Exception as error:
+        traceback.print_exc()  # into log.txt
+        fault = "out of memory" if is_out_of_memory(error) else one_line(error)
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return {"passed": False, "said": fault}
+
+
+def one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

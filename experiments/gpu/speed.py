@@ -1,0 +1,133 @@
+"""Stage 2. What does a step cost? All blocks beside the end-to-end network, in pairs, at the preset's size."""
+
+import tempfile
+import warnings
+from collections import Counter
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from itertools import islice, product
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from experiments.benchmark import Contestant, take_step, time_pairs
+from experiments.gpu import plain
+from experiments.gpu.cases import SCRIPTS, attempt, baseline_of, computes_bfloat16, configure, few_images, new_run
+from nano_db.trainer.report import seconds_of
+from nano_db.trainer.run import autocast, first_weights, make_optimizer
+
+COMPILED = ("gpt", "plain", "dit")  # compiling takes minutes
+SECONDS = {"cuda": 4, "cpu": 0.5}  # of timing, for two sides
+SIZES = {"cuda": 8192, "cpu": 1024}  # of the square matrices whose product is the peak
+WATCHED = 4  # steps in which waits and copies are counted
+
+
+def run(options):
+    """Yield the record of each measurement."""
+    dtype = torch.bfloat16 if options.device == "cuda" and computes_bfloat16("cuda") else torch.float32
+    size = SIZES[options.device]
+    peak = matrix_product_peak(options.device, dtype, size)
+    yield {"peak": peak, "said": f"{str(dtype)[6:]} product of two matrices of {size} x {size}"}
+    for name in (*SCRIPTS, "plain"):
+        yield {"script": name, "compiled": False} | attempt(beside, name, options, peak)
+    if options.device == "cpu":
+        yield {"check": "waits, and compiled steps", "passed": None, "said": "on a GPU only"}
+        return
+    for name, (method, flags) in product(SCRIPTS, {"blocks": (), "end to end": ("--baseline",)}.items()):
+        yield {"watched": name, "method": method} | attempt(waits_and_copies, name, options, *flags)
+    for name in COMPILED:
+        yield {"script": name, "compiled": True} | attempt(beside, name, options, peak, "--compile")
+
+
+def matrix_product_peak(device, dtype, size):
+    """FLOP/s of a large matrix product: the best that this device reaches. A data sheet's figure is higher."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    settings = SimpleNamespace(device=device)
+    return 2 * size**3 / min([seconds_of(settings, torch.mm, a, b) for _ in range(8)][3:])  # warm
+
+
+def beside(name, options, peak, *flags):
+    """Two sides in training, all blocks and the end-to-end network; "plain": the end-to-end GPT and a plain GPT, whose
+    steps are taken by the same lines. Seconds of a step, quartiles of their ratio in pairs, samples per second, and the
+    share of `peak` that is reached.
+    """
+    script, settings, _ = configure(
+        "gpt" if name == "plain" else name, options.preset, "--device", options.device, *flags
+    )
+    settings = few_images(settings)
+    shared, whole = script.prepare(settings), baseline_of(settings)
+    pair = ((script, settings), (script, whole))
+    if name == "plain":
+        pair = ((script, whole), (SimpleNamespace(build=plain.build, batch=script.batch), whole))
+    flops = [sum(flops_of_step(*one, shared)) for one in pair]
+    both = [Contestant(*one, shared) for one in pair]
+    for contestant in both:
+        contestant.train(0)  # compiles, or loads the kernels
+    seconds = sum(seconds_of(settings, contestant.train, 1) for contestant in both)
+    together = max(1, min(8, round(0.5 / seconds)))  # steps that the host may queue, as it does in training
+    pairs = max(3, min(20, round(SECONDS[options.device] / (seconds * together))))
+    medians, ratio = time_pairs([partial(train, contestant, together) for contestant in both], pairs, settings)
+    medians, samples = [median / together for median in medians], settings.batch_size * getattr(settings, "seq_len", 1)
+    return {
+        "passed": True,
+        "dtype": settings.dtype,
+        "data": settings.data,
+        "seconds": medians,
+        "ratio": ratio,
+        "per_second": [samples / median for median in medians],
+        "unit": "tokens" if hasattr(settings, "seq_len") else "images",
+        "utilisation": [count / median / peak for count, median in zip(flops, medians, strict=True)],
+    }
+
+
+def train(contestant, together, step):
+    for i in range(together):
+        contestant.train(step * together + i)
+
+
+def flops_of_step(script, settings, shared):
+    """Yield, for each network, the floating-point operations of a forward and a backward pass: those of matrix products
+    and, on CUDA, of attention.
+    """
+    eager = Contestant(script, replace(settings, compile=False), shared)
+    for network in eager.networks:
+        with FlopCounterMode(display=False) as counter, autocast(settings):
+            network.loss(*script.batch(settings.batch_size, settings, *shared)).backward()
+        yield counter.get_total_flops()
+
+
+def waits_and_copies(name, options, *flags):
+    """Of a training step of block 0 that prints nothing: how often the host waits for the GPU, and where; copies
+    between them; kernels launched.
+    """
+    script, settings, _ = configure(name, options.preset, "--device", options.device, *flags)
+    settings = few_images(settings)
+    shared = script.prepare(settings)
+    network = first_weights(script.build, 0, settings, *shared)
+    optimizer = make_optimizer(network, settings)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as waits:
+        run = new_run(name, replace(settings, out=folder, steps=1000, rounds=1), shared)
+        with closing(run.rounds()) as rounds, closing(run.steps(0, network, optimizer)) as steps:
+            next(rounds)
+            for _ in islice(steps, WATCHED):
+                run.record(*take_step(script, network, optimizer, settings, shared))
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+                for _ in islice(steps, WATCHED):
+                    run.record(*take_step(script, network, optimizer, settings, shared))
+                torch.cuda.set_sync_debug_mode("default")
+    events = Counter(event.name.split()[0] for event in seen.events())
+    waits = [wait for wait in waits if "synchroniz" in str(wait.message)]
+    launches = sum(count for name, count in events.items() if "LaunchKernel" in name)
+    return {
+        "passed": not waits,
+        "waits": len(waits) / WATCHED,
+        "copies": events["Memcpy"] / WATCHED,
+        "launches": launches / WATCHED,
+        "said": ", ".join(sorted({f"{Path(wait.filename).name}:{wait.lineno}" for wait in waits})),
+    }

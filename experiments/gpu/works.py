@@ -1,0 +1,270 @@
+"""Stage 1. Does it work? Tiny runs of every script on the device, held against the CPU and against each other."""
+
+import io
+import json
+import math
+import tempfile
+import warnings
+import weakref
+from contextlib import redirect_stderr, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from experiments.gpu.cases import SCRIPTS, attempt, computes_bfloat16, configure, new_run, train
+from nano_db.trainer.checkpoints import read_block, read_metrics, require
+from nano_db.trainer.run import autocast, command, first_weights, networks, seed_from
+
+PAPER = "blocks, paper's recipe"
+METHODS = {"blocks": (), PAPER: ("--recipe", "paper"), "end to end": ("--baseline",)}
+LENGTH, STOP = ("--steps", "6", "--warmup", "2"), 3  # of a run; the step after which one is stopped
+LOSS = {"float32": 1e-4, "bfloat16": 2e-2}  # relative differences that rounding may make
+BOUND = COMPILED = 2e-2
+
+
+@dataclass(frozen=True)
+class Case:
+    """A script with a method and a dtype. shared: what its prepare returned. folder: for its runs."""
+
+    name: str
+    method: str
+    dtype: str
+    device: str
+    folder: Path
+    script: ModuleType
+    shared: tuple[Any, ...]
+
+    def flags(self, device=None):
+        return [*LENGTH, "--device", device or self.device, *METHODS[self.method]]
+
+    def settings(self, folder="", **changes):
+        _, settings, _ = configure(self.name, "tiny", *self.flags(), "--dtype", self.dtype)
+        return replace(settings, out=str(self.folder / folder), **changes)
+
+    def run(self, folder, **changes):
+        return new_run(self.name, self.settings(folder, **changes), self.shared)
+
+
+def cases(device, dtypes, folder):
+    for name, method in product(SCRIPTS, METHODS):
+        script, settings, _ = configure(name, "tiny", "--device", device)
+        if method == PAPER and not hasattr(settings, "recipe"):
+            continue
+        _, settings, _ = configure(name, "tiny", "--device", device, *METHODS[method])
+        shared = script.prepare(settings)
+        for dtype in dtypes:
+            yield Case(name, method, dtype, device, Path(folder, f"{name} {method} {dtype}"), script, shared)
+
+
+def run(options):
+    """Yield the record of each check."""
+    dtypes = ("float32", "bfloat16") if computes_bfloat16(options.device) else ("float32",)
+    if len(dtypes) == 1:
+        yield {"check": "bfloat16", "case": options.device, "passed": None, "said": "this device does not compute it"}
+    with tempfile.TemporaryDirectory() as folder:
+        every = list(cases(options.device, dtypes, folder))
+        exact = [case for case in every if case.dtype == "float32"]
+        for case in every:
+            yield check("loss of a step, against the CPU in float32", case, loss_difference)
+        for case in every:
+            yield check("stopped and resumed, against a run that was not", case, resumed_difference)
+        for case in exact if len(dtypes) == 2 else ():
+            if case.name != "vit":  # it has accuracies, and no bound
+                yield check("bound in bfloat16, against float32", case, bound_difference)
+        for case in exact:
+            if case.method == "blocks":
+                yield check("begun on the CPU, finished here", case, finished_elsewhere)
+        yield check("out of memory is one line", exact[0], out_of_memory)
+        yield check("compiled, against eager", exact[0], compiled_difference)
+
+
+def check(what, case, measure):
+    """A record. measure(case) returns a relative difference, its limit, and what else is to say."""
+    where = f"{case.name}, {case.method}, {case.dtype}"
+    return {"check": what, "case": where} | attempt(judge, case, measure)
+
+
+def judge(case, measure):
+    difference, limit, said = measure(case)
+    passed = None if difference is None else difference <= limit
+    return {"passed": passed, "difference": difference, "limit": limit, "said": said}
+
+
+# --- the checks ---
+
+
+class DrawnOnCPU(TorchFunctionMode):
+    """Draws all noise on the CPU and moves it: a GPU's generator gives other numbers for the same seed."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function in (torch.rand, torch.randn, torch.randint):
+            device = kwargs.pop("device", None)
+            return function(*args, **kwargs).to(device or "cpu")
+        if function is torch.randn_like:
+            (like,) = args
+            return torch.randn(like.shape, dtype=like.dtype).to(like.device)
+        return function(*args, **kwargs)
+
+
+def first_losses(case, **changes):
+    """The loss of the first step of each network, whose weights, batch and noise are those of the CPU."""
+    settings, found = case.settings(**changes), []
+    for b in range(networks(settings)):
+        network = first_weights(case.script.build, b, settings, *case.shared)
+        perturb(network, b)
+        seed_from(0, b, 0)
+        with DrawnOnCPU(), autocast(settings):
+            found.append(network.loss(*case.script.batch(settings.batch_size, settings, *case.shared)).item())
+    return found
+
+
+def perturb(network, seed):
+    """Add noise to the weights: many are zero at first, and most of the network would not count."""
+    for parameter in network.parameters():
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+        parameter.data += 0.1 * noise.to(parameter.device)
+
+
+def loss_difference(case):
+    expected, found = first_losses(case, device="cpu", dtype="float32"), first_losses(case)
+    require(case.dtype == "float32" or found != expected)  # bfloat16 it is
+    return largest(expected, found), LOSS[case.dtype], ""
+
+
+def resumed_difference(case):
+    """Weights and AdamW's averages at the end, with and without a stop on the way."""
+    train(case.run("whole"), case.script, case.shared)
+    with suppress(KeyboardInterrupt):
+        train(case.run("halted"), case.script, case.shared, stop_after=STOP)
+    run = case.run("halted")
+    require(run.step_of(0) == STOP + 1)
+    train(run, case.script, case.shared)
+    lines = (run.folder / "metrics_0.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    require(steps == sorted(set(steps)))  # none was taken twice
+    difference = distance(case.folder / "whole", run.folder)
+    if not difference:
+        return 0.0, 0.0, "bit for bit"
+    train(case.run("again"), case.script, case.shared)
+    noise = distance(case.folder / "whole", case.folder / "again")
+    return (
+        difference,
+        10 * noise,
+        f"two runs differ by {noise:.1e}, too; not deterministic: {changing_operations(case)}",
+    )
+
+
+def changing_operations(case):
+    """Names of the operations of a step whose kernels on this device do not always give the same bits."""
+    settings = case.settings()
+    network = first_weights(case.script.build, 0, settings, *case.shared)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings(record=True) as caught, autocast(settings):
+            warnings.simplefilter("always")
+            network.loss(*case.script.batch(settings.batch_size, settings, *case.shared)).backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    named = {str(warning.message).split()[0] for warning in caught if "determinis" in str(warning.message)}
+    return ", ".join(sorted(named)) or "none that PyTorch knows of"
+
+
+def bound_difference(case):
+    """Of the run that resumed_difference left, evaluated in both dtypes."""
+    run, changes = case.run("whole"), {"eval_only": True, "samples": 0}
+    changes |= {"frechet_images": 0} if case.name == "dit" else {}
+    trained, scores = run.trained_blocks(case.script.build, *case.shared), {}
+    for b, network in enumerate(trained):
+        perturb(network, b)
+    for dtype in ("float32", "bfloat16"):
+        metrics = case.script.evaluate(case.run("whole", dtype=dtype, **changes), trained, *case.shared)
+        shares = metrics.get("nats_per_block") or metrics["edm_loss_by_block"]
+        scores[dtype] = torch.tensor([*shares, sum(shares)], dtype=torch.float64)
+    exact, rounded = scores.values()
+    require(not exact.equal(rounded))  # bfloat16 it is
+    return float((rounded - exact).abs().max() / exact[-1].abs()), BOUND, ""
+
+
+def finished_elsewhere(case):
+    """A run that has begun on the CPU, finished on the device by the script itself, with evaluation and report."""
+    begun = replace(case.settings("moved"), device="cpu")
+    with suppress(KeyboardInterrupt):
+        train(new_run(case.name, begun, case.shared), case.script, case.shared, stop_after=STOP)
+    code, said = outcome(case, "moved")
+    if code:
+        return math.inf, 0.0, said
+    result = json.loads((case.folder / "moved" / "result.json").read_text())
+    require((result["device"], result["settings"]["dtype"]) == (case.device, "float32"))
+    return 0.0, 0.0, ""
+
+
+def out_of_memory(case):
+    if case.device != "cuda":
+        return None, None, "needs a GPU, whose memory can be limited"
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-6)
+    try:
+        code, said = outcome(case, "large", "--width", "1024")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    right = code == 2 and said.count("\n") == 1 and ": error: out of memory: " in said
+    return 0.0 if right else math.inf, 0.0, said.strip()
+
+
+def compiled_difference(case):
+    """The last loss of a run with --compile. Each network must have been freed before the next one was built."""
+    built = []
+
+    def build(b, *shared):
+        require(not any(network() for network in built))
+        module = case.script.build(b, *shared)
+        built.append(weakref.ref(module.network))
+        return module
+
+    train(case.run("compiled", compile=True), SimpleNamespace(build=build, batch=case.script.batch), case.shared)
+    eager, compiled = (last_losses(case.folder / name) for name in ("whole", "compiled"))
+    return largest(eager, compiled), COMPILED, ""
+
+
+# --- what they share ---
+
+
+def outcome(case, folder, *more):
+    """(exit code, what stands on stderr) of the script itself."""
+    flags = ["--preset", "tiny", *case.flags(), "--out", str(case.folder / folder), *more]
+    errors = io.StringIO()
+    try:
+        with redirect_stderr(errors):
+            command(partial(case.script.main, flags))
+    except SystemExit as stop:
+        return stop.code, errors.getvalue()
+    return 0, errors.getvalue()
+
+
+def largest(expected, found):
+    """The largest relative difference of two lists of numbers."""
+    return max(abs(a - b) / abs(a) for a, b in zip(expected, found, strict=True))
+
+
+def distance(first, second):
+    """The relative distance of all numbers that two runs have learned; 0.0 if each is the same to the bit."""
+    numbers = [torch.cat([t.double().flatten() for t in learned(folder)]) for folder in (first, second)]
+    return 0.0 if torch.equal(*numbers) else float((numbers[0] - numbers[1]).norm() / numbers[0].norm())
+
+
+def learned(folder):
+    for path in sorted(folder.glob("block_*.pt")):
+        state = read_block(path)
+        yield from state["weights"].values()
+        yield from (tensor for moments in state["optimizer"]["state"].values() for tensor in moments.values())
+
+
+def last_losses(folder):
+    return [record["loss"] for record in read_metrics(folder, "train") if record["step"] == int(LENGTH[1])]
