@@ -18,9 +18,14 @@ from nano_db.trainer.run import autocast, command, first_weights, learning_rate,
 from nano_db.trainer.settings import Parser, read_settings
 
 
+def script_named(name):
+    """train_<name>.py as a module."""
+    return import_module(f"train_{name}")
+
+
 def script_and_settings(name, flags):
-    """train_<name>.py as a module, and its settings for these flags. Raises UsageError where the script does."""
-    script = import_module(f"train_{name}")
+    """The module, and its settings for these flags. Raises UsageError where the script does."""
+    script = script_named(name)
     with tempfile.TemporaryDirectory() as folder:  # in which no run has left settings to resume with
         flags, recipes = [*flags, "--out", folder], getattr(script, "RECIPES", None)
         return script, read_settings(name, script.Settings, script.PRESETS, recipes, flags=flags)

@@ -135,43 +135,46 @@ def read_options(flags):
     return Options(args.device, preset, args.minutes, Path(args.out)), {int(number) for number in chosen}
 
 
-def run_stages(options, chosen, whole):
-    """Run the stages, fill the report `whole`, and print a line each. What is found is written at once."""
-    begun = time.monotonic()
+def run_stages(options, chosen, whole, end):
+    """Run the stages until `end`, fill the report `whole`, and print a line each."""
     for number, (name, (question, work, share)) in enumerate(STAGES.items(), 1):
-        stage = {"name": name, "question": question, "status": report.RUNNING, "seconds": 0.0, "records": []}
         if number not in chosen:
             continue
-        whole["stages"].append(stage)
-        clock = time.monotonic()
-        left = 60 * options.minutes - (clock - begun)
-        limit = min(left, 60 * options.minutes * share) - RESERVE
-        if limit < RESERVE:
-            stage["status"] = report.NO_TIME
-        else:
-            report.write(whole, options.out)
-            try:
-                with closing(found_by(work, replace(options, seconds=limit))) as records:
-                    for record in records:
-                        stage["records"].append(record)
-                        stage["seconds"] = time.monotonic() - clock
-                        report.write(whole, options.out)
-                stage["status"] = "passed"
-            except TimeoutError:
-                stage["status"] = f"the rest {report.NO_TIME}"
-            except RuntimeError as error:
-                stage["records"].append({"passed": False, "said": str(error)})
-            if any(record.get("passed") is False for record in stage["records"]):
-                stage["status"] = "failed"
-        stage["seconds"] = time.monotonic() - clock
-        report.write(whole, options.out)
-        left = max(0, round(60 * options.minutes - (time.monotonic() - begun)))
-        took = f"{stage['seconds']:.0f} s; {left // 60}:{left % 60:02} min left"
-        print(f"{number}. {question:24} {report.verdict(stage)}, {took}", flush=True)
+        print(f"{number}. {question:24}", end="", flush=True)
+        stage = {"number": number, "name": name, "question": question, "status": report.RUNNING, "records": []}
+        whole["stages"].append(stage | {"seconds": 0.0})
+        limit = min(end - time.monotonic(), 60 * options.minutes * share) - RESERVE
+        run_stage(work, replace(options, seconds=limit), whole)
+        left = max(0, round(end - time.monotonic()))
+        print(f"{report.verdict(whole['stages'][-1])}; {left // 60}:{left % 60:02} min left", flush=True)
+
+
+def run_stage(work, options, whole):
+    """Run the last stage of the report for at most options.seconds. What is found is written at once."""
+    stage, clock = whole["stages"][-1], time.monotonic()
+    report.write(whole, options.out)
+    try:
+        if options.seconds < RESERVE:
+            raise TimeoutError
+        with closing(found_by(work, options)) as records:
+            for record in records:
+                stage["records"].append(record)
+                stage["seconds"] = time.monotonic() - clock
+                report.write(whole, options.out)
+        stage["status"] = report.PASSED
+    except TimeoutError:
+        stage["status"] = report.PARTLY if stage["records"] else report.NO_TIME
+    except RuntimeError as error:
+        stage["records"].append({"passed": False, "said": str(error)})
+    if any(record.get("passed") is False for record in stage["records"]):
+        stage["status"] = report.FAILED
+    stage["seconds"] = time.monotonic() - clock
+    report.write(whole, options.out)
 
 
 def main(flags=None):
     options, chosen = read_options(flags)
+    end = time.monotonic() + 60 * options.minutes
     if (options.out / "report.json").exists():
         raise UsageError(f"{options.out} holds a report: choose another --out, or move that folder away")
     with tempfile.TemporaryDirectory() as folder, explained("the device does not answer", (TimeoutError, RuntimeError)):
@@ -185,14 +188,14 @@ def main(flags=None):
     whole = {"command": f"python -m experiments.gpu {words}".rstrip(), "about": about, "stages": []}
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends a run as Ctrl-C does
     try:
-        run_stages(options, chosen, whole)
+        run_stages(options, chosen, whole, end)
     except KeyboardInterrupt:
         print(f"\nstopped; what was found is in {options.out / 'report.md'}", file=sys.stderr)
         sys.exit(130)
     finally:
         signal.signal(signal.SIGTERM, before)
     print(options.out / "report.md")
-    if any(stage["status"] == "failed" for stage in whole["stages"]):
+    if any(stage["status"] == report.FAILED for stage in whole["stages"]):
         sys.exit(1)
 
 

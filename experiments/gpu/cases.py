@@ -4,19 +4,19 @@ import gc
 import signal
 import traceback
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 
 import torch
 
 from data import cifar
-from experiments.benchmark import script_and_settings, take_step
+from experiments.benchmark import script_and_settings, script_named, take_step
 from nano_db.errors import is_out_of_memory
 from nano_db.partition import Partition
 from nano_db.trainer.report import end_to_end
 from nano_db.trainer.run import Run, first_weights, make_optimizer, noise_identity
 
 SCRIPTS = ("gpt", "dit", "vit", "mdm", "looped")  # those that a user is most likely to want come first
+OUT_OF_MEMORY = "out of memory"
 GLYPHS = ("p_mean", "sigma_data", "positions", "pooling")  # settings that glyphs want otherwise than photographs
 
 
@@ -37,7 +37,7 @@ def configure(name, preset, *flags):
     """(script, settings, flags) of train_<name>.py. Where the preset's photographs are not on this machine it is given
     glyphs, with noise levels and positions of their own: nothing is downloaded here.
     """
-    script = import_module(f"train_{name}")
+    script = script_named(name)
     wanted, laptop = script.PRESETS[preset].get("data", ""), script.PRESETS["laptop"]
     flags = ["--preset", preset, *flags]
     if wanted in cifar.ARCHIVES and not cifar.is_here(wanted):
@@ -61,10 +61,10 @@ def few_images(settings):
 
 
 def new_run(name, settings, shared):
+    """The Run that a script makes. shared: what its prepare returned."""
     data, levels = shared
-    return Run(
-        name, settings, data_sha256=data.sha256, **noise_identity(levels) if isinstance(levels, Partition) else {}
-    )
+    depends_on = noise_identity(levels) if isinstance(levels, Partition) else {}
+    return Run(name, settings, data_sha256=data.sha256, **depends_on)
 
 
 def train(run, script, shared, stop_after=None):
@@ -84,13 +84,18 @@ def computes_bfloat16(device):
     return device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def ensure(sound, otherwise):
+    if not sound:
+        raise RuntimeError(otherwise)
+
+
 def attempt(work, *args):
     """What work(*args) returns, a dictionary; where it fails, why in one line: one failure must not cost the rest."""
     try:
         return work(*args)
     except Exception as error:
         traceback.print_exc()  # into log.txt
-        fault = "out of memory" if is_out_of_memory(error) else one_line(error)
+        fault = OUT_OF_MEMORY if is_out_of_memory(error) else one_line(error)
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -2,7 +2,8 @@
 
 from nano_db.trainer.checkpoints import write_json, write_text
 
-RUNNING, NO_TIME = "not finished", "left out for time"
+RUNNING, PASSED, FAILED = "not finished", "passed", "failed"
+NO_TIME, PARTLY = "left out for time", "passed as far as the time went"
 MIB = 2**20
 EAGER = {False: "eager", True: "compiled"}
 
@@ -17,18 +18,20 @@ def verdict(stage):
     """What became of a stage, in words."""
     judged = [record.get("passed") for record in stage["records"]]
     failed, found = judged.count(False), len(judged) - judged.count(None)
-    words = f"{failed} of {found} failed" if failed else f"{found} done"
-    return f"{stage['status']} ({words})" if found else stage["status"]
+    words = [f"{failed} of {found} failed" if failed else f"{found} done"] if found else []
+    words += [f"{stage['seconds']:.0f} s"] if stage["seconds"] else []
+    return stage["status"] + (f" ({', '.join(words)})" if words else "")
 
 
 def markdown(report):
     lines = ["# What this device does with nano_db", "", ", ".join(report["about"].values()) + ".", ""]
     lines += [f"`{report['command']}`", ""]
     stages = report["stages"]
-    lines += table(["stage", "", "seconds"], [[s["question"], verdict(s), f"{s['seconds']:.0f}"] for s in stages])
-    for number, stage in enumerate(stages, 1):
+    titles = [f"{stage['number']}. {stage['question']}" for stage in stages]
+    lines += table(["stage", ""], [[title, verdict(stage)] for title, stage in zip(titles, stages, strict=True)])
+    for title, stage in zip(titles, stages, strict=True):
         if records := stage["records"]:
-            lines += ["", f"## {number}. {stage['question']}", ""]
+            lines += ["", f"## {title}", ""]
             lines += SECTIONS[stage["name"]](records) + misses(records)
     return "\n".join(lines) + "\n"
 
@@ -47,14 +50,14 @@ def misses(records):
         what = ", ".join(str(record[name]) for name in names if name in record)
         kind = "left out" if record["passed"] is None else "**failed**"
         measured = f"{record['difference']:.1e}, limit {record['limit']:.1e}. " if record.get("difference") else ""
-        lines.append(f"- {kind}: {what}: {measured}{record['said']}")
+        lines.append(f"- {kind}: {what}: {measured}{record.get('said', '')}")
     return ["", *lines] if lines else []
 
 
 def checks(records):
     rows = []
-    for name in dict.fromkeys(record["check"] for record in records):
-        group = [record for record in records if record["check"] == name]
+    for name in dict.fromkeys(record["check"] for record in records if "check" in record):
+        group = [record for record in records if record.get("check") == name]
         passed = sum(record["passed"] is True for record in group)
         measured = [record["difference"] for record in group if record.get("difference") is not None]
         notes = sorted({record["said"] for record in group if record["passed"] and record["said"]})
@@ -64,29 +67,23 @@ def checks(records):
 
 
 def costs(records):
-    peak = records[0]
-    lines = [f"The peak of which utilisation is a share: {peak['peak'] / 1e12:.1f} TFLOP/s, {peak['said']}.", ""]
-    rows = []
+    lines, rows = [], []
+    for r in (r for r in records if "peak" in r):
+        lines += [f"The peak of which utilisation is a share: {r['peak'] / 1e12:.1f} TFLOP/s, {r['said']}.", ""]
     for r in (r for r in records if "seconds" in r):
         label = "gpt end to end; a plain GPT" if r["script"] == "plain" else f"{r['script']} blocks; end to end"
         low, middle, high = r["ratio"]
         rows.append([
-            label, f"{EAGER[r['compiled']]}, {r['dtype']}, {r['data']}",
-            both(f"{1000 * seconds:.1f}" for seconds in r["seconds"]), f"{middle:.2f} ({low:.2f}, {high:.2f})",
-            both(f"{count:,.0f}" for count in r["per_second"]) + f" {r['unit']}",
-            both(f"{100 * share:.1f}%" for share in r["utilisation"]),
+            label, f"{EAGER[r['compiled']]}, {r['dtype']}, {r['data']}, batch {r['batch']}",
+            "; ".join(f"{1000 * seconds:.1f}" for seconds in r["seconds"]), f"{middle:.2f} ({low:.2f}, {high:.2f})",
+            "; ".join(f"{count:,.0f}" for count in r["per_second"]) + f" {r['unit']}",
+            "; ".join(f"{100 * share:.1f}%" for share in r["utilisation"]),
         ])  # fmt: skip
     head = ["what", "", "ms per step (of all blocks)", "ratio in pairs (quartiles)", "per second", "utilisation"]
     lines += table(head, rows)
-    rows = [[r["watched"], r["method"], *(f"{r[k]:g}" for k in WATCHED)] for r in records if "launches" in r]
-    return lines + ([""] if rows else []) + table(["a step that prints nothing", "of", *WATCHED], rows)
-
-
-WATCHED = ("waits", "copies", "launches")
-
-
-def both(pair):
-    return "; ".join(pair)
+    counts = ("waits", "copies", "launches")
+    rows = [[r["watched"], r["method"], *(f"{r[name]:g}" for name in counts)] for r in records if "waits" in r]
+    return lines + ([""] if rows else []) + table(["a step that prints nothing", "of", *counts], rows)
 
 
 def held(records):
@@ -103,21 +100,16 @@ def held(records):
 def trained(records):
     rows, samples = [], []
     for r in (r for r in records if "quality" in r):
-        quality = ", ".join(f"{name} {value:.4f}" for name, value in r["quality"].items())
-        size = r["bytes"].get("allocator_peak", r["bytes"]["total"]) / MIB
+        method = r["method"] + (", checkpointed" if "--checkpoint-activations" in r["flags"] else "")
+        quality = "; ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in r["quality"].items())
         about = f"{r['script']}, preset {r['preset']}, {r['data']}, {r['dtype']}"
-        cells = [about, r["method"], f"{r['steps']:,} of {r['of']:,}", quality, f"{1000 * r['step']:.1f}"]
-        rows.append([*cells, f"{r['seconds']:.0f}", f"{size:,.1f}"])
-        if r["sample"]:
-            samples += [
-                "",
-                f"{r['script']}, {r['method']} (the prompt ends at the bar):",
-                "",
-                "```",
-                r["sample"],
-                "```",
-            ]
-    head = ["run", "", "steps", "quality", "ms per step", "seconds in all", "MiB held"]
+        size = r["bytes"].get("allocator_peak", r["bytes"]["total"]) / MIB
+        costs = f"{1000 * r['step']:.1f}", f"{r['seconds']:.0f}", f"{size:,.1f}"
+        rows.append([about, method, f"{r['steps']:,} of {r['of']:,}", quality, *costs])
+        if r["sample"]:  # indented: a fence could stand in the sample itself
+            heading = f"A sample of {r['script']}, {method} (the prompt ends at the bar):"
+            samples += ["", heading, "", *(f"    {line}" for line in r["sample"].splitlines())]
+    head = ["run", "", "steps", "quality", "ms per step", "seconds in all", "MiB of a step"]
     return table(head, rows) + samples
 
 

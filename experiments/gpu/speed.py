@@ -16,7 +16,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.benchmark import Contestant, take_step, time_pairs
 from experiments.gpu import plain
-from experiments.gpu.cases import SCRIPTS, attempt, baseline_of, computes_bfloat16, configure, few_images, new_run
+from experiments.gpu.cases import (
+    OUT_OF_MEMORY,
+    SCRIPTS,
+    attempt,
+    baseline_of,
+    computes_bfloat16,
+    configure,
+    few_images,
+    new_run,
+)
 from nano_db.trainer.report import seconds_of
 from nano_db.trainer.run import autocast, first_weights, make_optimizer
 
@@ -33,14 +42,14 @@ def run(options):
     peak = matrix_product_peak(options.device, dtype, size)
     yield {"peak": peak, "said": f"{str(dtype)[6:]} product of two matrices of {size} x {size}"}
     for name in (*SCRIPTS, "plain"):
-        yield {"script": name, "compiled": False} | attempt(beside, name, options, peak)
+        yield {"script": name, "compiled": False} | fitting(name, options, peak)
     if options.device == "cpu":
         yield {"check": "waits, and compiled steps", "passed": None, "said": "on a GPU only"}
         return
     for name, (method, flags) in product(SCRIPTS, {"blocks": (), "end to end": ("--baseline",)}.items()):
         yield {"watched": name, "method": method} | attempt(waits_and_copies, name, options, *flags)
     for name in COMPILED:
-        yield {"script": name, "compiled": True} | attempt(beside, name, options, peak, "--compile")
+        yield {"script": name, "compiled": True} | fitting(name, options, peak, "--compile")
 
 
 def matrix_product_peak(device, dtype, size):
@@ -50,14 +59,22 @@ def matrix_product_peak(device, dtype, size):
     return 2 * size**3 / min([seconds_of(settings, torch.mm, a, b) for _ in range(8)][3:])  # warm
 
 
-def beside(name, options, peak, *flags):
+def fitting(name, options, peak, *flags):
+    """The record of `beside`, for a batch that is halved until both sides fit into the memory."""
+    own = "gpt" if name == "plain" else name
+    script, settings, _ = configure(own, options.preset, "--device", options.device, *flags)
+    found = attempt(beside, name, script, settings, peak)
+    while found.get("said") == OUT_OF_MEMORY and settings.batch_size > 1:
+        settings = replace(settings, batch_size=settings.batch_size // 2)
+        found = attempt(beside, name, script, settings, peak)
+    return found
+
+
+def beside(name, script, settings, peak):
     """Two sides in training, all blocks and the end-to-end network; "plain": the end-to-end GPT and a plain GPT, whose
     steps are taken by the same lines. Seconds of a step, quartiles of their ratio in pairs, samples per second, and the
     share of `peak` that is reached.
     """
-    script, settings, _ = configure(
-        "gpt" if name == "plain" else name, options.preset, "--device", options.device, *flags
-    )
     settings = few_images(settings)
     shared, whole = script.prepare(settings), baseline_of(settings)
     pair = ((script, settings), (script, whole))
@@ -69,13 +86,14 @@ def beside(name, options, peak, *flags):
         contestant.train(0)  # compiles, or loads the kernels
     seconds = sum(seconds_of(settings, contestant.train, 1) for contestant in both)
     together = max(1, min(8, round(0.5 / seconds)))  # steps that the host may queue, as it does in training
-    pairs = max(3, min(20, round(SECONDS[options.device] / (seconds * together))))
+    pairs = max(3, min(20, round(SECONDS[settings.device] / (seconds * together))))
     medians, ratio = time_pairs([partial(train, contestant, together) for contestant in both], pairs, settings)
     medians, samples = [median / together for median in medians], settings.batch_size * getattr(settings, "seq_len", 1)
     return {
         "passed": True,
         "dtype": settings.dtype,
         "data": settings.data,
+        "batch": settings.batch_size,
         "seconds": medians,
         "ratio": ratio,
         "per_second": [samples / median for median in medians],
@@ -105,7 +123,7 @@ def waits_and_copies(name, options, *flags):
     between them; kernels launched.
     """
     script, settings, _ = configure(name, options.preset, "--device", options.device, *flags)
-    settings = few_images(settings)
+    settings = replace(few_images(settings), batch_size=8)  # the counts do not depend on it
     shared = script.prepare(settings)
     network = first_weights(script.build, 0, settings, *shared)
     optimizer = make_optimizer(network, settings)
@@ -116,12 +134,12 @@ def waits_and_copies(name, options, *flags):
             for _ in islice(steps, WATCHED):
                 run.record(*take_step(script, network, optimizer, settings, shared))
             warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
             with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+                torch.cuda.set_sync_debug_mode("warn")
                 for _ in islice(steps, WATCHED):
                     run.record(*take_step(script, network, optimizer, settings, shared))
                 torch.cuda.set_sync_debug_mode("default")
-    events = Counter(event.name.split()[0] for event in seen.events())
+    events = Counter(event.name.partition(" ")[0] for event in seen.events())
     waits = [wait for wait in waits if "synchroniz" in str(wait.message)]
     launches = sum(count for name, count in events.items() if "LaunchKernel" in name)
     return {
