@@ -14,6 +14,7 @@ import train_vit
 
 SCRIPTS = [train_dit, train_gpt, train_looped, train_mdm, train_vit]
 METHOD, TRAINER, EXPERIMENTS = "nano_db", "nano_db.trainer", "experiments"
+EXPERIMENTS_FOLDERS = ("experiments", "experiments/gpu", "experiments/neighbours")
 
 
 def imports(path):
@@ -60,7 +61,7 @@ def test_imports_point_one_way():
 def test_there_is_one_folder_in_the_package():
     assert {path.parent for path in (ROOT / "nano_db").rglob("*.py")} == {ROOT / "nano_db", ROOT / "nano_db/trainer"}
     folders = {path.parent for path in (ROOT / "experiments").rglob("*.py")}
-    assert folders == {ROOT / "experiments", ROOT / "experiments/neighbours"}
+    assert folders == {ROOT / folder for folder in EXPERIMENTS_FOLDERS}
 
 
 def functions(path):
@@ -85,7 +86,7 @@ def test_a_script_is_read_from_top_to_bottom(name):
 
 
 def test_nothing_is_patched_and_no_object_changes_its_class():
-    for folder in (".", "nano_db", "nano_db/trainer", "experiments", "experiments/neighbours", "data"):
+    for folder in (".", "nano_db", "nano_db/trainer", *EXPERIMENTS_FOLDERS, "data"):
         for path in (ROOT / folder).glob("*.py"):
             assert not any(inside(name, "unittest") for name in imports(path)), path
             nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))

@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import traceback
-from contextlib import closing, suppress
+from contextlib import closing, redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -76,8 +76,11 @@ def work_apart(work, options, connection):
     threading.Thread(target=end_with_parent, daemon=True).start()
     if options.preset == "tiny":
         torch.set_num_threads(1)  # its tensors are small: more threads only wait for each other
-    with open(options.out / "log.txt", "a", buffering=1, encoding="utf-8") as log:
-        sys.stdout = sys.stderr = log
+    with (
+        open(options.out / "log.txt", "a", buffering=1, encoding="utf-8") as log,
+        redirect_stdout(log),
+        redirect_stderr(log),
+    ):
         for stream in (1, 2):  # of compilers, too
             os.dup2(log.fileno(), stream)
         try:

@@ -19,7 +19,7 @@ def verdict(stage):
     judged = [record.get("passed") for record in stage["records"]]
     failed, found = judged.count(False), len(judged) - judged.count(None)
     words = [f"{failed} of {found} failed" if failed else f"{found} done"] if found else []
-    words += [f"{stage['seconds']:.0f} s"] if stage["seconds"] else []
+    words += [f"{stage['seconds']:.0f} s"] if judged else []
     return stage["status"] + (f" ({', '.join(words)})" if words else "")
 
 
