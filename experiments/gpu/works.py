@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from experiments.benchmark import script_named
 from experiments.gpu.cases import SCRIPTS, attempt, computes_bfloat16, configure, ensure, new_run, train
 from nano_db.trainer.checkpoints import read_block, read_metrics
 from nano_db.trainer.run import autocast, command, first_weights, networks, seed_from
@@ -41,8 +42,8 @@ class Case:
     script: ModuleType
     shared: tuple[Any, ...]
 
-    def flags(self, device=None):
-        return [*LENGTH, "--device", device or self.device, *METHODS[self.method]]
+    def flags(self):
+        return [*LENGTH, "--device", self.device, *METHODS[self.method]]
 
     def settings(self, folder="", **changes):
         _, settings, _ = configure(self.name, "tiny", *self.flags(), "--dtype", self.dtype)
@@ -54,13 +55,11 @@ class Case:
 
 def cases(device, dtypes, folder):
     for name, method in product(SCRIPTS, METHODS):
-        script, settings, _ = configure(name, "tiny", "--device", device)
-        if method == PAPER and not hasattr(settings, "recipe"):
-            continue
-        _, settings, _ = configure(name, "tiny", "--device", device, *METHODS[method])
-        shared = script.prepare(settings)
-        for dtype in dtypes:
-            yield Case(name, method, dtype, device, Path(folder, f"{name} {method} {dtype}"), script, shared)
+        if method != PAPER or hasattr(script_named(name).Settings, "recipe"):
+            script, settings, _ = configure(name, "tiny", "--device", device, *METHODS[method])
+            shared = script.prepare(settings)
+            for dtype in dtypes:
+                yield Case(name, method, dtype, device, Path(folder, f"{name} {method} {dtype}"), script, shared)
 
 
 def run(options):
