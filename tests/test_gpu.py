@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from conftest import draw_glyphs_once
 
 import train_dit
 import train_gpt
+import train_mdm
 import train_vit
 from data import cifar, glyphs
 from experiments.gpu import __main__ as gpu
@@ -335,6 +337,22 @@ def test_two_sides_are_timed_and_their_work_is_counted(monkeypatch):
     work = [share * seconds * 1e12 for share, seconds in zip(found["utilisation"], found["seconds"], strict=True)]
     weights = settings.layers * 12 * settings.width**2 + settings.width * script.prepare(settings)[0].tokenizer.classes
     assert work[0] == pytest.approx(6 * tokens * weights, rel=0.01) == work[1]  # without attention, on a CPU
+
+
+def test_a_line_that_waits_is_named(options, monkeypatch):
+    """PyTorch warns of each wait: here a script does in its place, in every step, and once before it is watched."""
+    modes, batch = [], train_mdm.batch
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def waiting(*args):
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        return batch(*args)
+
+    assert speed.waits_and_copies("mdm", options)["passed"]
+    monkeypatch.setattr(train_mdm, "batch", waiting)
+    found = speed.waits_and_copies("mdm", options)
+    assert modes == ["warn", "default"] * 2
+    assert found["passed"] is False and found["waits"] == 1 and found["said"].startswith("test_gpu.py:")
 
 
 def test_a_batch_too_large_for_the_memory_is_halved(options, monkeypatch):

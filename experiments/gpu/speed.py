@@ -132,6 +132,7 @@ def waits_and_copies(name, options, *flags):
             next(rounds)
             for _ in islice(steps, WATCHED):
                 run.record(*take_step(script, network, optimizer, settings, shared))
+            waits.clear()  # what comes before is not watched
             warnings.simplefilter("always")
             with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
                 torch.cuda.set_sync_debug_mode("warn")
