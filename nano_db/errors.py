@@ -10,5 +10,8 @@ class UsageError(Exception):
 
 
 def is_out_of_memory(error):
-    """Whether an allocator gave up: a GPU's, Python's, or the CPU's and mmap's, which raise a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+    """Whether an allocator gave up: a GPU's, Python's, or the CPU's, mmap's and CUDA's libraries', which raise a plain
+    RuntimeError.
+    """
+    said = any(words in str(error) for words in ("allocate memory", "CUDA error: out of memory", "_ALLOC_FAILED"))
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or said

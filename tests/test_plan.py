@@ -28,7 +28,7 @@ def run(monkeypatch, *flags):
 def test_what_is_planned_is_what_a_true_step_takes(monkeypatch, name, more):
     planned = {(blocks, checkpointed): count for blocks, checkpointed, count in plan.plans(name, [*THIN, *more])}
     assert [*planned] == [(1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]
-    for blocks, checkpointed in [(1, False), (3, True)]:
+    for blocks, checkpointed in [(1, False), (2, False), (3, True)]:
         saving = ["--checkpoint-activations"] * checkpointed
         script, settings = script_and_settings(name, [*THIN, *more, "--blocks", str(blocks), *saving])
         shared = script.prepare(settings)

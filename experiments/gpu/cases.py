@@ -2,7 +2,9 @@
 
 import gc
 import signal
+import textwrap
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,20 +18,24 @@ from nano_db.trainer.report import end_to_end
 from nano_db.trainer.run import Run, first_weights, make_optimizer, noise_identity
 
 SCRIPTS = ("gpt", "dit", "vit", "mdm", "looped")  # those that a user is most likely to want come first
+PAPER = "blocks, paper's recipe"
+METHODS = {"blocks": (), "end to end": ("--baseline",)}
+ALL_METHODS = METHODS | {PAPER: ("--recipe", "paper")}
 OUT_OF_MEMORY = "out of memory"
-GLYPHS = ("p_mean", "sigma_data", "positions", "pooling")  # settings that glyphs want otherwise than photographs
+OF_GLYPHS = ("p_mean", "sigma_data", "positions", "pooling")  # settings that glyphs want otherwise than photographs
 
 
 @dataclass(frozen=True)
 class Options:
     """device: "cuda" or "cpu". preset: of the stages that measure, "gpu" or "tiny". minutes: for all stages. seconds:
-    for this one.
+    for this one. out, scratch: folders for what is kept, and for what is not.
     """
 
     device: str
     preset: str
     minutes: float
     out: Path
+    scratch: Path = Path()
     seconds: float = 0.0
 
 
@@ -42,7 +48,7 @@ def configure(name, preset, *flags):
     flags = ["--preset", preset, *flags]
     if wanted in cifar.ARCHIVES and not cifar.is_here(wanted):
         flags += ["--data", "glyphs"]
-        for setting in (s for s in GLYPHS if hasattr(script.Settings, s)):
+        for setting in (s for s in OF_GLYPHS if hasattr(script.Settings, s)):
             value = laptop.get(setting, getattr(script.Settings, setting))
             flags += ["--" + setting.replace("_", "-"), str(value)]
     return *script_and_settings(name, flags), flags
@@ -80,13 +86,13 @@ def train(run, script, shared, stop_after=None):
             del block, optimizer
 
 
+def is_true_gpu(device):
+    """Whether CUDA's own runtime can be asked: PyTorch without CUDA has none, whatever device it pretends to have."""
+    return device == "cuda" and torch.backends.cuda.is_built()
+
+
 def computes_bfloat16(device):
     return device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def ensure(sound, otherwise):
-    if not sound:
-        raise RuntimeError(otherwise)
 
 
 def attempt(work, *args):
@@ -97,10 +103,24 @@ def attempt(work, *args):
         traceback.print_exc()  # into log.txt
         fault = OUT_OF_MEMORY if is_out_of_memory(error) else one_line(error)
     gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    if is_true_gpu("cuda") and torch.cuda.is_initialized():
+        with suppress(RuntimeError):  # after an error of CUDA, this is another one
+            torch.cuda.empty_cache()
     return {"passed": False, "said": fault}
 
 
+def attempts(about, work, *args):
+    """Yield in words what is attempted, then its record: `about`, with what attempt(work, *args) returns."""
+    yield ", ".join(map(str, about.values()))
+    yield about | attempt(work, *args)
+
+
+def ensure(sound, otherwise):
+    if not sound:
+        raise RuntimeError(otherwise)
+
+
 def one_line(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    """The error's name and first line."""
+    text = next(filter(str.strip, str(error).splitlines()), "")
+    return f"{type(error).__name__}: {textwrap.shorten(text, 200)}"

@@ -1,6 +1,7 @@
 """Stage 4. The main job: blocks and the end-to-end network, trained by the scripts for as long as the time allows."""
 
 import json
+import math
 import re
 import shutil
 import statistics
@@ -8,29 +9,34 @@ import time
 from itertools import pairwise
 
 from data import cifar
-from experiments.gpu.cases import OUT_OF_MEMORY, attempt, configure
+from experiments.gpu.cases import ALL_METHODS, METHODS, OUT_OF_MEMORY, SCRIPTS, attempt, configure, ensure
+from experiments.gpu.report import QUALITY
 from nano_db.trainer.checkpoints import read_metrics
 
-METHODS = {"blocks": (), "end to end": ("--baseline",)}
-OF_THE_PAPER = METHODS | {
-    "blocks, paper's recipe": ("--recipe", "paper")
-}  # which reports 59.30%, and end to end 60.25%
-QUALITY = ("bits_per_char", "edm_loss", "frechet_small", "accuracy")
-SHORT = {"dit": ("--test-images", "1000", "--frechet-images", "200")}  # under an hour; the preset's would take longer
+# Flags for an evaluation, the most thorough first, and the steps of training that it takes as long as. Only the DiT's
+# takes long: it evaluates an image at 24 noise levels, and samples others in 50 steps with guidance.
+EVALUATIONS = {
+    "dit": (
+        ((), 770),
+        (("--test-images", "1000", "--frechet-images", "200"), 62),
+        (("--test-images", "200", "--frechet-images", "0", "--samples", "10"), 8),
+    )
+}
+USUAL = (((), 0),)
 REHEARSED, FEWEST = 10, 20  # steps of the rehearsal; fewer than the latter teach nothing
-PLANNED = 0.85  # of the time: an estimate can be wrong
+PLANNED, EVALUATING = 0.85, 0.2  # of the time left: for the runs, as estimates can be wrong; for their evaluation
 READ = 600  # characters of a sample that the report shows
 
 
 def run(options):
     """Yield the record of each run."""
-    names = ("gpt", "dit") if options.minutes < 60 else ("gpt", "dit", "vit", "mdm", "looped")
+    names = SCRIPTS[:2] if options.minutes < 60 else SCRIPTS
     jobs = [(name, options.preset, METHODS) for name in names]
     if options.minutes >= 600 and options.preset != "tiny":
         if cifar.is_here("cifar100"):
-            jobs.append(("vit", "paper", OF_THE_PAPER))
+            jobs.append(("vit", "paper", ALL_METHODS))
         else:
-            said = "left out: python train_vit.py --preset paper downloads CIFAR-100, this command does not"
+            said = "CIFAR-100 is not here: python train_vit.py --preset paper downloads it"
             yield {"script": "vit", "preset": "paper", "passed": None, "said": said}
     end = time.monotonic() + options.seconds
     for i, (name, preset, methods) in enumerate(jobs):
@@ -43,52 +49,59 @@ def trained(name, preset, methods, options, seconds):
     seconds; then all in earnest, the steps of the preset scaled by one factor, the schedule with them.
     """
     clock, about, plans = time.monotonic(), {"script": name, "preset": preset}, {}
-    for method in methods:
-        found = rehearse(name, preset, methods[method], options)
+    *_, (quickly, _) = evaluations = EVALUATIONS.get(name, USUAL) if preset != "tiny" else USUAL
+    for method, flags in methods.items():
+        yield f"{name}, preset {preset}, {method}: rehearsal"
+        found = rehearse(name, preset, (*flags, *quickly), options)
         if "pace" in found:
             plans[method] = found
         else:
             yield about | {"method": method} | found
+    if not plans:
+        return
     left = PLANNED * (seconds - (time.monotonic() - clock)) - sum(plan["fixed"] for plan in plans.values())
-    scale = min(1.0, left / (sum(plan["full"] * plan["pace"] for plan in plans.values()) or 1.0))
+    paces = sum(plan["pace"] for plan in plans.values())
+    affordable = [each for each in evaluations if each[1] * paces <= EVALUATING * left] or evaluations[-1:]
+    thorough, length = affordable[0]
+    scale = (left - length * paces) / sum(plan["full"] * plan["pace"] for plan in plans.values())
     for method, plan in plans.items():
-        steps = int(scale * plan["full"])
-        if steps < FEWEST:
-            found = {"passed": None, "said": f"left out for time: {seconds:.0f} s are too few"}
+        steps = int(min(1.0, scale) * plan["full"])
+        if steps < min(FEWEST, plan["full"]):
+            found = {"passed": None, "said": f"needs more than the {seconds:.0f} s that are left for it"}
         else:
             folder = options.out / "runs" / re.sub(r"\W+", "-", f"{name} {preset} {method}")
-            found = attempt(in_earnest, name, preset, plan["flags"], options, folder, steps)
+            flags = (*methods[method], *plan["saving"], *thorough)
+            yield f"{name}, preset {preset}, {method}: {steps} steps"
+            found = attempt(in_earnest, name, preset, flags, options, folder, steps)
         yield about | {"method": method} | found
 
 
 def rehearse(name, preset, flags, options):
     """The record of a failure, or fixed: seconds of a run besides its steps; pace: seconds of a step of all blocks;
-    full: the preset's steps; flags: those given, with what the run needs to fit into the memory.
+    full: the preset's steps; saving: flags without which the run does not fit into the memory.
     """
-    for more in ((), ("--checkpoint-activations",)):
-        found = attempt(paced, name, preset, (*flags, *more), options)
+    for saving in ((), ("--checkpoint-activations",)):
+        found = attempt(paced, name, preset, (*flags, *saving), options)
         if found.get("said") != OUT_OF_MEMORY:
             break
-    return found
+    return found | {"saving": saving}
 
 
 def paced(name, preset, flags, options):
-    folder, clock = options.out / "runs" / "rehearsal", time.monotonic()
-    shutil.rmtree(folder, ignore_errors=True)
+    folder, clock = options.scratch / "rehearsal", time.monotonic()
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that ran out of memory
     full, result = start(name, preset, flags, options, folder, REHEARSED)
     fixed = time.monotonic() - clock - REHEARSED * result["seconds_per_step_all_blocks"]
     pace, records = 0.0, read_metrics(folder, "train")
     for b in range(result["blocks"]):
-        clocks = [record["seconds"] for record in records if record["block"] == b]
+        clocks = [record["seconds"] for record in records if record["block"] == b]  # of ten steps, each is logged
         pace += statistics.median(after - before for before, after in pairwise(clocks))
-    shutil.rmtree(folder)
-    return {"fixed": fixed, "pace": pace, "full": full, "flags": flags}
+    return {"fixed": fixed, "pace": pace, "full": full}
 
 
 def start(name, preset, flags, options, folder, steps):
     """Train by the script itself. Returns the steps that the preset would take, and what is in result.json."""
-    shorter = SHORT.get(name, ()) if options.minutes < 60 and preset != "tiny" else ()
-    script, settings, flags = configure(name, preset, "--device", options.device, *shorter, *flags)
+    script, settings, flags = configure(name, preset, "--device", options.device, *flags)
     warmup = settings.warmup * steps // settings.steps
     script.main([*flags, "--steps", str(steps), "--warmup", str(warmup), "--rounds", "1", "--out", str(folder)])
     return settings.steps, json.loads((folder / "result.json").read_text())
@@ -98,6 +111,8 @@ def in_earnest(name, preset, flags, options, folder, steps):
     clock = time.monotonic()
     full, result = start(name, preset, flags, options, folder, steps)
     text, metrics = folder / "samples.txt", result["metrics"]
+    quality = {name: metrics[name] for name in QUALITY if name in metrics}
+    ensure(all(map(math.isfinite, quality.values())), f"the run ended with {quality}")
     return {
         "passed": True,
         "steps": steps,
@@ -105,7 +120,7 @@ def in_earnest(name, preset, flags, options, folder, steps):
         "flags": flags,
         "data": result["settings"]["data"],
         "dtype": result["settings"]["dtype"],
-        "quality": {metric: metrics[metric] for metric in QUALITY if metric in metrics},
+        "quality": quality,
         "step": result["seconds_per_step_all_blocks"],
         "seconds": time.monotonic() - clock,
         "bytes": result["memory_bytes"],

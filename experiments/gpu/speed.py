@@ -16,13 +16,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments.benchmark import Contestant, take_step, time_pairs
 from experiments.gpu import plain
 from experiments.gpu.cases import (
+    METHODS,
     OUT_OF_MEMORY,
     SCRIPTS,
     attempt,
+    attempts,
     baseline_of,
     computes_bfloat16,
     configure,
+    ensure,
     few_images,
+    is_true_gpu,
     new_run,
 )
 from nano_db.trainer.report import seconds_of
@@ -38,24 +42,27 @@ def run(options):
     """Yield the record of each measurement."""
     dtype = torch.bfloat16 if options.device == "cuda" and computes_bfloat16("cuda") else torch.float32
     size = SIZES[options.device]
-    peak = matrix_product_peak(options.device, dtype, size)
-    yield {"peak": peak, "said": f"{str(dtype)[6:]} product of two matrices of {size} x {size}"}
+    measured = attempt(matrix_product_peak, options.device, dtype, size)
+    yield measured
+    peak = measured.get("peak")
     for name in (*SCRIPTS, "plain"):
-        yield {"script": name, "compiled": False} | fitting(name, options, peak)
-    if options.device == "cpu":
+        yield from attempts({"script": name, "compiled": False}, fitting, name, options, peak)
+    if not is_true_gpu(options.device):
         yield {"check": "waits, and compiled steps", "passed": None, "said": "on a GPU only"}
         return
-    for name, (method, flags) in product(SCRIPTS, {"blocks": (), "end to end": ("--baseline",)}.items()):
-        yield {"watched": name, "method": method} | attempt(waits_and_copies, name, options, *flags)
+    for name, method in product(SCRIPTS, METHODS):
+        yield from attempts({"watched": name, "method": method}, waits_and_copies, name, options, *METHODS[method])
     for name in COMPILED:
-        yield {"script": name, "compiled": True} | fitting(name, options, peak, "--compile")
+        yield from attempts({"script": name, "compiled": True}, fitting, name, options, peak, "--compile")
 
 
 def matrix_product_peak(device, dtype, size):
-    """FLOP/s of a large matrix product: the best that this device reaches. A data sheet's figure is higher."""
+    """The FLOP/s of a large matrix product: the best that this device reaches. A data sheet's figure is higher."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     settings = SimpleNamespace(device=device)
-    return 2 * size**3 / min([seconds_of(settings, torch.mm, a, b) for _ in range(8)][3:])  # warm
+    seconds = min([seconds_of(settings, torch.mm, a, b) for _ in range(8)][3:])  # without the first, cold ones
+    said = f"that of a {str(dtype)[6:]} product of two matrices of {size} x {size}"
+    return {"peak": 2 * size**3 / seconds, "said": said}
 
 
 def fitting(name, options, peak, *flags):
@@ -86,7 +93,7 @@ def beside(name, script, settings, peak):
     seconds = sum(seconds_of(settings, contestant.train, 1) for contestant in both)
     together = max(1, min(8, round(0.5 / seconds)))  # steps that the host may queue, as it does in training
     pairs = max(3, min(20, round(SECONDS[settings.device] / (seconds * together))))
-    medians, ratio = time_pairs([partial(train, contestant, together) for contestant in both], pairs, settings)
+    medians, ratio = time_pairs([partial(several, contestant, together) for contestant in both], pairs, settings)
     medians, samples = [median / together for median in medians], settings.batch_size * getattr(settings, "seq_len", 1)
     return {
         "passed": True,
@@ -97,11 +104,12 @@ def beside(name, script, settings, peak):
         "ratio": ratio,
         "per_second": [samples / median for median in medians],
         "unit": "tokens" if hasattr(settings, "seq_len") else "images",
-        "utilisation": [count / median / peak for count, median in zip(flops, medians, strict=True)],
+        "utilisation": [count / median / peak for count, median in zip(flops, medians, strict=True)] if peak else [],
     }
 
 
-def train(contestant, together, step):
+def several(contestant, together, step):
+    """The step of that number, and those that are timed together with it."""
     for i in range(together):
         contestant.train(step * together + i)
 
@@ -118,15 +126,15 @@ def flops_of_step(script, settings, shared):
 
 
 def waits_and_copies(name, options, *flags):
-    """Of a training step of block 0 that prints nothing: how often the host waits for the GPU, and where; copies
-    between them; kernels launched.
+    """Of a training step of block 0 that prints nothing (of a thousand, every fiftieth does): how often the host waits
+    for the GPU, and where, of which PyTorch warns; and from its profiler copies between them, and kernels launched.
     """
     script, settings, _ = configure(name, options.preset, "--device", options.device, *flags)
     settings = replace(few_images(settings), batch_size=8)  # the counts do not depend on it
     shared = script.prepare(settings)
     network = first_weights(script.build, 0, settings, *shared)
     optimizer = make_optimizer(network, settings)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as waits:
+    with tempfile.TemporaryDirectory(dir=options.scratch) as folder, warnings.catch_warnings(record=True) as waits:
         run = new_run(name, replace(settings, out=folder, steps=1000, rounds=1), shared)
         with closing(run.rounds()) as rounds, closing(run.steps(0, network, optimizer)) as steps:
             next(rounds)
@@ -140,7 +148,8 @@ def waits_and_copies(name, options, *flags):
                     run.record(*take_step(script, network, optimizer, settings, shared))
                 torch.cuda.set_sync_debug_mode("default")
     events = [event.name for event in seen.events()]
-    waits = [wait for wait in waits if "synchroniz" in str(wait.message)]
+    waits = [wait for wait in waits if "called a synchronizing" in str(wait.message)]
+    ensure(any("LaunchKernel" in name for name in events), "the profiler sees no kernels on this machine")
     return {
         "passed": not waits,
         "waits": len(waits) / WATCHED,
