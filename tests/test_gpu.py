@@ -163,8 +163,7 @@ def hurried(monkeypatch):
 
 def test_what_the_time_does_not_allow_is_left_out(tmp_path, stages, hurried):
     stages(stub(["here", {"passed": True}], wait_for=60), stub([{"passed": True}]))
-    monkeypatched = [stage._replace(share=0.01) for stage in gpu.STAGES]
-    gpu.STAGES[:] = monkeypatched
+    gpu.STAGES[:] = [stage._replace(share=0.01) for stage in gpu.STAGES]  # 0.6 s of the minute
     code, found, text = started(tmp_path, *hurried)
     assert code == 0
     assert [s["status"] for s in found["stages"]] == ["passed as far as the time went", "passed"]
@@ -173,12 +172,9 @@ def test_what_the_time_does_not_allow_is_left_out(tmp_path, stages, hurried):
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_stage_that_hangs_before_its_first_result_has_failed(tmp_path, stages, hurried, number):
-    stages(stub(["at a check", {"passed": None, "said": "no"}][: 1 + number], wait_for=60))
-    code, found, text = started(tmp_path, *hurried)
-    if number:
-        assert code == 0 and found["stages"][0]["status"] == "left out for time", "it left out what it could"
-    else:
-        assert code == 1 and "no result in " in text and ", at at a check" in text
+    stages(stub(["a check", {"passed": None, "said": "no"}][: 1 + number], wait_for=60))
+    code, _, text = started(tmp_path, *hurried)
+    assert code == 1 and "no result in " in text and "it was at a check" in text
 
 
 def test_a_stage_in_which_all_is_left_out_has_not_passed(tmp_path, stages):

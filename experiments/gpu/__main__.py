@@ -58,9 +58,7 @@ def read_options(flags):
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all stages (default %(default)g)")
     parser.add_argument("--out", default="out/gpu", help="folder of the report (default %(default)s)")
-    parser.add_argument(
-        "--device", default="cuda", choices=("cuda", "cpu"), help="what to run on (default %(default)s)"
-    )
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="(default %(default)s)")
     parser.add_argument("--preset", choices=("gpu", "tiny"), help="scale of stages 2 to 4 (default gpu; on a CPU tiny)")
     parser.add_argument("--stages", default="1,2,3,4", help="numbers of the stages to run (default %(default)s)")
     args = parser.parse_args(flags)
@@ -111,10 +109,9 @@ def run_stage(work, options, stage, whole):
         stage["status"] = report.PASSED
     except TimeoutError:
         stage["status"] = report.PARTLY
-        if not stage["records"] and stage["at"]:
-            stage["records"].append(
-                {"passed": False, "said": f"no result in {options.seconds:.0f} s, at {stage['at']}"}
-            )
+        if stage["at"] and not any(record.get("passed") for record in stage["records"]):
+            said = f"no result in {options.seconds:.0f} s; it was at {stage['at']}"
+            stage["records"].append({"passed": False, "said": said})
     except RuntimeError as error:
         stage["records"].append({"passed": False, "said": f"{error}; it was at {stage['at'] or 'its beginning'}"})
     except KeyboardInterrupt:

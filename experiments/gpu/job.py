@@ -1,4 +1,4 @@
-"""Stage 4. The main job: blocks and the end-to-end network, trained by the scripts for as long as the time allows."""
+"""Stage 4. Training runs: the scripts train blocks and the end-to-end network for as long as the time allows."""
 
 import json
 import math

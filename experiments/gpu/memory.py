@@ -1,5 +1,6 @@
-"""Stage 3. What does it hold? The allocator's peak of a training step beside the bytes that `plan` counts for it."""
+"""Stage 3. How much memory does a step take? The allocator's peak beside the bytes that `plan` counts for it."""
 
+import gc
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
@@ -61,6 +62,7 @@ def step_held(script, settings, shared, method, checkpointed):
 def true_step(script, settings, shared):
     on_gpu, before = is_true_gpu(settings.device), 0
     if on_gpu:
+        gc.collect()  # what an earlier network may have left
         torch.mm(*torch.ones(2, 16, 16, device="cuda"))  # allocates cuBLAS's workspace, which is not the step's
         script.batch(settings.batch_size, settings, *shared)  # moves the data to the GPU
         before = torch.cuda.memory_allocated()
@@ -76,9 +78,9 @@ def without_data(preset, name, device):
     """The script, settings, and shared: random data of the right shape, as a preset's own may have to be downloaded."""
     script, settings = script_and_settings(name, ["--preset", preset, "--device", device])
     images = hasattr(settings, "patch")
-    here = {"data": "glyphs" if images else "pydocs"} | (
-        {"tokenizer": "char"} if hasattr(settings, "tokenizer") else {}
-    )
+    here = {"data": "glyphs" if images else "pydocs"}
+    if hasattr(settings, "tokenizer"):
+        here["tokenizer"] = "char"
     data, levels = script.prepare(few_images(replace(settings, **here)))
     if settings.data in CLASSES:
         data = (random_images if images else random_text)(CLASSES[settings.data])

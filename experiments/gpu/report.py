@@ -80,12 +80,8 @@ def of_works(records):
 
 
 def of_speed(records):
-    peak = [
-        f"Peak for the column of utilisation: {r['peak'] / 1e12:.3g} TFLOP/s, {r['said']}."
-        for r in records[:1]
-        if "peak" in r
-    ]
-    timed = [record for record in records if "seconds" in record]
+    timed, peaks = [r for r in records if "seconds" in r], [r for r in records if "peak" in r]
+    peak = [f"Utilisation is a share of {r['peak'] / 1e12:.3g} TFLOP/s, {r['said']}." for r in peaks]
     eager = [f"{r['ratio'][1]:.2f} ({r['script']})" for r in timed if r["script"] != "plain" and not r["compiled"]]
     short = [f"Blocks take of the time of an end-to-end step: {', '.join(eager)}."] if eager else []
     rows = []
@@ -121,14 +117,7 @@ def of_memory(records):
         if method == "blocks" and total and (whole := totals.get((script, preset, "end to end")))
     ]
     short = [f"A block takes of the memory of an end-to-end step: {', '.join(shares)}."] if shares else []
-    head = [
-        "MiB of a step of",
-        "method",
-        "by `experiments.plan`",
-        "counted in a step",
-        "allocator's peak",
-        "above the plan",
-    ]
+    head = ["MiB of a step of", "method", "by `experiments.plan`", "counted", "allocator's peak", "above the plan"]
     return [short, table(head, rows)]
 
 
