@@ -3,6 +3,7 @@
 Test fonts are other fonts than training fonts, so that the test asks for the letter and not for a memory of it.
 """
 
+import functools
 import itertools
 from pathlib import Path
 
@@ -24,6 +25,7 @@ TRAIN_FONTS = (
 TEST_FONTS = ("DejaVuSansMono", "DejaVuSerif-Bold", "STIXGeneral", "STIXGeneralBolIta", "cmss10", "cmti10")
 
 
+@functools.lru_cache(maxsize=4)
 def make(fonts, count, seed):
     """Draw `count` glyphs: images (count, 1, 32, 32) uint8, white on black, and labels (count,), as numpy arrays.
 

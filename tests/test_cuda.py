@@ -31,7 +31,7 @@ TINY = ("--preset", "tiny")
 
 def test_the_loss_of_a_step_in_bfloat16_is_near_that_in_float32(monkeypatch, tmp_path):
     monkeypatch.setattr(glyphs, "make", draw_glyphs_once)
-    found = [works.judge(case, works.loss_difference) for case in works.cases("cpu", ["bfloat16"], tmp_path)]
+    found = [works.judge(case, works.step_difference) for case in works.cases("cpu", ["bfloat16"], tmp_path)]
     assert len(found) == len(ALL) and all(record["passed"] for record in found), found
 
 

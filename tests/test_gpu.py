@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import draw_glyphs_once
+from torch.autograd import DeviceType
 
 import train_dit
 import train_gpt
@@ -254,7 +255,7 @@ def test_an_interruption_says_where_the_report_is(tmp_path, monkeypatch, capsys)
 
 
 def test_no_gpu_is_one_line(tmp_path):
-    with pytest.raises(UsageError, match="finds no CUDA device; --device cpu"):
+    with pytest.raises(UsageError, match=r"finds no CUDA device \(.*; --device cpu"):
         gpu.main(["--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
@@ -367,27 +368,26 @@ def judged(measure, *args, **named):
 
 
 def test_the_loss_is_compared(tmp_path, monkeypatch):
-    assert judged(works.loss_difference, tmp_path)["difference"] == 0
-    found = judged(works.loss_difference, tmp_path, dtype="bfloat16")
+    assert judged(works.step_difference, tmp_path)["difference"] == 0
+    found = judged(works.step_difference, tmp_path, dtype="bfloat16")
     assert found["passed"] and 0 < found["difference"] <= found["limit"] == 2e-2
     steps = iter([([1.0, 2.0], []), ([1.0, 2.001], []), ([1.0, 2.0], []), ([1.0, math.nan], [])])
     monkeypatch.setattr(works, "first_step", lambda case, **changes: next(steps))
-    assert judged(works.loss_difference, tmp_path)["passed"] is False
-    assert judged(works.loss_difference, tmp_path)["said"].endswith("the difference is nan")
-    monkeypatch.setattr(works, "first_step", lambda case, **changes: ([1.0], [1.0]))
-    assert judged(works.loss_difference, tmp_path, dtype="bfloat16")["said"].endswith("bfloat16 changes nothing")
+    assert judged(works.step_difference, tmp_path)["passed"] is False
+    assert judged(works.step_difference, tmp_path)["said"].endswith("the difference is nan")
+    monkeypatch.setattr(works, "first_step", lambda case, **changes: ([1.0], []))
+    assert judged(works.step_difference, tmp_path, dtype="bfloat16")["said"].endswith("bfloat16 changes nothing")
 
 
 def test_a_wrong_gradient_is_found(tmp_path, monkeypatch):
     first_step = works.first_step
-    assert judged(works.gradient_difference, tmp_path, dtype="bfloat16")["passed"]
 
-    def halved(case, **changes):
-        losses, norms = first_step(case, **changes)
-        return losses, norms if changes else [norm / 2 for norm in norms]
+    def turned(case, **changes):
+        losses, gradients = first_step(case, **changes)
+        return losses, gradients if changes else [gradient.roll(1) for gradient in gradients]
 
-    monkeypatch.setattr(works, "first_step", halved)
-    assert judged(works.gradient_difference, tmp_path)["difference"] == pytest.approx(0.5)
+    monkeypatch.setattr(works, "first_step", turned)
+    assert "the gradient is" in judged(works.step_difference, tmp_path)["said"]
 
 
 def test_noise_is_drawn_on_the_cpu_and_weights_are_perturbed(tmp_path):
@@ -411,7 +411,7 @@ def test_a_run_that_does_not_resume_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer_run, "_load_moments", lambda optimizer, state: None)
     found = judged(works.resumed_difference, tmp_path / "b")
     assert found["passed"] is False and found["difference"] > found["limit"]
-    assert "not deterministic: nothing that PyTorch knows of" in found["said"] and found["limit"] == 1e-5
+    assert "not deterministic: nothing that PyTorch names" in found["said"] and found["limit"] == 1e-5
 
 
 def test_operations_that_are_not_deterministic_are_named(tmp_path):
@@ -479,7 +479,7 @@ def test_without_bfloat16_the_rest_is_checked(options, monkeypatch):
     first, *rest = records_of(works.run(options))
     assert first["check"] == "bfloat16" and first["passed"] is None
     assert {record["passed"] for record in rest if "out of memory" not in record["check"]} == {True}
-    assert not any("bound" in record["check"] for record in rest) and len(rest) == 3 * 5 + 2 + 2
+    assert not any("bound" in record["check"] for record in rest) and len(rest) == 2 * 5 + 2 + 2
 
 
 def test_a_script_that_cannot_be_prepared_costs_only_its_own(options, monkeypatch):
@@ -545,7 +545,8 @@ def test_a_line_that_waits_is_named(options, monkeypatch):
         + ["Memcpy HtoD (Pageable)"] * 5
         + ["Memcpy DtoH"]
     )
-    events = [SimpleNamespace(name=name) for name in names]
+    events = [SimpleNamespace(name=name, device_type=DeviceType.CUDA) for name in names]
+    events += [SimpleNamespace(name="cudaLaunchKernel", device_type=DeviceType.CPU)] * 8
 
     def profiled(activities):
         warnings.warn("Synchronization debug mode does not yet detect all synchronizing operations", stacklevel=1)
@@ -561,10 +562,10 @@ def test_a_line_that_waits_is_named(options, monkeypatch):
     found = speed.waits_and_copies("mdm", options)
     assert modes == ["warn", "default"] * 2
     assert found["passed"] is False and found["waits"] == 1 and found["said"].startswith("test_gpu.py:")
-    assert found["copies"] == 1.5 and found["launches"] == 2
+    assert found["copies"] == 1.5 and found["kernels"] == 2
     monkeypatch.setattr(speed, "profile", lambda **_: nullcontext(SimpleNamespace(events=list)))
-    with pytest.raises(RuntimeError, match="the profiler sees no kernels"):
-        speed.waits_and_copies("mdm", options)
+    found = speed.waits_and_copies("mdm", options)
+    assert found["waits"] == 1 and "kernels" not in found, "a profiler that sees nothing"
 
 
 def test_a_batch_too_large_for_the_memory_is_halved(options, monkeypatch):
@@ -620,8 +621,6 @@ def test_the_peak_is_that_of_the_step(monkeypatch):
     monkeypatch.setattr(memory, "is_true_gpu", lambda device: True)
     monkeypatch.setattr(memory, "allocator_peak", lambda *args: 1000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 300)
-    ones = torch.ones
-    monkeypatch.setattr(torch, "ones", lambda *shape, device=None, **more: ones(*shape, **more))
     assert memory.true_step(script, settings, shared)["peak"] == 700
 
 
@@ -691,7 +690,11 @@ def jobs(monkeypatch):
             trained.append(("rehearsal" if folder.name == "rehearsal" else folder.name, steps, flags))
             folder.mkdir(parents=True)
             result = {"seconds_per_step_all_blocks": pace, "blocks": 1, "metrics": {"bits_per_char": bits, "other": 1}}
-            result |= {"settings": {"data": "pydocs", "dtype": "float32"}, "memory_bytes": {"total": 5}}
+            result |= {
+                "one_sample": {"seconds": 0.0},
+                "settings": {"data": "pydocs", "dtype": "float32"},
+                "memory_bytes": {"total": 5},
+            }
             (folder / "result.json").write_text(json.dumps(result))
             lines = [json.dumps({"kind": "train", "block": 0, "step": s, "seconds": s * pace}) for s in range(1, 11)]
             (folder / "metrics_0.jsonl").write_text("\n".join(lines))
@@ -808,7 +811,7 @@ def test_everything_passes_on_a_cpu(tmp_path):
     code, found, text = started(tmp_path, "--preset", "tiny", "--minutes", "30")
     assert code == 0 and [s["status"] for s in found["stages"]] == ["passed"] * 4, text
     checks = [record["check"] for record in found["stages"][0]["records"]]
-    assert len(checks) == 3 * 26 + 10 + 5 + 2
+    assert len(checks) == 2 * 26 + 10 + 5 + 2
     assert len(found["stages"][2]["records"]) == 20
     assert [r["steps"] for r in found["stages"][3]["records"]] == [40] * 4
     for folder, picture in (("gpt-tiny-blocks", "samples.txt"), ("dit-tiny-end-to-end", "samples.png")):

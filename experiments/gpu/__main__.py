@@ -21,8 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from experiments.gpu import job, memory, report, speed, works
 from experiments.gpu.apart import describe, found_by
 from experiments.gpu.cases import Options
@@ -43,10 +41,10 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage(1, "works", "Does it work?", works.run, 0.25),
+    Stage(1, "works", "Does it work?", works.run, 0.2),
     Stage(2, "speed", "What does a step cost?", speed.run, 0.15),
-    Stage(3, "memory", "How much memory does a step take?", memory.run, 0.1),
-    Stage(4, "job", "Training runs", job.run, 0.3),
+    Stage(3, "memory", "How much memory does a step take?", memory.run, 0.12),
+    Stage(4, "job", "Training runs", job.run, 0.4),
 )
 RESERVE = 5  # seconds: a stage with less is not begun, and so much is kept for the end
 ANSWERS = 120  # seconds in which a device has to say what it is
@@ -135,14 +133,14 @@ def save(whole, options):
 
 def ask_device(options):
     """What is known about the device, in words, by name. Raises UsageError if it does not answer, or there is none."""
-    about, why = {}, f"PyTorch {torch.__version__} finds no CUDA device"
+    about = {}
     try:
         for found in found_by(describe, replace(options, seconds=ANSWERS)):
             about |= found
     except (TimeoutError, RuntimeError) as error:
-        why = f"the device does not answer ({str(error) or f'in {ANSWERS} s'})"
+        about["said"] = f"the device does not answer ({str(error) or f'in {ANSWERS} s'})"
     if "device" not in about:
-        raise UsageError(f"{about.get('said', why)}; --device cpu runs what a CPU can show")
+        raise UsageError(f"{about['said']}; --device cpu runs what a CPU can show")
     return {name: text for name, text in about.items() if name not in ("passed", "said")}
 
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from multiprocessing.connection import wait
 
@@ -73,22 +74,34 @@ def work_apart(work, options, connection):
             for found in work(options):
                 print(f"\n--- {found}")
                 connection.send(found)
-                if isinstance(found, dict) and "CUDA error" in found.get("said", ""):
+                if isinstance(found, dict) and is_spoiled(found.get("said", "")):
                     raise RuntimeError("the rest was left out: after an error of CUDA a process can do no more")
         except Exception as error:
             traceback.print_exc()
             connection.send({"passed": False, "said": one_line(error)})
 
 
+def is_spoiled(said):
+    """Whether after this fault CUDA answers nothing but the same again. (Statuses of cuBLAS bear its name only.)"""
+    return "CUDA error" in said and "CUBLAS_STATUS" not in said
+
+
 def end_with_parent():
     wait([multiprocessing.parent_process().sentinel])
+    if hasattr(os, "killpg"):
+        os.killpg(0, signal.SIGKILL)  # with all that this process has started
     os._exit(1)
 
 
 def describe(options):
-    """Yield {"device": in words}, and what else a reader of the report has to know; nothing where there is no GPU."""
+    """Yield {"device": in words}, and what else a reader of the report has to know; or why there is no GPU."""
     if options.device == "cuda":
-        if not torch.cuda.is_available():
+        with warnings.catch_warnings(record=True) as caught:
+            found = torch.cuda.is_available()
+        if not found:
+            built = "" if torch.version.cuda else " (this PyTorch is built without CUDA)"
+            reasons = "".join(f" ({str(warning.message).splitlines()[0]})" for warning in caught)
+            yield {"said": f"PyTorch {torch.__version__} finds no CUDA device{built}{reasons}"}
             return
         text = torch.cuda.get_device_name()
         with suppress(Exception):  # of a device that is not quite a GPU, less is known

@@ -91,6 +91,14 @@ def is_true_gpu(device):
     return device == "cuda" and torch.backends.cuda.is_built()
 
 
+def warm_up(device):
+    """Let a GPU allocate and load what it keeps: cuBLAS has a workspace for each thread, and the backward pass one."""
+    layer = torch.nn.Linear(64, 64).to(device)
+    for rounds in (False, True):
+        with torch.autocast(device, torch.bfloat16, enabled=rounds):
+            layer(torch.ones(64, 64, device=device)).float().sum().backward()
+
+
 def computes_bfloat16(device):
     return device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
 

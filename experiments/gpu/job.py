@@ -9,20 +9,22 @@ import time
 from itertools import pairwise
 
 from data import cifar
-from experiments.gpu.cases import ALL_METHODS, METHODS, OUT_OF_MEMORY, SCRIPTS, attempt, configure, ensure
+from experiments.gpu.cases import ALL_METHODS, METHODS, OUT_OF_MEMORY, SCRIPTS, attempt, configure, ensure, warm_up
 from experiments.gpu.report import QUALITY
 from nano_db.trainer.checkpoints import read_metrics
 
-# Flags for an evaluation, the most thorough first, and the steps of training that it takes as long as. Only the DiT's
-# takes long: it evaluates an image at 24 noise levels, and samples others in 50 steps with guidance.
+# Flags for an evaluation, the most thorough first, and the steps of training that it takes as long as. The DiT's takes
+# longest: it evaluates an image at 24 noise levels, and samples others in 50 steps with guidance.
 EVALUATIONS = {
     "dit": (
         ((), 770),
         (("--test-images", "1000", "--frechet-images", "200"), 62),
         (("--test-images", "200", "--frechet-images", "0", "--samples", "10"), 8),
-    )
+    ),
+    "gpt": (((), 30), (("--eval-windows", "64"), 0)),
 }
 USUAL = (((), 0),)
+UNWRITTEN = {"gpt": ("--samples", "0")}  # in the rehearsal, as the report measures what a token costs
 REHEARSED, FEWEST = 10, 20  # steps of the rehearsal; fewer than the latter teach nothing
 PLANNED, EVALUATING = 0.85, 0.2  # of the time left: for the runs, as estimates can be wrong; for their evaluation
 READ = 600  # characters of a sample that the report shows
@@ -39,6 +41,7 @@ def run(options):
             said = "CIFAR-100 is not here: python train_vit.py --preset paper downloads it"
             yield {"script": "vit", "preset": "paper", "passed": None, "said": said}
     end = time.monotonic() + options.seconds
+    warm_up(options.device)  # what a process does once must not count as a part of each run
     for i, (name, preset, methods) in enumerate(jobs):
         share = (end - time.monotonic()) / (len(jobs) - i)
         yield from trained(name, preset, methods, options, share)
@@ -52,7 +55,7 @@ def trained(name, preset, methods, options, seconds):
     *_, (quickly, _) = evaluations = EVALUATIONS.get(name, USUAL) if preset != "tiny" else USUAL
     for method, flags in methods.items():
         yield f"{name}, preset {preset}, {method}: rehearsal"
-        found = rehearse(name, preset, (*flags, *quickly), options)
+        found = rehearse(name, preset, (*flags, *quickly, *UNWRITTEN.get(name, ())), options)
         if "pace" in found:
             plans[method] = found
         else:
@@ -65,8 +68,8 @@ def trained(name, preset, methods, options, seconds):
     thorough, length = affordable[0]
     scale = (left - length * paces) / sum(plan["full"] * plan["pace"] for plan in plans.values())
     for method, plan in plans.items():
-        steps = int(min(1.0, scale) * plan["full"])
-        if steps < min(FEWEST, plan["full"]):
+        steps, over = int(min(1.0, scale) * plan["full"]), time.monotonic() - clock
+        if steps < min(FEWEST, plan["full"]) or seconds - over < plan["fixed"] + steps * plan["pace"]:
             found = {"passed": None, "said": f"needs more than the {seconds:.0f} s that are left for it"}
         else:
             folder = options.out / "runs" / re.sub(r"\W+", "-", f"{name} {preset} {method}")
@@ -90,33 +93,35 @@ def rehearse(name, preset, flags, options):
 def paced(name, preset, flags, options):
     folder, clock = options.scratch / "rehearsal", time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)  # of a run that ran out of memory
-    full, result = start(name, preset, flags, options, folder, REHEARSED)
+    settings, result = start(name, preset, flags, options, folder, REHEARSED)
     fixed = time.monotonic() - clock - REHEARSED * result["seconds_per_step_all_blocks"]
+    if name in UNWRITTEN:
+        fixed += settings.sample_length * result["one_sample"]["seconds"]  # of 16 tokens, in a batch of 16
     pace, records = 0.0, read_metrics(folder, "train")
     for b in range(result["blocks"]):
         clocks = [record["seconds"] for record in records if record["block"] == b]  # of ten steps, each is logged
         pace += statistics.median(after - before for before, after in pairwise(clocks))
-    return {"fixed": fixed, "pace": pace, "full": full}
+    return {"fixed": fixed, "pace": pace, "full": settings.steps}
 
 
 def start(name, preset, flags, options, folder, steps):
-    """Train by the script itself. Returns the steps that the preset would take, and what is in result.json."""
+    """Train by the script itself. Returns the settings of the preset, and what is in result.json."""
     script, settings, flags = configure(name, preset, "--device", options.device, *flags)
     warmup = settings.warmup * steps // settings.steps
     script.main([*flags, "--steps", str(steps), "--warmup", str(warmup), "--rounds", "1", "--out", str(folder)])
-    return settings.steps, json.loads((folder / "result.json").read_text())
+    return settings, json.loads((folder / "result.json").read_text())
 
 
 def in_earnest(name, preset, flags, options, folder, steps):
     clock = time.monotonic()
-    full, result = start(name, preset, flags, options, folder, steps)
+    settings, result = start(name, preset, flags, options, folder, steps)
     text, metrics = folder / "samples.txt", result["metrics"]
     quality = {name: metrics[name] for name in QUALITY if name in metrics}
     ensure(all(map(math.isfinite, quality.values())), f"the run ended with {quality}")
     return {
         "passed": True,
         "steps": steps,
-        "of": full,
+        "of": settings.steps,
         "flags": flags,
         "data": result["settings"]["data"],
         "dtype": result["settings"]["dtype"],

@@ -19,6 +19,7 @@ from experiments.gpu.cases import (
     baseline_of,
     few_images,
     is_true_gpu,
+    warm_up,
 )
 from experiments.plan import largest_network, step_bytes
 from nano_db.trainer.memory import allocator_peak, training_bytes
@@ -63,7 +64,7 @@ def true_step(script, settings, shared):
     on_gpu, before = is_true_gpu(settings.device), 0
     if on_gpu:
         gc.collect()  # what an earlier network may have left
-        torch.mm(*torch.ones(2, 16, 16, device="cuda"))  # allocates cuBLAS's workspace, which is not the step's
+        warm_up(settings.device)
         script.batch(settings.batch_size, settings, *shared)  # moves the data to the GPU
         before = torch.cuda.memory_allocated()
     network, batch = largest_network(script, settings, *shared)

@@ -81,8 +81,12 @@ def of_works(records):
 
 def of_speed(records):
     timed, peaks = [r for r in records if "seconds" in r], [r for r in records if "peak" in r]
-    peak = [f"Utilisation is a share of {r['peak'] / 1e12:.3g} TFLOP/s, {r['said']}." for r in peaks]
-    eager = [f"{r['ratio'][1]:.2f} ({r['script']})" for r in timed if r["script"] != "plain" and not r["compiled"]]
+    peak = [
+        f"Utilisation is a share of {r['peak'] / 1e12:.3g} TFLOP/s, {r['said']}; attention counts in full."
+        for r in peaks
+    ]
+    alike = [r for r in timed if not (r["compiled"] or r["script"] in ("plain", "looped"))]
+    eager = [f"{r['ratio'][1]:.2f} ({r['script']})" for r in alike]
     short = [f"Blocks take of the time of an end-to-end step: {', '.join(eager)}."] if eager else []
     rows = []
     for r in timed:
@@ -97,8 +101,12 @@ def of_speed(records):
         ])  # fmt: skip
     head = ["first; second", "configuration", "ms per step", "first over second: median of pairs (quartiles)"]
     timings = table([*head, "per second", "utilisation"], rows)
-    counts = {"waits": "waits for the GPU", "copies": "copies to or from it", "launches": "kernels launched"}
-    rows = [[r["watched"], r["method"], *(f"{r[name]:g}" for name in counts)] for r in records if "waits" in r]
+    counts = {"waits": "waits for the GPU", "copies": "copies to or from it", "kernels": "kernels"}
+    rows = [
+        [r["watched"], r["method"], *(f"{r[name]:g}" if name in r else "–" for name in counts)]
+        for r in records
+        if "waits" in r
+    ]
     return [short, timings, peak, table(["a step of", "method", *counts.values()], rows)]
 
 
@@ -114,7 +122,7 @@ def of_memory(records):
     shares = [
         f"{total / whole:.2f} ({script}, preset {preset})"
         for (script, preset, method), total in totals.items()
-        if method == "blocks" and total and (whole := totals.get((script, preset, "end to end")))
+        if method == "blocks" and script != "looped" and total and (whole := totals.get((script, preset, "end to end")))
     ]
     short = [f"A block takes of the memory of an end-to-end step: {', '.join(shares)}."] if shares else []
     head = ["MiB of a step of", "method", "by `experiments.plan`", "counted", "allocator's peak", "above the plan"]
@@ -135,7 +143,7 @@ def of_job(records):
         if r["sample"]:  # indented: a fence could stand in the sample itself
             lines = [f"    {line}" for line in r["sample"].splitlines()]
             samples.append([f"A sample of {r['script']}, {method}:", "", *lines])
-    head = ["run", "method", "steps", "quality", "ms per step (of all blocks)", "seconds in all", "MiB of a step"]
+    head = ["run", "method", "steps", "quality", "ms per step (of all blocks)", "seconds in all", "MiB, with the data"]
     return [short, table(head, rows), *samples]
 
 

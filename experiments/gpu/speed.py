@@ -1,5 +1,6 @@
 """Stage 2. What does a step cost? All blocks beside the end-to-end network, in pairs, at the preset's size."""
 
+import gc
 import tempfile
 import warnings
 from contextlib import closing
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,7 +26,6 @@ from experiments.gpu.cases import (
     baseline_of,
     computes_bfloat16,
     configure,
-    ensure,
     few_images,
     is_true_gpu,
     new_run,
@@ -81,6 +82,7 @@ def beside(name, script, settings, peak):
     steps are taken by the same lines. Seconds of a step, quartiles of their ratio in pairs, samples per second, and the
     share of `peak` that is reached.
     """
+    gc.collect()  # compiled networks refer to themselves: those before are still there
     settings = few_images(settings)
     shared, whole = script.prepare(settings), baseline_of(settings)
     pair = ((script, settings), (script, whole))
@@ -89,7 +91,7 @@ def beside(name, script, settings, peak):
     flops = [sum(flops_of_step(*one, shared)) for one in pair]
     both = [Contestant(*one, shared) for one in pair]
     for contestant in both:
-        contestant.train(0)  # compiles, or loads the kernels
+        seconds_of(settings, contestant.train, 0)  # compiles, or loads the kernels
     seconds = sum(seconds_of(settings, contestant.train, 1) for contestant in both)
     together = max(1, min(8, round(0.5 / seconds)))  # steps that the host may queue, as it does in training
     pairs = max(3, min(20, round(SECONDS[settings.device] / (seconds * together))))
@@ -127,7 +129,7 @@ def flops_of_step(script, settings, shared):
 
 def waits_and_copies(name, options, *flags):
     """Of a training step of block 0 that prints nothing (of a thousand, every fiftieth does): how often the host waits
-    for the GPU, and where, of which PyTorch warns; and from its profiler copies between them, and kernels launched.
+    for the GPU, and where, of which PyTorch warns; and by its profiler copies between them, and kernels.
     """
     script, settings, _ = configure(name, options.preset, "--device", options.device, *flags)
     settings = replace(few_images(settings), batch_size=8)  # the counts do not depend on it
@@ -147,13 +149,12 @@ def waits_and_copies(name, options, *flags):
                 for _ in islice(steps, WATCHED):
                     run.record(*take_step(script, network, optimizer, settings, shared))
                 torch.cuda.set_sync_debug_mode("default")
-    events = [event.name for event in seen.events()]
+    on_gpu = [event.name for event in seen.events() if event.device_type == DeviceType.CUDA]
     waits = [wait for wait in waits if "called a synchronizing" in str(wait.message)]
-    ensure(any("LaunchKernel" in name for name in events), "the profiler sees no kernels on this machine")
-    return {
-        "passed": not waits,
-        "waits": len(waits) / WATCHED,
-        "copies": sum(name.startswith(("Memcpy HtoD", "Memcpy DtoH")) for name in events) / WATCHED,
-        "launches": sum("LaunchKernel" in name for name in events) / WATCHED,
+    record = {"passed": not waits, "waits": len(waits) / WATCHED}
+    if on_gpu:  # some machines let no profiler look
+        record["copies"] = sum(name.startswith(("Memcpy HtoD", "Memcpy DtoH")) for name in on_gpu) / WATCHED
+        record["kernels"] = sum(not name.startswith("Mem") for name in on_gpu) / WATCHED
+    return record | {
         "said": ", ".join(sorted({f"{Path(wait.filename).name}:{wait.lineno}" for wait in waits})),
     }

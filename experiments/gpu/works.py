@@ -36,7 +36,7 @@ from nano_db.trainer.run import autocast, command, first_weights, networks, seed
 
 LENGTH, STOP = ("--steps", "6", "--warmup", "2"), 3  # of a run; the step after which one is stopped
 # Relative differences that rounding may make:
-LOSS, GRADIENT = {"float32": 1e-4, "bfloat16": 2e-2}, {"float32": 1e-3, "bfloat16": 5e-2}
+LOSS, GRADIENT = {"float32": 1e-4, "bfloat16": 2e-2}, {"float32": 1e-3, "bfloat16": 1e-1}
 BOUND, COMPILED = 1e-2, 1e-3
 
 
@@ -92,22 +92,21 @@ def run(options):
     every = [case for case in found if isinstance(case, Case)]
     exact = [case for case in every if case.dtype == "float32"]
     for case in every:
-        yield from check("loss of a step, against the CPU in float32", case, loss_difference)
-    for case in every:
-        yield from check("norm of its gradient, against the CPU in float32", case, gradient_difference)
+        yield from check("loss and gradient of a step, against the CPU in float32", case, step_difference)
+    for case in exact:
+        if case.method == "blocks":
+            yield from check("begun on the CPU, finished here", case, finished_elsewhere)
+    for case in exact[:1]:  # one is enough, here and below: all scripts do it by the same lines
+        if is_true_gpu(case.device):
+            yield from check("out of memory is one line", case, out_of_memory)
+        else:
+            yield {"check": "out of memory is one line", "case": case.name, "passed": None, "said": "on a GPU only"}
     for case in every:
         yield from check("stopped and resumed, against a run that was not", case, resumed_difference)
     for case in exact if len(dtypes) == 2 else ():
         if case.name != "vit":  # it has accuracies, and no bound
             yield from check("bound in bfloat16, against float32", case, bound_difference)
-    for case in exact:
-        if case.method == "blocks":
-            yield from check("begun on the CPU, finished here", case, finished_elsewhere)
-    for case in exact[:1]:  # one is enough: all scripts run out of memory, and compile, by the same lines
-        if is_true_gpu(case.device):
-            yield from check("out of memory is one line", case, out_of_memory)
-        else:
-            yield {"check": "out of memory is one line", "case": case.name, "passed": None, "said": "on a GPU only"}
+    for case in exact[:1]:
         yield from check("compiled, against eager", case, compiled_difference)
 
 
@@ -140,10 +139,10 @@ class DrawnOnCPU(TorchFunctionMode):
 
 
 def first_step(case, **changes):
-    """Losses of the first step of the networks, and norms of its gradients. Weights, batch and noise are those of the
-    CPU.
+    """The loss of the first step of each network, and its gradient, all weights in a row. Weights, batch and noise are
+    those of the CPU.
     """
-    settings, losses, norms = case.settings(**changes), [], []
+    settings, losses, gradients = case.settings(**changes), [], []
     for b in range(networks(settings)):
         network = first_weights(case.script.build, b, settings, *case.shared)
         perturb(network, b)
@@ -151,10 +150,9 @@ def first_step(case, **changes):
         with DrawnOnCPU(), autocast(settings):
             loss = network.loss(*case.script.batch(settings.batch_size, settings, *case.shared))
         loss.backward()
-        gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
         losses.append(loss.item())
-        norms.append(gradient.norm().item())
-    return losses, norms
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]).cpu())
+    return losses, gradients
 
 
 def perturb(network, seed):
@@ -164,15 +162,14 @@ def perturb(network, seed):
         parameter.data += 0.1 * noise.to(parameter.device)
 
 
-def loss_difference(case):
-    (expected, _), (found, _) = first_step(case, device="cpu", dtype="float32"), first_step(case)
-    ensure(case.dtype == "float32" or found != expected, "bfloat16 changes nothing")
-    return largest(expected, found), LOSS[case.dtype], ""
-
-
-def gradient_difference(case):
-    (_, expected), (_, found) = first_step(case, device="cpu", dtype="float32"), first_step(case)
-    return largest(expected, found), GRADIENT[case.dtype], ""
+def step_difference(case):
+    """That of the losses; the gradients' has a limit of its own."""
+    (losses, gradients), found = first_step(case, device="cpu", dtype="float32"), first_step(case)
+    ensure(case.dtype == "float32" or found[0] != losses, "bfloat16 changes nothing")
+    for expected, gradient in zip(gradients, found[1], strict=True):
+        away, limit = float((gradient - expected).norm() / expected.norm()), GRADIENT[case.dtype]
+        ensure(away <= limit, f"the gradient is {away:.1e} away from the CPU's, limit {limit:.0e}")
+    return largest(losses, found[0]), LOSS[case.dtype], ""
 
 
 def resumed_difference(case):
@@ -189,10 +186,13 @@ def resumed_difference(case):
     difference = distance(case.folder / "whole", run.folder)
     if not difference:
         return 0.0, 0.0, "bit for bit"
-    train(case.run("again"), case.script, case.shared)
-    noise = distance(case.folder / "whole", case.folder / "again")
+    noise = 0.0
+    for again in ("again", "and again", "once more"):  # one difference of rounding may happen to be small
+        if difference > 10 * noise:
+            train(case.run(again), case.script, case.shared)
+            noise = max(noise, distance(case.folder / "whole", case.folder / again))
     said = f"as near as two runs that were not stopped; not deterministic: {changing_operations(case)}"
-    return difference, max(10 * noise, 1e-5), said  # two differences of rounding, of which one may happen to be small
+    return difference, max(10 * noise, 1e-5), said
 
 
 def changing_operations(case):
@@ -211,7 +211,7 @@ def changing_operations(case):
         torch.use_deterministic_algorithms(False)
         torch.set_warn_always(False)
     named = [re.match("(.*?) (?:does not have a|defaults to a non-)", str(w.message)) for w in caught]
-    return ", ".join(sorted({found[1] for found in named if found})) or "nothing that PyTorch knows of"
+    return ", ".join(sorted({found[1] for found in named if found})) or "nothing that PyTorch names"
 
 
 def bound_difference(case):
