@@ -25,7 +25,7 @@ TRAIN_FONTS = (
 TEST_FONTS = ("DejaVuSansMono", "DejaVuSerif-Bold", "STIXGeneral", "STIXGeneralBolIta", "cmss10", "cmti10")
 
 
-@functools.lru_cache(maxsize=4)  # 18,000 take seconds, and a process may train several times
+@functools.lru_cache(maxsize=8)  # 18,000 take seconds, and a process may train several times
 def make(fonts, count, seed):
     """Draw `count` glyphs: images (count, 1, 32, 32) uint8, white on black, and labels (count,), as numpy arrays.
 

@@ -1,4 +1,3 @@
-import functools
 import os
 import subprocess
 import sys
@@ -8,7 +7,6 @@ import pytest
 import torch
 
 import train_gpt
-from data import glyphs
 from data.text import Text
 from nano_db.trainer import plots, report
 from nano_db.trainer.run import command
@@ -60,15 +58,11 @@ def text_file(tmp_path):
     return str(path)
 
 
-draw_glyphs_once = functools.lru_cache(glyphs.make)  # to find the outlines of all letters takes half a second
-
-
 @pytest.fixture
 def cli(monkeypatch, capsys, request):
     """cli("--blocks", "2", ...) runs train_gpt.py in this process: (exit code, stdout, stderr). To draw its curves and
     to time a sample takes about as long as the run: that is left to tests of the mark `whole`.
     """
-    monkeypatch.setattr(glyphs, "make", draw_glyphs_once)
     if not request.node.get_closest_marker("whole"):
         monkeypatch.setattr(plots, "draw_curves", lambda *_: None)
         monkeypatch.setattr(report, "cost_of_use", lambda *_: {"layer_evaluations": 0, "seconds": 1.0, "weights": 0})

@@ -9,14 +9,12 @@ import re
 
 import pytest
 import torch
-from conftest import draw_glyphs_once
 
 import train_dit
 import train_gpt
 import train_looped
 import train_mdm
 import train_vit
-from data import glyphs
 from experiments.gpu import works
 from experiments.gpu.cases import Options
 
@@ -29,8 +27,7 @@ ALL = [(s, m) for s in SCRIPTS for m in METHODS if m != "paper" or s in ("gpt", 
 TINY = ("--preset", "tiny")
 
 
-def test_the_loss_of_a_step_in_bfloat16_is_near_that_in_float32(monkeypatch, tmp_path):
-    monkeypatch.setattr(glyphs, "make", draw_glyphs_once)
+def test_the_loss_of_a_step_in_bfloat16_is_near_that_in_float32(tmp_path):
     found = [works.judge(case, works.step_difference) for case in works.cases("cpu", ["bfloat16"], tmp_path)]
     assert len(found) == len(ALL) and all(record["passed"] for record in found), found
 

@@ -17,7 +17,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import draw_glyphs_once
 from torch.autograd import DeviceType
 
 import train_dit
@@ -25,7 +24,7 @@ import train_gpt
 import train_looped
 import train_mdm
 import train_vit
-from data import cifar, glyphs
+from data import cifar
 from experiments.gpu import __main__ as gpu
 from experiments.gpu import apart, job, memory, plain, report, speed, works
 from experiments.gpu.cases import ALL_METHODS, OUT_OF_MEMORY, Options, attempt, baseline_of, configure
@@ -34,11 +33,6 @@ from nano_db.trainer import run as trainer_run
 
 FORK = pytest.mark.skipif(sys.platform != "linux", reason="forks")
 CPU = ("--device", "cpu")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(glyphs, "make", draw_glyphs_once)
 
 
 @pytest.fixture
