@@ -5,7 +5,6 @@
 Flags after the script's name are its own.
 """
 
-import os
 import statistics
 import tempfile
 from importlib import import_module
@@ -13,6 +12,7 @@ from importlib import import_module
 import torch
 
 from nano_db.errors import UsageError
+from nano_db.trainer.distributed import is_one_of_several
 from nano_db.trainer.report import costs_of, end_to_end, print_costs, seconds_of
 from nano_db.trainer.run import autocast, command, first_weights, learning_rate, make_optimizer, networks, seed_from
 from nano_db.trainer.settings import Parser, read_settings
@@ -98,7 +98,7 @@ def main():
         raise UsageError(f"--pairs must be at least 1, not {args.pairs}")
     if "--baseline" in flags:
         raise UsageError("--baseline: blocks are timed against it, so drop it")
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if is_one_of_several():
         raise UsageError("a benchmark times a single process: start it without torchrun")
     script, settings = script_and_settings(args.script, flags)
     shared = script.prepare(settings)

@@ -10,7 +10,6 @@ CIFAR-100. Without a GPU, --device cpu runs what a CPU can show.
 """
 
 import argparse
-import os
 import signal
 import sys
 import tempfile
@@ -26,6 +25,8 @@ from experiments.gpu.apart import describe, found_by
 from experiments.gpu.cases import Options
 from nano_db.errors import UsageError
 from nano_db.trainer.checkpoints import explained
+from nano_db.trainer.distributed import is_one_of_several
+from nano_db.trainer.report import is_taken
 from nano_db.trainer.run import command
 from nano_db.trainer.settings import Parser
 
@@ -66,9 +67,9 @@ def read_options(flags):
     if not chosen <= {"1", "2", "3", "4"}:
         raise UsageError(f"--stages {args.stages!r}: give numbers from 1 to 4, like 1,3")
     out = Path(args.out)
-    if not args.out or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+    if not args.out or is_taken(out):
         raise UsageError(f"--out {args.out!r} is not an empty folder: choose another one, or move it away")
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if is_one_of_several():
         raise UsageError("this command measures a single process: start it without torchrun")
     preset = args.preset or ("gpu" if args.device == "cuda" else "tiny")
     return Options(args.device, preset, args.minutes, out), [stage for stage in STAGES if str(stage.number) in chosen]

@@ -52,7 +52,8 @@ def trained(name, preset, methods, options, seconds):
     seconds; then all in earnest, the steps of the preset scaled by one factor, the schedule with them.
     """
     clock, about, plans = time.monotonic(), {"script": name, "preset": preset}, {}
-    *_, (quickly, _) = evaluations = EVALUATIONS.get(name, USUAL) if preset != "tiny" else USUAL
+    evaluations = EVALUATIONS.get(name, USUAL) if preset != "tiny" else USUAL
+    quickly, _ = evaluations[-1]
     for method, flags in methods.items():
         yield f"{name}, preset {preset}, {method}: rehearsal"
         found = rehearse(name, preset, (*flags, *quickly, *UNWRITTEN.get(name, ())), options)
@@ -64,8 +65,8 @@ def trained(name, preset, methods, options, seconds):
         return
     left = PLANNED * (seconds - (time.monotonic() - clock)) - sum(plan["fixed"] for plan in plans.values())
     paces = sum(plan["pace"] for plan in plans.values())
-    affordable = [each for each in evaluations if each[1] * paces <= EVALUATING * left] or evaluations[-1:]
-    thorough, length = affordable[0]
+    affordable = (each for each in evaluations if each[1] * paces <= EVALUATING * left)
+    thorough, length = next(affordable, evaluations[-1])
     scale = (left - length * paces) / sum(plan["full"] * plan["pace"] for plan in plans.values())
     for method, plan in plans.items():
         steps, over = int(min(1.0, scale) * plan["full"]), time.monotonic() - clock

@@ -80,17 +80,14 @@ def of_works(records):
 
 
 def of_speed(records):
-    timed, peaks = [r for r in records if "seconds" in r], [r for r in records if "peak" in r]
-    peak = [
-        f"Utilisation is a share of {r['peak'] / 1e12:.3g} TFLOP/s, {r['said']}; attention counts in full."
-        for r in peaks
-    ]
+    timed = [r for r in records if "seconds" in r]
+    peaks = [f"{r['peak'] / 1e12:.3g} TFLOP/s, {r['said']}" for r in records if "peak" in r]
+    peak = [f"Utilisation is a share of {text}; attention counts in full." for text in peaks]
     alike = [r for r in timed if not (r["compiled"] or r["script"] in ("plain", "looped"))]
     eager = [f"{r['ratio'][1]:.2f} ({r['script']})" for r in alike]
     short = [f"Blocks take of the time of an end-to-end step: {', '.join(eager)}."] if eager else []
-    rows = []
+    rows, sides = [], {"plain": "gpt end to end; a plain GPT", "looped": "looped: 1 recurrence; end to end, 33"}
     for r in timed:
-        sides = {"plain": "gpt end to end; a plain GPT", "looped": "looped: 1 recurrence; end to end, 33"}
         low, middle, high = r["ratio"]
         rows.append([
             sides.get(r["script"], f"{r['script']}: all blocks; end to end"),

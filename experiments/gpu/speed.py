@@ -155,6 +155,5 @@ def waits_and_copies(name, options, *flags):
     if on_gpu:  # some machines let no profiler look
         record["copies"] = sum(name.startswith(("Memcpy HtoD", "Memcpy DtoH")) for name in on_gpu) / WATCHED
         record["kernels"] = sum(not name.startswith("Mem") for name in on_gpu) / WATCHED
-    return record | {
-        "said": ", ".join(sorted({f"{Path(wait.filename).name}:{wait.lineno}" for wait in waits})),
-    }
+    places = {f"{Path(wait.filename).name}:{wait.lineno}" for wait in waits}
+    return record | {"said": ", ".join(sorted(places))}

@@ -112,6 +112,11 @@ class Worker:
                 time.sleep(0.5)  # in Python, so that a signal can stop it
 
 
+def is_one_of_several():
+    """Whether a launcher such as torchrun has started this process with others."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
 def join():
     """This process as a Worker, from what torchrun sets. On CUDA each process takes a GPU, as far as they go."""
     try:

@@ -165,7 +165,12 @@ def picture(run):
     return path
 
 
+def is_taken(path):
+    """Whether there is a file, or a folder that holds anything."""
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
 def refuse_old_images(folder):
     """Raise UsageError where the folder holds anything: images of two runs must not be mixed."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if is_taken(folder):
         raise UsageError(f"{folder} holds images already: move it away, or they would be mixed with the new ones")

@@ -10,7 +10,6 @@ interruption, nor training a block alone elsewhere can change its weights: bit f
 
 import gc
 import math
-import os
 import platform
 import signal
 import sys
@@ -30,7 +29,7 @@ from nano_db.errors import UsageError, is_out_of_memory
 from nano_db.layers import checkpoint_layers
 from nano_db.partition import split_layers
 from nano_db.trainer import checkpoints
-from nano_db.trainer.distributed import Group, Worker, join
+from nano_db.trainer.distributed import Group, Worker, is_one_of_several, join
 
 FIRST_WEIGHTS = (0, 0, 1)  # (seed, b, 0, 0, 1) seeds the first weights of block b, (seed, b, step, rank) its steps
 VERSIONS = dict(nano_db=__version__, python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
@@ -114,7 +113,7 @@ class Run:
         self.paths = [self.folder / f"block_{b}.pt" for b in range(self.count)]
         only, self.worker, self.group = getattr(settings, "only", ""), Worker(), Group()
         self.mine = chosen_blocks(only, self.count) if only else list(range(self.count))
-        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        if is_one_of_several():
             self.worker = join()
             self.mine, self.group = self.worker.assign(self.mine, settings.batch_size)
         if settings.eval_only:
