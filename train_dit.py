@@ -3,7 +3,8 @@
     python train_dit.py                                 # glyphs, drawn on the spot: no network needed
     python train_dit.py --baseline                      # the same network, end to end
     python train_dit.py --eval-only --guidance 1        # sample again, without guidance
-    python train_dit.py --data cifar10 --p-mean -1.2 --sigma-data 0.5 --out out/cifar     # photographs: EDM's constants
+    python train_dit.py --data cifar10 --out out/cifar  # photographs (downloaded)
+    python train_dit.py --data FOLDER --out out/mine    # your own, a subfolder per class
 
 Here the noisy target z is the image itself. A block is a denoiser in EDM form (heads.EDMHead), told the noise level and
 the class by adaLN-Zero, and trained at the noise levels it owns; the baseline is the same with one block for all of
@@ -25,9 +26,11 @@ from nano_db.layers import Layer, NoiseEmbedding, rms_norm
 from nano_db.partition import KINDS, make_partition, sampling_grid, split_layers
 from nano_db.schedule import LogNormal
 from nano_db.stack import Ensemble
+from nano_db.trainer.checkpoints import kept
+from nano_db.trainer.command import command
 from nano_db.trainer.frechet import FEATURES, FrechetSmall
-from nano_db.trainer.report import picture, refuse_old_images, report
-from nano_db.trainer.run import OneAtATime, Run, command, first_weights, make_optimizer, noise_identity
+from nano_db.trainer.report import can_score, picture, refuse_old_images, report
+from nano_db.trainer.run import OneAtATime, Run, first_weights, make_optimizer, noise_identity
 from nano_db.trainer.settings import Blocks, Training, method, network, output, read_settings, training
 
 
@@ -37,23 +40,31 @@ def samples_nothing(settings):
     return nothing and "--samples 0 --frechet-images 0"
 
 
+def named_data(settings):
+    """The flag with which no images are resized."""
+    return settings.data in NAMES and f"--data {settings.data}"
+
+
 @dataclass
 class Settings(Blocks, Training):
-    data: str = training("glyphs", "labelled images", choices=NAMES)
+    data: str = training("glyphs", f"images: {', '.join(NAMES)}, or a folder with a subfolder per class")
+    image_size: int = training(32, "side of a folder's images, in pixels", at_least=4, below=1025, idle=named_data)
     glyphs: int = training(18_000, "how many glyphs to draw for training", flag=False)
     augment: str = training("flip", "mirror training images, where that leaves the class", flag=False)
     label_dropout: float = training(0.1, "share of training images whose class is not told", flag=False)
     patch: int = network(4, "side of a patch in pixels", at_least=1)
     width: int = network(96, "features of a patch", at_least=4)
     heads: int = network(4, "attention heads", flag=False)
-    dropout: float = network(0.0, "on both residual branches", flag=False)
+    dropout: float = training(0.0, "on both residual branches", flag=False)
     layer_split: str = network("", "layers of each block, noisiest first, like 3,6,3 (default: even)", of="blocks")
     partition: str = method("probability", "edges of equal probability, or uniform in ln sigma", KINDS, of="blocks")
-    p_mean: float = method(-1.2, "mean of ln sigma, for blocks and baseline")
+    p_mean: float | None = method(None, "mean of ln sigma, for blocks and baseline (default: by the data)", kind=float)
     p_std: float = method(1.2, "standard deviation of ln sigma", flag=False)
     sigma_min: float = method(0.002, "minimum noise level", flag=False)
     sigma_max: float = method(80.0, "maximum noise level", flag=False)
-    sigma_data: float = method(0.5, "standard deviation of clean pixels (EDM)", above=0)
+    sigma_data: float | None = method(
+        None, "standard deviation of clean pixels (default: by the data)", above=0, kind=float
+    )
     sampling_steps: int = output(50, "Euler steps from noise to image", at_least=1, idle=samples_nothing)
     guidance: float = output(2.0, "classifier-free guidance; 1: none", at_least=0, idle=samples_nothing)
     test_images: int = output(1000, "held-out images to evaluate the loss on; 0: all", at_least=0)
@@ -66,9 +77,8 @@ class Settings(Blocks, Training):
 PRESETS = {
     "tiny": dict(blocks=3, layers=12, width=16, heads=2, patch=8, batch_size=16, steps=40, warmup=5, glyphs=400,
                  overlap=0.05, sampling_steps=12, test_images=32, frechet_images=66, frechet_steps=20),
-    # Glyphs are black or white, and decide what they are under far more noise than photographs.
     "laptop": dict(blocks=3, layers=6, batch_size=32, steps=2000, warmup=100, overlap=0.05, ema=0.995,
-                   learning_rate=3e-3, p_mean=0.5, sigma_data=0.9),
+                   learning_rate=3e-3),
     "gpu": dict(blocks=3, layers=12, width=384, heads=6, patch=2, batch_size=256, steps=20_000, warmup=1000,
                 overlap=0.05, ema=0.9995, data="cifar10", learning_rate=3e-4, frechet_images=5000, test_images=0),
     "paper": dict(blocks=3, layers=12, width=384, heads=6, patch=2, batch_size=512, steps=9800, warmup=0,
@@ -109,13 +119,32 @@ class DiT(nn.Module):
         return unpatchify(self.output(rms_norm(h) * (1 + scale) + shift), self.patch, z.shape[2])
 
 
+def noise_levels(settings, images):
+    """(p_mean, sigma_data): a flag's, else those that fit the images."""
+    p_mean = images.p_mean if settings.p_mean is None else settings.p_mean
+    return p_mean, settings.sigma_data or images.sigma_data
+
+
+def frechet_count(settings, images):
+    """How many images are sampled for frechet_small: of a folder's few pictures at most half as many, or none."""
+    if settings.data in NAMES:
+        return settings.frechet_images
+    count = min(settings.frechet_images, len(images.train) // 2)
+    return count if count > FEATURES else 0
+
+
 def prepare(settings):
     """What every block knows without being told: the images, and which noise levels are whose."""
-    images = load_images(settings.data, count=settings.glyphs)
-    if settings.frechet_images and not FEATURES < settings.frechet_images <= len(images.train) // 2:
+    images = load_images(settings.data, count=settings.glyphs, size=settings.image_size, kept=kept(settings))
+    patch_positions(images.shape, settings.patch, settings.width)  # do they fit? Say so now, before there is a folder
+    count = frechet_count(settings, images)
+    if count and not images.missing and not FEATURES < count <= len(images.train) // 2:
         limits = f"more than {FEATURES}, and at most half of the {len(images.train)} training images"
         raise UsageError(f"--frechet-images {settings.frechet_images}: the distance needs {limits}")
-    noise = LogNormal(settings.p_mean, settings.p_std, settings.sigma_min, settings.sigma_max)
+    p_mean, sigma_data = noise_levels(settings, images)
+    asked = "; --p-mean, --sigma-data: by flag" if (p_mean, sigma_data) != (images.p_mean, images.sigma_data) else ""
+    print(f"noise levels: p_mean {p_mean:.3g}, sigma_data {sigma_data:.3g} ({images.why}{asked})")
+    noise = LogNormal(p_mean, settings.p_std, settings.sigma_min, settings.sigma_max)
     blocks = 1 if settings.baseline else settings.blocks
     partition = make_partition(noise, blocks, settings.partition, settings.overlap)
     sampling_grid(partition, settings.sampling_steps)  # too few for the blocks: say so now, not after the training
@@ -130,7 +159,7 @@ def build(b, settings, images, partition):
         layers = split_layers(settings.layers, settings.blocks, settings.layer_split)[b]
         span = partition.training_range(b)
     dit = DiT(images.shape, len(images.classes), settings, layers)
-    return DiffusionBlock(dit, EDMHead(settings.sigma_data), noise, span, loss_weight="edm")
+    return DiffusionBlock(dit, EDMHead(noise_levels(settings, images)[1]), noise, span, loss_weight="edm")
 
 
 def assemble(networks, settings, images, partition):
@@ -169,26 +198,33 @@ def sample_images(stack, count, settings):
     return images.clamp(-1, 1).cpu()
 
 
-def evaluate(run, networks, images, partition):
-    """The held-out EDM loss and frechet_small, as metrics; samples.png, and images to export."""
-    settings, stack = run.settings, assemble(networks, run.settings, images, partition)
+def score(run, stack, images):
+    """The held-out EDM loss and frechet_small, as metrics."""
+    settings, (_, sigma_data) = run.settings, noise_levels(run.settings, images)
     batches = list(images.test_batches(TOGETHER, settings.test_images, settings.device))
     with run.autocast:  # as in training
-        metrics = edm_loss(stack, batches, settings.sigma_data, seed=settings.seed)
+        metrics = edm_loss(stack, batches, sigma_data, seed=settings.seed)
     print(f"EDM loss {metrics['edm_loss']:.4f}, by block", *(f"{p:.4f}" for p in metrics["edm_loss_by_block"]))
-    if settings.frechet_images:
-        frechet = FrechetSmall(images, settings.frechet_images, settings.frechet_steps, settings.device)
+    if count := frechet_count(settings, images):
+        frechet = FrechetSmall(images, count, settings.frechet_steps, settings.device)
         with run.autocast:  # of the blocks, and not of the classifier that judges them
-            sampled = sample_images(stack, settings.frechet_images, settings)
+            sampled = sample_images(stack, count, settings)
         metrics |= {"frechet_small": frechet(sampled), "frechet_small_real": frechet.floor}
         print(f"frechet_small {metrics['frechet_small']:.4f} (real images: {frechet.floor:.4f})")
+    return metrics
+
+
+def evaluate(run, networks, images, partition):
+    """The score on held-out images, as metrics; samples.png, and images to export."""
+    settings, stack = run.settings, assemble(networks, run.settings, images, partition)
+    metrics = score(run, stack, images) if can_score(images) else {}
     run.log_evaluation(metrics)  # before samples, which may fail
     if settings.samples or settings.export:
         from nano_db.trainer.plots import draw_images, save_images  # not at the top: matplotlib takes a second
     if settings.samples:
         with run.autocast:
             states = list(walk(stack, settings.samples, settings))
-        draw_images(picture(run), states, stack.partition, images.classes, settings.sigma_data)
+        draw_images(picture(run), states, stack.partition, images.classes, noise_levels(settings, images)[1])
     if settings.export and run.last_round:
         with run.autocast:
             save_images(run.folder / "images", sample_images(stack, settings.export, settings))
@@ -198,7 +234,9 @@ def evaluate(run, networks, images, partition):
 def main(flags=None):
     settings = read_settings("dit", Settings, PRESETS, description=__doc__, flags=flags)
     images, partition = prepare(settings)
-    run = Run("dit", settings, data_sha256=images.sha256, **noise_identity(partition))
+    _, sigma_data = noise_levels(settings, images)
+    depends_on = {"data_sha256": images.sha256, "sigma_data": sigma_data, **noise_identity(partition)}
+    run = Run("dit", settings, images.keeps(), **depends_on)
     if settings.export:
         refuse_old_images(run.folder / "images")  # now, not after the training
 

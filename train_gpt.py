@@ -25,8 +25,10 @@ from nano_db.layers import Layer, NoiseEmbedding, causal_mask, rms_norm, rotary_
 from nano_db.partition import make_partition, sampling_grid, split_layers
 from nano_db.schedule import LogNormal
 from nano_db.stack import PREDICT, assemble
-from nano_db.trainer.report import continue_prompt, export_texts, keep_samples, report
-from nano_db.trainer.run import Run, command, first_weights, make_optimizer, noise_identity
+from nano_db.trainer.checkpoints import kept
+from nano_db.trainer.command import command
+from nano_db.trainer.report import can_score, continue_prompt, export_texts, keep_samples, report
+from nano_db.trainer.run import Run, first_weights, make_optimizer, noise_identity
 from nano_db.trainer.settings import Blocks, Discrete, Training, method, network, output, read_settings, training
 
 
@@ -38,7 +40,7 @@ class Settings(Discrete, Blocks, Training):
     seq_len: int = network(128, "tokens of context", at_least=2)
     width: int = network(128, "features of a token", at_least=2)
     heads: int = network(4, "attention heads", flag=False)
-    dropout: float = network(0.0, "on both residual branches", flag=False)
+    dropout: float = training(0.0, "on both residual branches", flag=False)
     head: str = method("denoising", "output head (heads.py)", choices=tuple(HEADS), of="blocks")
     predict: str = method("averaged", "the active block, or all so far", PREDICT, of="blocks", resumable=True)
     sampling_steps_per_block: int = method(4, "Euler steps of each block, per token", flag=False, resumable=True)
@@ -52,7 +54,8 @@ class Settings(Discrete, Blocks, Training):
 PRESETS = {
     "tiny": dict(layers=12, width=24, heads=2, seq_len=16, batch_size=8, steps=40, warmup=5, sample_length=40,
                  eval_windows=32),
-    "laptop": dict(layers=8, width=128, heads=4, seq_len=128, batch_size=16, steps=2000, warmup=100, rounds=4),
+    "laptop": dict(layers=8, width=128, heads=4, seq_len=128, batch_size=16, steps=2000, warmup=100, rounds=4,
+                   eval_windows=256),
     "gpu": dict(layers=12, width=384, heads=6, seq_len=256, batch_size=64, steps=3000, warmup=150, rounds=4,
                 dropout=0.1),
     "paper": dict(layers=12, width=768, heads=12, seq_len=256, batch_size=256, steps=100_000, warmup=2500,
@@ -119,7 +122,9 @@ def prepare(settings):
     """What every block knows without being told: the text, and which noise levels are whose."""
     if settings.predict == "averaged" and settings.head != "denoising":
         raise UsageError("--predict averaged needs --head denoising: take --predict active")
-    text = load_text(settings.data, settings.tokenizer, seq_len=settings.seq_len, export=settings.export)
+    text = load_text(
+        settings.data, settings.tokenizer, seq_len=settings.seq_len, export=settings.export, kept=kept(settings)
+    )
     text.tokenizer.encode(settings.prompt)  # a character that is not in the data: say so now, not after the training
     blocks = 1 if settings.baseline else settings.blocks
     return text, make_partition(NOISE[settings.noise], blocks, overlap=settings.overlap)
@@ -155,13 +160,19 @@ def sample(networks, count, settings, text, partition):
     return complete(first, 16, None, settings, assemble(networks, partition, settings.predict), partition)
 
 
+def score(model, text, settings):
+    """Bits per character of held-out text, and each block's share of the nats, as metrics."""
+    metrics = score_text(model, text, settings.seq_len, settings.eval_windows, settings.seed, settings.device)
+    print(f"{metrics['bits_per_char']:.4f} bits per character", "" if settings.baseline else "(upper bound)")
+    print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
+    return metrics
+
+
 def evaluate(run, networks, text, partition):
     """The score on held-out text, as metrics; samples.txt, and texts to export."""
     settings, model = run.settings, assemble(networks, partition, run.settings.predict)
     with run.autocast:  # as in training
-        metrics = score_text(model, text, settings.seq_len, settings.eval_windows, settings.seed, settings.device)
-        print(f"{metrics['bits_per_char']:.4f} bits per character", "" if settings.baseline else "(upper bound)")
-        print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
+        metrics = score(model, text, settings) if can_score(text) else {}
         run.log_evaluation(metrics)  # before samples, which may fail
         keep_samples(run, continue_prompt(text, complete, settings, model, partition))
         export_texts(run, text, complete, model, partition)
@@ -171,7 +182,7 @@ def evaluate(run, networks, text, partition):
 def main(flags=None):
     settings = read_settings("gpt", Settings, PRESETS, RECIPES, __doc__, flags)
     text, partition = prepare(settings)
-    run = Run("gpt", settings, data_sha256=text.sha256, **noise_identity(partition))
+    run = Run("gpt", settings, text.keeps(), data_sha256=text.sha256, **noise_identity(partition))
 
     for _ in run.rounds():
         for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, mine

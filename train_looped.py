@@ -29,8 +29,10 @@ from nano_db.likelihood import nats_of_walk
 from nano_db.partition import make_partition, sampling_grid
 from nano_db.schedule import LogNormal
 from nano_db.stack import assemble
-from nano_db.trainer.report import continue_prompt, export_texts, keep_samples, report
-from nano_db.trainer.run import Run, command, first_weights, make_optimizer, noise_identity
+from nano_db.trainer.checkpoints import kept
+from nano_db.trainer.command import command
+from nano_db.trainer.report import can_score, continue_prompt, export_texts, keep_samples, report
+from nano_db.trainer.run import Run, first_weights, make_optimizer, noise_identity
 from nano_db.trainer.settings import Discrete, Training, method, network, output, read_settings, training
 
 K_VALUES = (1, 2, 4, 8, 16, 32, 64)  # sampling steps, or recurrences, at which quality is measured
@@ -62,7 +64,7 @@ PRESETS = {
     "tiny": dict(prelude=1, core=2, coda=1, width=24, heads=2, seq_len=16, batch_size=8, steps=40, warmup=5,
                  sample_length=20, eval_windows=16, sampling_steps=4),
     "tiny-baseline": dict(steps=10, sampling_steps=8),
-    "laptop": dict(seq_len=64, batch_size=16, steps=4000, warmup=200, rounds=2),
+    "laptop": dict(seq_len=64, batch_size=16, steps=4000, warmup=200, rounds=2, eval_windows=256),
     "laptop-baseline": dict(steps=500, warmup=25, sampling_steps=32),  # about the same seconds
     "gpu": dict(width=384, heads=6, seq_len=256, batch_size=64, steps=6000, warmup=300),
     "gpu-baseline": dict(steps=800, warmup=40, sampling_steps=32),
@@ -214,7 +216,9 @@ def prepare(settings):
     """The text, and the noise levels: those of one network, which nothing cuts."""
     if settings.compile and settings.baseline:
         raise UsageError("--compile does nothing for the baseline, whose recurrences change in number: drop it")
-    text = load_text(settings.data, settings.tokenizer, seq_len=settings.seq_len, export=settings.export)
+    text = load_text(
+        settings.data, settings.tokenizer, seq_len=settings.seq_len, export=settings.export, kept=kept(settings)
+    )
     text.tokenizer.encode(settings.prompt)  # a character that is not in the data: say so now, not after the training
     return text, make_partition(NOISE[settings.noise], 1)
 
@@ -247,17 +251,23 @@ def sample(networks, count, settings, text, partition):
     return complete(first, 16, None, settings, assemble(networks, partition), partition)
 
 
+def score(model, text, settings):
+    """Bits per character of held-out text, also by the number of sampling steps, as metrics."""
+    metrics = score_text(model, text, settings.seq_len, settings.eval_windows, settings.seed, settings.device)
+    metrics["bits_per_char_by_sampling_steps"] = by_steps = quality_by_sampling_steps(model, text, settings)
+    metrics["layer_evaluations"] = layers = layer_evaluations(settings)
+    kind = f"after {settings.sampling_steps} recurrences" if settings.baseline else "(upper bound)"
+    print(f"{metrics['bits_per_char']:.4f} bits per character {kind}")
+    print("bits per character by K:", *(f"{k}: {bits:.4f}" for k, bits in by_steps.items()))
+    print(f"layers evaluated per step: {layers['forward']:g} forward, {layers['backward']:g} backward")
+    return metrics
+
+
 def evaluate(run, networks, text, partition):
     """The score on held-out text, also by the number of sampling steps, as metrics; samples.txt, and exported texts."""
     settings, model = run.settings, assemble(networks, partition)
     with run.autocast:  # as in training
-        metrics = score_text(model, text, settings.seq_len, settings.eval_windows, settings.seed, settings.device)
-        metrics["bits_per_char_by_sampling_steps"] = by_steps = quality_by_sampling_steps(model, text, settings)
-        metrics["layer_evaluations"] = layers = layer_evaluations(settings)
-        kind = f"after {settings.sampling_steps} recurrences" if settings.baseline else "(upper bound)"
-        print(f"{metrics['bits_per_char']:.4f} bits per character {kind}")
-        print("bits per character by K:", *(f"{k}: {bits:.4f}" for k, bits in by_steps.items()))
-        print(f"layers evaluated per step: {layers['forward']:g} forward, {layers['backward']:g} backward")
+        metrics = score(model, text, settings) if can_score(text) else {}
         run.log_evaluation(metrics)  # before samples, which may fail
         keep_samples(run, continue_prompt(text, complete, settings, model, partition))
         export_texts(run, text, complete, model, partition)
@@ -267,7 +277,7 @@ def evaluate(run, networks, text, partition):
 def main(flags=None):
     settings = read_settings("looped", Settings, PRESETS, RECIPES, __doc__, flags)
     text, partition = prepare(settings)
-    run = Run("looped", settings, data_sha256=text.sha256, **noise_identity(partition))
+    run = Run("looped", settings, text.keeps(), data_sha256=text.sha256, **noise_identity(partition))
 
     for _ in run.rounds():
         for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, mine

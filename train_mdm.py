@@ -2,7 +2,7 @@
 
     python train_mdm.py --blocks 3                           # no network needed
     python train_mdm.py --baseline                           # the same network, one for all shares
-    python train_mdm.py --eval-only --fill "The ____ of"     # fill the gaps of a text
+    python train_mdm.py --eval-only --fill "The ???? of" --gap "?"     # find characters of a text
 
 Here noise is masking (masking.py): at time t each letter is unmasked with probability alpha(t). Each block is a small
 transformer that looks both ways and predicts masked letters. It trains alone, on its own interval of alpha. Unlike in a
@@ -21,11 +21,13 @@ from nano_db.layers import Layer, NoiseEmbedding, rms_norm, rotary_angles
 from nano_db.masking import MaskedBlock, MaskSchedule, alpha_range, block_at, score_masked, unmask, unmasked_share
 from nano_db.partition import split_layers
 from nano_db.stack import Ensemble
-from nano_db.trainer.report import export_texts, keep_samples, report
-from nano_db.trainer.run import Run, command, first_weights, make_optimizer
+from nano_db.trainer.checkpoints import kept
+from nano_db.trainer.command import command
+from nano_db.trainer.report import can_score, export_texts, keep_samples, report
+from nano_db.trainer.run import Run, first_weights, make_optimizer
 from nano_db.trainer.settings import Blocks, Training, method, network, output, read_settings, training
 
-GAP = "_"  # stands for one masked character in --fill and in samples.txt
+GAP = "▁"  # a masked character, in --fill and in samples.txt
 
 
 @dataclass
@@ -34,21 +36,22 @@ class Settings(Blocks, Training):
     seq_len: int = network(128, "characters of a text", at_least=2)
     width: int = network(128, "features of a character", at_least=2)
     heads: int = network(4, "attention heads", flag=False)
-    dropout: float = network(0.0, "on both residual branches", flag=False)
+    dropout: float = training(0.0, "on both residual branches", flag=False)
     layer_split: str = network("", "layers of each block, most masked first, like 3,6,3 (default: even)", of="blocks")
     schedule: str = method("linear", "unmasked share alpha(t)", choices=("linear", "cosine"))
     eval_windows: int = output(0, "held-out windows to evaluate on; 0: all", at_least=0)
     export: int = output(0, "held-out texts to continue after their first quarter (texts.jsonl)", at_least=0, once=True)
     sampling_steps: int = output(128, "steps from all masked to none", at_least=1, needs="samples export")
     temperature: float = output(0.6, "of the samples; below 1 is more cautious", at_least=0.01, needs="samples export")
-    fill: str = output("", f"a text whose gaps ({GAP}) the samples are to fill", once=True, needs="samples")
+    fill: str = output("", "a text whose gaps the samples are to fill", once=True, needs="samples")
+    gap: str = output(GAP, "the sign that marks a character to be found in --fill", once=True, needs="fill")
 
 
 PRESETS = {
     "tiny": dict(blocks=3, layers=12, width=24, heads=2, seq_len=16, batch_size=8, steps=40, warmup=5,
                  sampling_steps=12, eval_windows=32, overlap=0.05),
     "laptop": dict(blocks=3, layers=6, seq_len=128, batch_size=16, steps=3500, warmup=175, overlap=0.05, ema=0.995,
-                   rounds=2, learning_rate=3e-3),
+                   rounds=2, learning_rate=3e-3, eval_windows=256),
     "gpu": dict(blocks=3, layers=12, width=384, heads=6, seq_len=256, batch_size=64, steps=5000, warmup=250,
                 overlap=0.05, ema=0.999, dropout=0.1),
     "paper": dict(blocks=3, layers=12, width=768, heads=12, seq_len=256, batch_size=256, steps=100_000, warmup=2000,
@@ -81,7 +84,7 @@ class Unmasker(nn.Module):
 
 def prepare(settings):
     """What every block knows without being told: the text, and how much of it is masked at which time."""
-    text = load_text(settings.data, seq_len=settings.seq_len, export=settings.export)
+    text = load_text(settings.data, seq_len=settings.seq_len, export=settings.export, kept=kept(settings))
     encode_fill(text, settings)  # too long, or a character not in the data: say so now, not after the training
     return text, MaskSchedule(settings.schedule)
 
@@ -113,10 +116,12 @@ def encode_fill(text, settings):
     """The text of --fill as tokens (T,), gaps as mask tokens; the rest of the length is masked, too."""
     if len(settings.fill) > settings.seq_len:
         raise UsageError(f"--fill has {len(settings.fill)} characters, but the network reads {settings.seq_len}")
-    if settings.fill and GAP not in settings.fill:
-        raise UsageError(f"--fill has no gap to fill: write {GAP} in the place of each character to be found")
+    if len(settings.gap) != 1:
+        raise UsageError(f"--gap {settings.gap!r} must be a single character")
+    if settings.fill and settings.gap not in settings.fill:
+        raise UsageError(f"--fill has no gap: write {settings.gap} for each character to be found (or see --gap)")
     mask, encode = text.tokenizer.classes, text.tokenizer.encode
-    tokens = [mask if character == GAP else int(encode(character)[0]) for character in settings.fill]
+    tokens = [mask if character == settings.gap else int(encode(character)[0]) for character in settings.fill]
     return torch.tensor(tokens + [mask] * (settings.seq_len - len(tokens)))
 
 
@@ -152,17 +157,23 @@ def fill(blocks, text, settings):
     return ["\n\n".join(lines), *(show(text, row[:length].tolist()) for row in x)]
 
 
+def score(blocks, text, settings):
+    """The upper bound on the negative log-likelihood of held-out text, as metrics."""
+    windows = text.heldout_batches(32, settings.seq_len, settings.device, settings.eval_windows)
+    generator = torch.Generator().manual_seed(settings.seed)
+    nats = score_masked(blocks, (x for x, _ in windows), ceil(48 / len(blocks)), generator)
+    total, shares = float(nats.sum()), nats.tolist()
+    metrics = {"bits_per_char": text.bits_per_character(total), "nats_per_token": total, "nats_per_block": shares}
+    print(f"{metrics['bits_per_char']:.4f} bits per character (upper bound)")
+    print("nats by block:", *(f"{share:.4f}" for share in shares))
+    return metrics
+
+
 def evaluate(run, networks, text, schedule):
     """The score on held-out text, as metrics; samples.txt, and texts to export."""
     settings, blocks = run.settings, assemble(networks, run.settings)
-    windows = text.heldout_batches(32, settings.seq_len, settings.device, settings.eval_windows)
-    generator = torch.Generator().manual_seed(settings.seed)
     with run.autocast:  # as in training
-        nats = score_masked(blocks, (x for x, _ in windows), ceil(48 / len(blocks)), generator)
-        total, shares = float(nats.sum()), nats.tolist()
-        metrics = {"bits_per_char": text.bits_per_character(total), "nats_per_token": total, "nats_per_block": shares}
-        print(f"{metrics['bits_per_char']:.4f} bits per character (upper bound)")
-        print("nats by block:", *(f"{share:.4f}" for share in shares))
+        metrics = score(blocks, text, settings) if can_score(text) else {}
         run.log_evaluation(metrics)  # before samples, which may fail
         if settings.samples:
             keep_samples(run, fill(blocks, text, settings))
@@ -173,7 +184,7 @@ def evaluate(run, networks, text, schedule):
 def main(flags=None):
     settings = read_settings("mdm", Settings, PRESETS, description=__doc__, flags=flags)
     text, schedule = prepare(settings)
-    run = Run("mdm", settings, data_sha256=text.sha256)
+    run = Run("mdm", settings, text.keeps(), data_sha256=text.sha256)
 
     for _ in run.rounds():
         for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, mine

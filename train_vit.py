@@ -4,6 +4,7 @@
     python train_vit.py --baseline                         # the same network, end to end
     python train_vit.py --recipe paper --out out/vit-paper # the paper's own choices
     python train_vit.py --data cifar10                     # photographs (downloaded)
+    python train_vit.py --data FOLDER                      # your own, a subfolder per class
 
 The target is the image's class, as a point on the unit sphere with noise added (heads.py). In the paper's recipe the
 noisy label takes the place of a ViT's [CLS] token. In ours the network is a plain ViT, and a small head sees what it
@@ -26,8 +27,9 @@ from nano_db.layers import Layer, NoiseEmbedding, rms_norm
 from nano_db.partition import make_partition, sampling_grid, split_layers
 from nano_db.schedule import LogNormal
 from nano_db.stack import PREDICT, assemble
+from nano_db.trainer.command import command
 from nano_db.trainer.report import picture, report
-from nano_db.trainer.run import Run, command, first_weights, make_optimizer, noise_identity
+from nano_db.trainer.run import Run, first_weights, make_optimizer, noise_identity
 from nano_db.trainer.settings import Blocks, Discrete, Training, method, network, output, read_settings, training
 
 
@@ -36,16 +38,22 @@ def other_data(settings):
     return settings.data != "glyphs" and f"--data {settings.data}"
 
 
+def named_data(settings):
+    """The flag with which no images are resized."""
+    return settings.data in NAMES and f"--data {settings.data}"
+
+
 @dataclass
 class Settings(Discrete, Blocks, Training):
-    data: str = training("glyphs", "labelled images", choices=NAMES)
+    data: str = training("glyphs", f"images: {', '.join(NAMES)}, or a folder with a subfolder per class")
+    image_size: int = training(32, "side of a folder's images, in pixels", at_least=4, below=1025, idle=named_data)
     glyphs: int = training(18_000, "how many glyphs to draw for training", at_least=100, idle=other_data)
     augment: str = training("standard", "training images", choices=("none", "flip", "standard"), flag=False)
     patch: int = network(4, "side of a patch in pixels", at_least=1)
     positions: float = network(1.0, "size (root mean square) of the embeddings of a patch's place", at_least=0)
     width: int = network(96, "features of a patch", at_least=4)
     heads: int = network(4, "attention heads", flag=False)
-    dropout: float = network(0.0, "on both residual branches", flag=False)
+    dropout: float = training(0.0, "on both residual branches", flag=False)
     pooling: str = network("token", "where the class is read: the label token, or the mean", choices=("token", "mean"))
     head: str = method("denoising", "output head (heads.py)", choices=tuple(HEADS), of="blocks")
     predict: str = method("averaged", "the active block, or all so far", PREDICT, of="blocks", resumable=True)
@@ -117,9 +125,12 @@ def prepare(settings):
     """What every block knows without being told: the images, and which noise levels are whose."""
     if settings.predict == "averaged" and settings.head != "denoising":
         raise UsageError("--predict averaged needs --head denoising: take --predict active")
+    images = load_images(settings.data, count=settings.glyphs, size=settings.image_size)
+    if len(images.classes) < 2:
+        raise UsageError(f"--data {settings.data} has a single class: there is nothing to learn")
+    patch_positions(images.shape, settings.patch, settings.width)  # do they fit? Say so now, before there is a folder
     blocks = 1 if settings.baseline else settings.blocks
-    partition = make_partition(NOISE[settings.noise], blocks, overlap=settings.overlap)
-    return load_images(settings.data, count=settings.glyphs), partition
+    return images, make_partition(NOISE[settings.noise], blocks, overlap=settings.overlap)
 
 
 def build(b, settings, images, partition):
@@ -166,7 +177,7 @@ def evaluate(run, networks, images, partition):
 def main(flags=None):
     settings = read_settings("vit", Settings, PRESETS, RECIPES, __doc__, flags)
     images, partition = prepare(settings)
-    run = Run("vit", settings, data_sha256=images.sha256, **noise_identity(partition))
+    run = Run("vit", settings, images.keeps(), data_sha256=images.sha256, **noise_identity(partition))
 
     for _ in run.rounds():
         for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, mine

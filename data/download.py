@@ -1,49 +1,83 @@
 """Fetch one file over https, once, and trust it only by its checksum."""
 
 import hashlib
+import http.client
 import os
+import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 from nano_db.errors import UsageError
 
+TRIES, PAUSE = 3, 2  # and seconds between two of them
+CHUNK = 2**20  # bytes
+SAID_EVERY = 5  # seconds
+
 
 def fetch(url, path, checksum, size, algorithm="sha256"):
     """Return `path`, downloaded from `url` if it is not there yet; whichever way, its content has this checksum.
 
-    algorithm: the checksum's, of those hashlib has. size: bytes expected; a longer answer is cut off. Raises UsageError
-    without network or with a wrong checksum.
+    algorithm: the checksum's, of those hashlib has. size: bytes expected; a longer answer is cut off. There are three
+    tries, and one that was cut short is taken up where it stood. Raises UsageError without network or with a wrong
+    checksum.
     """
     path = Path(path)
     if path.exists():
-        _check(path, path.read_bytes(), checksum, algorithm)
+        if not _is_sound(path, checksum, algorithm):
+            fault = f"{path} has not the expected {algorithm} {checksum[:16]}..."
+            raise UsageError(f"{fault}: delete it to download it again")
         return path
-    try:
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            if not getattr(answer, "url", url).startswith("https://"):  # also where a redirection led
-                raise OSError("not https")
-            content = answer.read(size + 1)
-    except (urllib.error.URLError, OSError) as error:
-        raise UsageError(
-            f"cannot download {url} ({getattr(error, 'reason', error)}): "
-            f"with no network, fetch it elsewhere and put it at {path}"
-        ) from error
-    _check(url, content, checksum, algorithm)
+    part = path.with_name(f"{path.name}.part{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_bytes(content)
-        os.replace(aside, path)
+        part.touch()
     except OSError as error:
         raise UsageError(f"cannot write {path} ({error.strerror}): make room, or put it there yourself") from error
-    return path
+    try:
+        for left in reversed(range(TRIES)):
+            try:
+                _download(url, part, size)
+                if _is_sound(part, checksum, algorithm):
+                    os.replace(part, path)
+                    return path
+                have = part.stat().st_size
+                if have >= size:
+                    part.write_bytes(b"")
+                    raise OSError(f"what came has not the expected {algorithm} {checksum[:16]}...")
+                raise OSError(f"it was cut short, after {have:,} of {size:,} bytes")
+            except (OSError, http.client.HTTPException) as error:  # URLErrors and time-outs are OSErrors
+                reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+            if left:
+                print(f"download of {path.name} failed ({reason}): trying again", file=sys.stderr)
+                time.sleep(PAUSE)
+    finally:
+        part.unlink(missing_ok=True)
+    raise UsageError(f"cannot download {url} ({reason}): try again later, or fetch it elsewhere and put it at {path}")
 
 
-def _check(source, content, checksum, algorithm):
-    found = hashlib.new(algorithm, content).hexdigest()
-    if found != checksum:
-        raise UsageError(
-            f"{source} has {algorithm} {found[:16]}..., not the expected {checksum[:16]}...: "
-            "delete the file to download it again"
-        )
+def _download(url, part, size):
+    """Append to the file `part` what is still to come, if the server can begin in the middle; else begin anew."""
+    have = part.stat().st_size
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        if not getattr(answer, "url", url).startswith("https://"):  # also where a redirection led
+            raise OSError("not https")
+        partial = getattr(answer, "status", 200) == 206
+        have, said = have if partial else 0, time.monotonic()
+        with open(part, "ab" if partial else "wb") as file:
+            while chunk := answer.read(min(CHUNK, size + 1 - have)):  # a byte too many shows that it is another file
+                file.write(chunk)
+                have += len(chunk)
+                if time.monotonic() - said > SAID_EVERY:
+                    said = time.monotonic()
+                    print(f"{part.stem}: {have / 1e6:.0f} of {size / 1e6:.0f} MB", file=sys.stderr)
+
+
+def _is_sound(path, checksum, algorithm):
+    found = hashlib.new(algorithm)
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            found.update(chunk)
+    return found.hexdigest() == checksum

@@ -4,15 +4,23 @@ Pixels are stored as bytes, and given to networks as floats in [-1, 1].
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import cifar, glyphs
+from data import cifar, glyphs, image_folder, mnist
+from nano_db.errors import UsageError
 
 PADDING = 4  # pixels
-NAMES = ("glyphs", "cifar10", "cifar100")
+EDM = (-1.2, 0.5)  # p_mean and sigma_data (Karras et al. 2022), for photographs
+# Glyphs are black or white, and decide what they are under far more noise than photographs.
+NOISE_LEVELS = {"glyphs": (0.5, 0.9), **dict.fromkeys(cifar.ARCHIVES, EDM)}
+NAMES = ("glyphs", *cifar.ARCHIVES, *mnist.SOURCES)
+MIRRORED = (*cifar.ARCHIVES, "fashion-mnist")  # of one's own pictures nobody knows: letters must not be mirrored
 
 
 def to_floats(images):
@@ -25,7 +33,8 @@ class Images:
     """train, test: (N, channels, height, width) uint8, with labels (N,) int64, whose names are `classes`.
 
     mirrors: may an image be mirrored without becoming something else? (Shifted it may be: a letter stays that letter.)
-    sha256: of all pixels and labels.
+    sha256: of all pixels and labels. p_mean, sigma_data: EDM's constants for a network that paints such images, and
+    `why` these. missing: why there is nothing to train and to score on, where a run is to sample without its images.
     """
 
     train: torch.Tensor
@@ -35,6 +44,15 @@ class Images:
     classes: list[str]
     mirrors: bool
     sha256: str
+    p_mean: float = EDM[0]
+    sigma_data: float = EDM[1]
+    why: str = "EDM's, for photographs"
+    missing: str = ""
+
+    def keeps(self):
+        """What a run has to keep in order to sample without these images."""
+        constants = {"p_mean": self.p_mean, "sigma_data": self.sigma_data}
+        return {"classes": self.classes, "shape": list(self.shape), **constants}
 
     @property
     def shape(self):
@@ -69,12 +87,51 @@ class Images:
             yield to_floats(self.test[rows]).to(device), self.test_labels[rows].to(device)
 
 
-def load_images(name="glyphs", folder="data/cache", count=18_000):
-    """Images. name: one of NAMES. count: how many glyphs to draw to train on; a fifth as many more to test on."""
+def load_images(name="glyphs", folder="data/cache", count=18_000, size=32, kept=None):
+    """Images. name: one of NAMES, or the path of a folder of pictures (image_folder.py). count: how many glyphs to draw
+    to train on; a fifth as many more to test on. size: side of the folder's pictures, in pixels.
+
+    kept: of a run that is only to be used (trainer/checkpoints.kept). Where its images are not here, the Images can
+    neither train nor score, and say why (`missing`).
+    """
+    kept = kept or {}
+    try:
+        train, test, classes = read_images(name, folder, count, size)
+        sha256 = hashlib.sha256(b"".join(array.tobytes() for array in (*train, *test))).hexdigest()
+        if kept.get("sha256", sha256) != sha256:
+            raise UsageError(f"--data {name} has not the images that the run was trained on (or they have changed)")
+    except UsageError as error:
+        if not kept.keys() >= {"sha256", "classes", "shape", "p_mean", "sigma_data"}:
+            raise
+        nothing, labels = torch.empty(0, *kept["shape"], dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+        about = {name: kept[name] for name in ("classes", "sha256", "p_mean", "sigma_data")}
+        return Images(nothing, labels, nothing, labels, mirrors=False, why="the run's", missing=str(error), **about)
+    constants = noise_levels(name, train[0])
+    return Images(*map(torch.from_numpy, (*train, *test)), classes, name in MIRRORED, sha256, *constants)
+
+
+def noise_levels(name, images):
+    """(p_mean, sigma_data, why) for a network that paints these images. Where nobody has tried which are best,
+    sigma_data is measured, and p_mean is EDM's, moved along: noise is much or little only beside the pixels.
+    """
+    if name in NOISE_LEVELS:
+        return *NOISE_LEVELS[name], f"known of {name}"
+    values, counts = to_floats(torch.arange(256)).double().numpy(), np.zeros(256)
+    for part in np.array_split(images, max(1, len(images) // 1000)):
+        counts += np.bincount(part.ravel(), minlength=256)
+    mean = np.average(values, weights=counts)
+    std = max(0.01, float(np.average((values - mean) ** 2, weights=counts)) ** 0.5)  # of a single grey 0
+    return EDM[0] + math.log(std / EDM[1]), std, "by the training pixels' standard deviation"
+
+
+def read_images(name, folder, count, size):
+    """((images, labels) to train on, the same to test on, class names), as arrays."""
     if name == "glyphs":
         train, test = glyphs.make(glyphs.TRAIN_FONTS, count, seed=0), glyphs.make(glyphs.TEST_FONTS, count // 5, seed=1)
-        classes = list(glyphs.CLASSES)
-    else:
-        train, test, classes = cifar.load(name, folder)
-    sha256 = hashlib.sha256(b"".join(array.tobytes() for array in (*train, *test))).hexdigest()
-    return Images(*map(torch.from_numpy, (*train, *test)), classes, mirrors=name != "glyphs", sha256=sha256)
+        return train, test, list(glyphs.CLASSES)
+    for module, names in ((cifar, cifar.ARCHIVES), (mnist, mnist.SOURCES)):
+        if name in names:
+            return module.load(name, folder)
+    if not Path(name).is_dir():
+        raise UsageError(f"--data {name}: choose {', '.join(NAMES)}, or the path of a folder of pictures")
+    return image_folder.load(name, size)

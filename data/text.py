@@ -1,5 +1,6 @@
 """Texts behind one small interface: `load_text(name)` gives tokens for training, tokens held out, and the tokenizer."""
 
+import codecs
 import hashlib
 import math
 from dataclasses import dataclass
@@ -15,11 +16,11 @@ TEXTS = {"pydocs": pydocs.text, "shakespeare": shakespeare.text, "text8": text8.
 
 
 class CharTokenizer:
-    """One token a character; the vocabulary is the text's own."""
+    """One token per character. `vocabulary`: all characters of a text, ascending."""
 
     def __init__(self, text):
-        self._codes = np.unique(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32))  # ascending
-        self.classes = len(self._codes)
+        self._codes = np.unique(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32))
+        self.vocabulary, self.classes = "".join(map(chr, self._codes)), len(self._codes)
 
     def encode(self, text):
         """Tokens of `text`, an array of whole numbers. Raises UsageError for characters that are not in the data."""
@@ -27,7 +28,8 @@ class CharTokenizer:
         unknown = np.setdiff1d(codes, self._codes)
         if len(unknown):
             names = " ".join(repr(chr(code)) for code in unknown[:10])
-            raise UsageError(f"the text has characters that are not in the data: {names}")
+            more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+            raise UsageError(f"the text has characters that are not in the data: {names}{more}")
         return np.searchsorted(self._codes, codes)
 
     def decode(self, tokens):
@@ -37,7 +39,7 @@ class CharTokenizer:
 class GPT2Tokenizer:
     """GPT-2's byte-pair encoding, through tiktoken, which downloads its table once."""
 
-    classes = 50257
+    vocabulary, classes = "", 50257
 
     def __init__(self):
         import tiktoken
@@ -60,7 +62,8 @@ class GPT2Tokenizer:
 @dataclass
 class Text:
     """train, heldout: tokens, in the smallest integers that hold them. characters_per_token: of the held-out text.
-    sha256: of the whole text (of text8 also of where it is cut).
+    sha256: of the whole text (of text8 also of where it is cut). missing: why there is nothing to train or score on,
+    where a run is to write without the text that it was trained on; then heldout is only that text's opening.
     """
 
     train: torch.Tensor
@@ -68,6 +71,16 @@ class Text:
     tokenizer: CharTokenizer | GPT2Tokenizer
     characters_per_token: float
     sha256: str
+    missing: str = ""
+
+    @property
+    def opening(self):
+        """The first held-out tokens, which samples continue where there is no prompt."""
+        return self.heldout[:16].tolist()
+
+    def keeps(self):
+        """What a run has to keep in order to write, or to be trained further, without this text."""
+        return {"vocabulary": self.tokenizer.vocabulary, "opening": self.tokenizer.decode(self.opening)}
 
     def frequencies(self):
         """Share of each class in the training text, (V,); a class that is not in it counts as one occurrence."""
@@ -95,37 +108,67 @@ class Text:
         return nats_per_token / math.log(2) / self.characters_per_token
 
 
-def load_text(name="pydocs", tokenizer="char", folder="data/cache", seq_len=1, export=0):
+def load_text(name="pydocs", tokenizer="char", folder="data/cache", seq_len=1, export=0, kept=None):
     """A Text. name: one of TEXTS, or the path of a UTF-8 file. The first 90% of the characters train, the rest is
     held out.
 
-    Raises UsageError for an unknown name, a file that cannot be read, or a text in which fewer than `export` windows
-    of seq_len tokens are held out, or none.
+    kept: of a run (trainer/checkpoints.kept), for its vocabulary. With its "sha256" the run is only to be used: where
+    its text is not here, the Text can neither train nor score, and says why (`missing`).
+
+    Raises UsageError for an unknown name, a file that cannot be read, a text with a single character or with some that
+    are not in a kept vocabulary, or in which fewer than `export` windows of seq_len tokens are held out, or none.
     """
+    kept = kept or {}
+    try:
+        text, cut, sha256 = read_text(name, folder)
+        if kept.get("sha256", sha256) != sha256:
+            raise UsageError(f"--data {name} is not the text that the run was trained on (or has changed since)")
+    except UsageError as error:
+        able = kept.keys() >= {"sha256", "opening", "vocabulary"} and (kept["vocabulary"] or tokenizer == "gpt2")
+        if export or not able:
+            raise
+        tokens = GPT2Tokenizer() if tokenizer == "gpt2" else CharTokenizer(kept["vocabulary"])
+        opening = torch.from_numpy(np.array(tokens.encode(kept["opening"]), np.int32))
+        return Text(opening[:0], opening, tokens, math.nan, kept["sha256"], missing=str(error))
+    if text == text[0] * len(text):
+        raise UsageError(f"--data {name} consists of the character {text[0]!r}: there is nothing to learn")
+    tokens = GPT2Tokenizer() if tokenizer == "gpt2" else CharTokenizer(kept.get("vocabulary") or text)
+    smallest = np.uint8 if tokens.classes <= 256 else np.int32  # a text of 10^8 characters then takes 10^8 bytes
+    try:
+        parts = [torch.from_numpy(np.array(tokens.encode(part), smallest)) for part in (text[:cut], text[cut:])]
+    except UsageError as error:  # not in the kept vocabulary
+        unknown = str(error).replace("are not in the data", "the network to start from does not know")
+        raise UsageError(f"--data {name}: {unknown}; replace them, or train anew") from error
+    train, heldout = parts
+    for part, side in ((heldout, "held-out"), (train, "training")):
+        if len(part) <= seq_len:
+            raise UsageError(f"--data {name}: {len(part)} {side} tokens are too few for --seq-len {seq_len}")
+    if export > (windows := (len(heldout) - 1) // seq_len):
+        raise UsageError(f"--export {export}: the held-out text has only {windows} windows of {seq_len} tokens")
+    return Text(train, heldout, tokens, (len(text) - cut) / len(heldout), sha256)
+
+
+def read_text(name, folder):
+    """(text, how many characters of it train, its checksum) of one of TEXTS, or of a UTF-8 file."""
     if not name:
         raise UsageError(
             "--preset paper needs --data: the path of a UTF-8 text, such as the paper's LM1B or OpenWebText "
             f"(or one of {', '.join(TEXTS)})"
         )
     text = TEXTS[name](folder) if name in TEXTS else _read_file(name)
-    cut = text8.TRAIN if name == "text8" else len(text) * 9 // 10
-    text = text[: text8.TRAIN + text8.VALIDATION] if name == "text8" else text
-    tokens = GPT2Tokenizer() if tokenizer == "gpt2" else CharTokenizer(text)
-    smallest = np.uint8 if tokens.classes <= 256 else np.int32  # a text of 10^8 characters then takes 10^8 bytes
-    train, heldout = (torch.from_numpy(np.array(tokens.encode(part), smallest)) for part in (text[:cut], text[cut:]))
-    if len(heldout) <= seq_len:
-        raise UsageError(f"--data {name}: {len(heldout)} held-out tokens are too few for --seq-len {seq_len}")
-    if export > (windows := (len(heldout) - 1) // seq_len):
-        raise UsageError(f"--export {export}: the held-out text has only {windows} windows of {seq_len} tokens")
-    sha256 = hashlib.sha256(text.encode())
-    if name == "text8":  # a file of these very characters would be cut elsewhere
-        sha256.update(f"cut at {cut}".encode())
-    return Text(train, heldout, tokens, (len(text) - cut) / len(heldout), sha256.hexdigest())
+    if name != "text8":
+        return text, len(text) * 9 // 10, hashlib.sha256(text.encode()).hexdigest()
+    text, cut = text[: text8.TRAIN + text8.VALIDATION], text8.TRAIN
+    return text, cut, hashlib.sha256(text.encode() + f"cut at {cut}".encode()).hexdigest()  # no file is cut there
 
 
 def _read_file(name):
+    """The text of a file, without a byte-order mark, and with every line end as "\\n"."""
     try:
-        text = Path(name).read_text(encoding="utf-8")
+        content = Path(name).read_bytes()
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ValueError("it is UTF-16: save it as UTF-8")
+        text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no path at all
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"--data {name}: choose {', '.join(TEXTS)}, or the path of a UTF-8 text ({reason})") from error

@@ -12,9 +12,10 @@ from importlib import import_module
 import torch
 
 from nano_db.errors import UsageError
+from nano_db.trainer.command import command
 from nano_db.trainer.distributed import is_one_of_several
 from nano_db.trainer.report import costs_of, end_to_end, print_costs, seconds_of
-from nano_db.trainer.run import autocast, command, first_weights, learning_rate, make_optimizer, networks, seed_from
+from nano_db.trainer.run import autocast, first_weights, learning_rate, make_optimizer, networks, seed_from
 from nano_db.trainer.settings import Parser, read_settings
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from experiments.summary import markdown, read_json
 from nano_db.errors import UsageError
-from nano_db.trainer.run import command
+from nano_db.trainer.command import command
 from nano_db.trainer.settings import Parser
 
 KEYS = ("script", "blocks", "steps", "metrics", "parameters", "memory_bytes", "seconds_per_step_all_blocks")

@@ -17,9 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from experiments.benchmark import script_and_settings
 from nano_db.errors import UsageError
 from nano_db.partition import Partition, make_partition, split_layers
+from nano_db.trainer.command import command
 from nano_db.trainer.memory import PARTS, training_bytes
 from nano_db.trainer.report import end_to_end
-from nano_db.trainer.run import autocast, command, first_weights, make_optimizer, networks
+from nano_db.trainer.run import autocast, first_weights, make_optimizer, networks
 from nano_db.trainer.settings import Parser
 
 UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}

@@ -20,7 +20,8 @@ from experiments.summary import depth_panels, fill, groups, read_records, summar
 from experiments.tables import SCALES
 from nano_db.errors import UsageError
 from nano_db.trainer.checkpoints import read_config, write_json, write_text
-from nano_db.trainer.run import command, stop_requests
+from nano_db.trainer.command import command
+from nano_db.trainer.run import stop_requests
 from nano_db.trainer.settings import Parser
 
 ROOT = Path(__file__).resolve().parents[1]

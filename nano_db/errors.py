@@ -1,4 +1,4 @@
-"""The one exception that users are meant to see, and the one failure that is not their fault."""
+"""The one exception that users are meant to see, and failures of the machine that deserve a line, too."""
 
 import torch
 
@@ -15,3 +15,16 @@ def is_out_of_memory(error):
     """
     said = any(words in str(error) for words in ("allocate memory", "CUDA error: out of memory", "_ALLOC_FAILED"))
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or said
+
+
+def compiler_fault(error):
+    """What torch.compile lacks on this machine, in words; "" for an error that is none of torch.compile's."""
+    said = str(error)
+    ours = any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__)  # importing it takes seconds
+    if not (ours or (isinstance(error, RuntimeError) and "torch.compile" in said)):
+        return ""
+    if "CxxCompiler" in said or "Compiler:" in said:
+        return "there is no C++ compiler: install one (g++, clang++, on Windows cl), or name it in CXX"
+    if "triton" in said.lower():
+        return f"Triton is missing, or does not serve this GPU ({said.partition(chr(10))[0]})"
+    return f"torch.compile cannot compile this network here ({said.partition(chr(10))[0]})"

@@ -9,7 +9,7 @@ import torch
 import train_gpt
 from data.text import Text
 from nano_db.trainer import plots, report
-from nano_db.trainer.run import command
+from nano_db.trainer.command import command
 
 ROOT = Path(__file__).parent.parent
 

@@ -5,6 +5,7 @@ import torch.nn as nn
 import train_dit
 import train_gpt
 import train_vit
+from data.images import NOISE_LEVELS
 from nano_db.block import DiffusionBlock, EndToEnd
 from nano_db.heads import DenoisingHead, EDMHead, PaperHead, PosteriorHead, make_target_embeddings
 from nano_db.partition import make_partition
@@ -132,7 +133,7 @@ def test_the_baseline_is_plain_cross_entropy():
         (train_gpt, train_gpt.NOISE["nano"], ["--seq-len", "8"]),
         (train_gpt, train_gpt.NOISE["paper"], ["--seq-len", "8", "--recipe", "paper"]),
         (train_vit, train_vit.NOISE["nano"], ["--glyphs", "100"]),
-        (train_dit, LogNormal(), []),
+        (train_dit, LogNormal(*NOISE_LEVELS["glyphs"][:1]), []),
     ],
     ids=["gpt", "gpt-paper", "vit", "dit"],
 )

@@ -23,7 +23,7 @@ import nano_db.trainer.plots  # noqa: F401
 import train_gpt
 from nano_db.errors import UsageError
 from nano_db.trainer.checkpoints import read_block, read_config, read_metrics
-from nano_db.trainer.run import command
+from nano_db.trainer.command import command
 
 FLAGS = [*SMALL, "--blocks", "2", "--rounds", "2"]  # saves each block at steps 5, 6, 10 and 12
 BLOCKS, EMA = range(2), 0.9

@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 
 import nano_db
+from data.images import NOISE_LEVELS
 from experiments import figures, results, summary
 from experiments.comparisons import NEIGHBOURS, ON_CIFAR10
 from experiments.neighbours import shared
@@ -482,6 +483,9 @@ def test_committed_results_are_those_of_todays_presets():
                 today = {f.name: getattr(settings, f.name) for f in used if not f.metadata["resumable"]}
             else:  # a neighbour's, which chooses some sizes itself
                 today = {name: value for name, value in vars(settings).items() if value is not None}
+            if experiment.script == "dit":  # where no flag has named them, the data has
+                known = dict(zip(("p_mean", "sigma_data"), NOISE_LEVELS[settings.data], strict=True))
+                today |= {name: value for name, value in known.items() if today[name] is None}
             del today["seed"]
             for record in records:
                 kept = record["settings"]

@@ -124,7 +124,9 @@ def test_a_weighted_loss_reaches_the_training(tiny, tmp_path, script):
     logged = []
     for weight in ("none", "edm"):
         out = tmp_path / weight
-        code, _, err = tiny(script, "--loss-weight", weight, "--steps", "1", "--samples", "0", "--out", out)
+        code, _, err = tiny(
+            script, "--loss-weight", weight, "--steps", "1", "--warmup", "1", "--samples", "0", "--out", out
+        )
         assert code == 0, err
         logged.append({r["block"]: r["loss"] for r in read_metrics(out, "train")})
     none, edm = logged
@@ -135,7 +137,7 @@ def test_a_dit_trains_on_edms_weighted_error(tiny, tmp_path):
     """At the start F = 0, and the weighted error is near 1 at all noise levels. Without its weight that of the last
     block would be below sigma^2, 0.03.
     """
-    code, _, err = tiny(train_dit, "--steps", "1", "--samples", "0", "--sigma-data", "0.9")
+    code, _, err = tiny(train_dit, "--steps", "1", "--warmup", "1", "--samples", "0", "--sigma-data", "0.9")
     losses = [record["loss"] for record in read_metrics(tmp_path / "run", "train")]
     assert code == 0 and len(losses) == 3 and all(0.3 < loss < 3 for loss in losses), err
 

@@ -33,7 +33,7 @@ class Settings(Discrete, Training):
 
 
 PRESETS = {
-    "tiny": dict(width=2, steps=3, hidden=7, warmup=1),
+    "tiny": dict(width=2, steps=30, hidden=7, warmup=1),
     "tiny-baseline": dict(steps=4),
     "laptop": dict(width=16, learning_rate=0.25),
     "gpu": {},
@@ -57,14 +57,14 @@ def test_a_flag_beats_the_recipe_which_beats_the_preset_which_beats_the_default(
     assert (usual.steps, usual.hidden, usual.preset, usual.recipe) == (1000, 1, "laptop", "nano")
     assert usual.device == ("cuda" if torch.cuda.is_available() else "cpu")
     tiny = read("--preset", "tiny", "--recipe", "paper", "--loss-weight", "none", "--width", 5)
-    assert (tiny.width, tiny.steps, tiny.noise, tiny.loss_weight, tiny.warmup) == (5, 3, "paper", "none", 20)
+    assert (tiny.width, tiny.steps, tiny.noise, tiny.loss_weight, tiny.warmup) == (5, 30, "paper", "none", 20)
     assert (tiny.preset, tiny.recipe, tiny.learning_rate) == ("tiny", "paper", 1e-3)
 
 
 def test_a_baseline_has_a_presets_twin_and_no_recipe(read):
     baseline = read("--preset", "tiny", "--baseline")
     assert (baseline.steps, baseline.width, baseline.warmup, baseline.method) == (4, 2, 1, "baseline")
-    assert read("--preset", "tiny").steps == 3 and read("--baseline").steps == 1000
+    assert read("--preset", "tiny").steps == 30 and read("--baseline").steps == 1000
 
 
 def test_the_folder_is_named_after_script_and_method(read):

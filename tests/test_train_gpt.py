@@ -274,7 +274,7 @@ def test_blocks_are_combined_though_the_same_data_and_network_lay_elsewhere(smal
     code, out, err = small("--blocks", "2", *there, "--out", tmp_path / "a")  # and the run goes on from there
     assert code == 0 and "loss" not in out, err
     (copy / "the text.txt").write_text("the slow brown fox jumps over the lazy dog. " * 80)
-    code, _, err = cli("--eval-only", "--out", tmp_path / "a", "--data", copy / "the text.txt")
+    code, _, err = small("--blocks", "2", *there, "--out", tmp_path / "a")
     assert code == 2 and "data_sha256" in err and err.count("\n") == 1, err
     small("--baseline", "--samples", "0", "--seed", "1", "--out", tmp_path / "other")
     code, _, err = small("--blocks", "2", *here[:2], "--init-from", tmp_path / "other", "--out", tmp_path / "a")

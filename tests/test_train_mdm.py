@@ -1,4 +1,5 @@
 import json
+import re
 import zipfile
 
 import pytest
@@ -50,22 +51,37 @@ def test_one_window_is_evaluated_where_one_is_asked_for(mdm, heldout_windows):
 
 def test_fill_keeps_the_text_and_fills_the_gaps(mdm, cli, tmp_path):
     mdm()
-    code, out, err = cli("--eval-only", "--fill", "the ____ of", "--out", tmp_path / "run", main=train_mdm.main)
-    assert code == 0, err
-    filled = out.strip().splitlines()[-1]
-    assert filled.startswith("the ") and filled.endswith(" of") and len(filled) == 11 and "_" not in filled
-    whole = "the brown fox i_"  # as long as the network reads
-    code, out, err = cli("--eval-only", "--fill", whole, "--out", tmp_path / "run", main=train_mdm.main)
+    again = ("--eval-only", "--out", tmp_path / "run", "--fill")
+    for gap, flags in (("▁", ()), ("q", ("--gap", "q"))):  # the text has a q, which then cannot be asked for
+        code, out, err = cli(*again, f"the {4 * gap} of", *flags, main=train_mdm.main)
+        assert code == 0 and "masked: the ▁▁▁▁ of" in out, err
+        filled = out.strip().splitlines()[-1]
+        assert filled.startswith("the ") and filled.endswith(" of") and len(filled) == 11 and "▁" not in filled
+    whole = "the brown fox i▁"  # as long as the network reads
+    code, out, err = cli(*again, whole, main=train_mdm.main)
     assert code == 0 and out.strip().splitlines()[-1].startswith(whole[:-1]), err
+
+
+def test_signs_that_stand_in_texts_are_no_gaps(cli, tmp_path):
+    """An underscore stands in every other line of a program."""
+    (tmp_path / "text.py").write_text("def __init__(self, name):\n    self.name = name\n" * 60)
+    quick = ("--preset", "tiny", "--layers", "3", "--steps", "4", "--device", "cpu", "--out", tmp_path / "run")
+    fill = ("--fill", "__init__(▁▁▁▁)")
+    code, out, err = cli(*quick, "--data", tmp_path / "text.py", *fill, main=train_mdm.main)
+    assert code == 0, err
+    assert "masked: __init__(▁▁▁▁)" in out and re.search(r"^__init__\(.{4}\)$", out, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("--fill", "_" * 17), "the network reads 16"),
-        (("--fill", "Ä_"), "'Ä'"),
-        (("--fill", "the dog"), "--fill has no gap to fill: write _"),
-        (("--fill", "the brown fox is"), "--fill has no gap to fill: write _"),  # as long as the network reads
+        (("--fill", "▁" * 17), "the network reads 16"),
+        (("--fill", "Ä▁"), "'Ä'"),
+        (("--fill", "a▁", "--gap", "ab"), "--gap 'ab' must be a single character"),
+        (("--fill", "a▁", "--gap", ""), "--gap '' must be a single character"),
+        (("--gap", "?"), "--gap does nothing without --fill"),
+        (("--fill", "the dog"), "--fill has no gap: write ▁"),
+        (("--fill", "the brown fox is"), "--fill has no gap: write ▁"),  # as long as the network reads
         (("--blocks", "4"), "4 blocks are more than 3 layers"),
         (("--recipe", "paper"), "unrecognized"),
         (("--sampling-steps", "0"), "at least 1"),

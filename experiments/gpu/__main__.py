@@ -25,9 +25,9 @@ from experiments.gpu.apart import describe, found_by
 from experiments.gpu.cases import Options
 from nano_db.errors import UsageError
 from nano_db.trainer.checkpoints import explained
+from nano_db.trainer.command import command
 from nano_db.trainer.distributed import is_one_of_several
 from nano_db.trainer.report import is_taken
-from nano_db.trainer.run import command
 from nano_db.trainer.settings import Parser
 
 

@@ -22,7 +22,7 @@ PAPER = "blocks, paper's recipe"
 METHODS = {"blocks": (), "end to end": ("--baseline",)}
 ALL_METHODS = METHODS | {PAPER: ("--recipe", "paper")}
 OUT_OF_MEMORY = "out of memory"
-OF_GLYPHS = ("p_mean", "sigma_data", "positions", "pooling")  # settings that glyphs want otherwise than photographs
+OF_GLYPHS = ("positions", "pooling")  # settings that glyphs want otherwise than photographs
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Options:
 
 def configure(name, preset, *flags):
     """(script, settings, flags) of train_<name>.py. Where the preset's photographs are not on this machine it is given
-    glyphs, with noise levels and positions of their own: nothing is downloaded here.
+    glyphs, with positions of their own: nothing is downloaded here.
     """
     script = script_named(name)
     wanted, laptop = script.PRESETS[preset].get("data", ""), script.PRESETS["laptop"]
@@ -70,7 +70,9 @@ def new_run(name, settings, shared):
     """The Run that a script makes. shared: what its prepare returned."""
     data, levels = shared
     depends_on = noise_identity(levels) if isinstance(levels, Partition) else {}
-    return Run(name, settings, data_sha256=data.sha256, **depends_on)
+    if hasattr(settings, "sigma_data"):
+        depends_on["sigma_data"] = script_named(name).noise_levels(settings, data)[1]
+    return Run(name, settings, data.keeps(), data_sha256=data.sha256, **depends_on)
 
 
 def train(run, script, shared, stop_after=None):

@@ -32,7 +32,8 @@ from experiments.gpu.cases import (
     train,
 )
 from nano_db.trainer.checkpoints import read_block, read_metrics
-from nano_db.trainer.run import autocast, command, first_weights, networks, seed_from
+from nano_db.trainer.command import command
+from nano_db.trainer.run import autocast, first_weights, networks, seed_from
 
 LENGTH, STOP = ("--steps", "6", "--warmup", "2"), 3  # of a run; the step after which one is stopped
 # Relative differences that rounding may make:

@@ -15,7 +15,8 @@ import torch
 from data.images import NAMES
 from nano_db.errors import UsageError
 from nano_db.trainer.checkpoints import write_json
-from nano_db.trainer.run import VERSIONS, command
+from nano_db.trainer.command import command
+from nano_db.trainer.run import VERSIONS
 from nano_db.trainer.settings import Parser
 
 
@@ -49,7 +50,7 @@ def read_arguments(name, description, methods, add_flags, **defaults):
     parser.add_argument("--glyphs", type=whole(100), default=18_000, help="how many glyphs to draw for training")
     parser.add_argument("--augment", choices=("none", "flip", "standard"), default="standard")
     parser.add_argument("--steps", type=whole(1), help="steps of each network that is trained")
-    parser.add_argument("--warmup", type=whole(0), default=45)
+    parser.add_argument("--warmup", type=whole(0), help="default: 45 steps, or a tenth of fewer than 450")
     parser.add_argument("--batch-size", type=whole(2), default=128)
     parser.add_argument("--learning-rate", type=positive, default=1e-3, help="its peak; a cosine follows")
     parser.add_argument("--seed", type=whole(0), default=0)
@@ -59,6 +60,11 @@ def read_arguments(name, description, methods, add_flags, **defaults):
     parser.set_defaults(final_rate=0.1, weight_decay=1e-3, method=name)
     parser.set_defaults(**defaults)
     args = parser.parse_args()
+    if args.warmup is None:
+        args.warmup = min(45, args.steps // 10)
+    if args.warmup > args.steps:
+        never = "the learning rate would never reach its peak"
+        raise UsageError(f"--warmup {args.warmup} is longer than --steps {args.steps}: {never}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda is not available on this machine; use --device cpu (or auto)")
     if args.device == "auto":

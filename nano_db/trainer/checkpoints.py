@@ -1,6 +1,6 @@
 """The files of a run.
 
-    config.json        script, settings, data checksum, versions
+    config.json        script, settings, data checksum, versions, and what is needed of the data to sample
     block_<b>.pt       weights, optimizer state, step and settings of one block
     metrics_<b>.jsonl  a line per logging interval of block b
     metrics.jsonl      a line per evaluation
@@ -10,23 +10,19 @@ Every file but the metrics is written aside, flushed to the disk and renamed: wh
 that stands there is whole. Every file is verified before it is read, and no code in it is ever run.
 """
 
-import hashlib
 import json
 import os
 import platform
-import re
 import secrets
 import sys
+import time
 import zipfile
 from contextlib import contextmanager, suppress
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from nano_db import __version__
 from nano_db.errors import UsageError, is_out_of_memory
-from nano_db.layers import open_gates
 
 try:
     import fcntl
@@ -36,6 +32,8 @@ except ImportError:  # Windows
 # What the two kinds of files hold that are read again:
 BLOCK = dict(block=int, step=int, seconds=int | float, settings=dict, weights=dict, optimizer=dict, ema=dict | None)
 CONFIG = dict(script=str, settings=dict, depends_on=dict, versions=dict)
+# And, in config.json, what a run keeps of its data:
+KEEPS = dict(vocabulary=str, opening=str, classes=list, shape=list, p_mean=float, sigma_data=float)
 PATHS = {"data": "data_sha256", "init_from": "init_from_sha256"}  # settings that say where, and checksums of what
 
 
@@ -69,10 +67,19 @@ def write_atomically(path, write):
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(aside, path)
+            replace(aside, path)
         finally:
             with suppress(OSError):  # there is none, if all went well
                 aside.unlink()
+
+
+def replace(source, target):
+    """os.replace, five times if need be: on Windows a virus scanner holds a new file for a moment."""
+    for pause in (0.1, 0.2, 0.4, 0.8):
+        with suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(pause)
+    return os.replace(source, target)
 
 
 def write_text(path, text):
@@ -99,12 +106,14 @@ def read_block(path):
     path = Path(path)
     advice = f"move it away to train {path.stem.replace('_', ' ')} afresh"
     with explained(f"{path} is damaged or no block of nano_db: {advice}"):  # damaged bytes raise nearly anything
-        with zipfile.ZipFile(path) as archive:  # torch.load would not notice flipped bytes inside a tensor
-            for member in archive.infolist():
-                if member.compress_type != zipfile.ZIP_STORED:  # torch.save never packs: this might unpack without end
-                    raise zipfile.BadZipFile(f"{member.filename} is compressed")
-                archive.read(member)  # verifies its checksum
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:  # PyTorch cannot open a path with letters that are not Windows' own
+            with zipfile.ZipFile(file) as archive:  # torch.load would not notice flipped bytes inside a tensor
+                for member in archive.infolist():
+                    if member.compress_type != zipfile.ZIP_STORED:  # torch.save never packs: it might unpack endlessly
+                        raise zipfile.BadZipFile(f"{member.filename} is compressed")
+                    archive.read(member)  # verifies its checksum
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
         require(all(isinstance(state[name], kind) for name, kind in BLOCK.items()) and state["step"] >= 0)
         require(not any(map(torch.is_tensor, state["settings"].values())))
     return state
@@ -122,14 +131,34 @@ def identity(config):
     return {**config["settings"], **about, **config["depends_on"]}
 
 
-def read_config(folder):
+def read_config(folder, flag="--out"):
+    """A run's config.json. flag: which of the user's flags has named the folder."""
     path = Path(folder) / "config.json"
     if not os.path.exists(path):
-        raise UsageError(f"{folder} holds no run (no config.json): train one first, or name its folder with --out")
+        raise UsageError(f"{folder} holds no run (no config.json): train one first, or name its folder with {flag}")
     with explained(f"{path} is damaged: move the folder away, or choose another --out"):
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
         require(all(isinstance(config[name], kind) for name, kind in CONFIG.items()))
+        keeps = config.setdefault("keeps", {})
+        require(all(isinstance(value, KEEPS[name]) for name, value in keeps.items()))
+        require(all(isinstance(name, str) for name in keeps.get("classes", [])))
+        require(all(isinstance(side, int) and 0 < side < 2**15 for side in keeps.get("shape", [])))
+        json.dumps(keeps, ensure_ascii=False).encode()  # UnicodeError: it has halves of characters
     return config
+
+
+def kept(settings):
+    """What a run has kept of its data (Run): with --eval-only that run, with its data's "sha256"; with --init-from the
+    one to start from; for a new run nothing. The loaders of data/ take it.
+    """
+    if settings.eval_only:
+        config = read_config(settings.out)
+        return {**config["keeps"], "sha256": config["depends_on"].get("data_sha256")}
+    if not settings.init_from:
+        return {}
+    if (Path(settings.out) / "config.json").exists():  # it has begun, and the network may be gone
+        return read_config(settings.out)["keeps"]
+    return read_config(settings.init_from, "--init-from")["keeps"]
 
 
 def read_metrics(folder, kind):
@@ -167,60 +196,3 @@ def lock(path, purpose, wait=False):
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode())
         yield
-
-
-# --- --init-from: blocks that start from the layers of a trained network ---
-
-
-def initial_weights(settings):
-    """(weights, sha256, state) of the network to start from: averaged weights if there are any; and all of its file."""
-    path, sha256 = Path(settings.init_from) / "block_0.pt", hashlib.sha256()
-    if not path.exists():
-        raise UsageError(f"--init-from: {path} is missing, and a block that has not begun needs it")
-    state = read_block(path)
-    weights = state["ema"] or state["weights"]
-    with explained(f"--init-from: {path} holds no weights"):
-        for name, tensor in sorted(weights.items()):
-            sha256.update(name.encode() + tensor.numpy().tobytes())
-    return weights, sha256.hexdigest(), state
-
-
-def initial_checksum(settings, script, data_sha256):
-    """The checksum of the network to start from. A run that has begun has it in its config.json, and the network may be
-    gone. Raises UsageError unless it is a finished --baseline of the same script, version, network and data.
-    """
-    if (Path(settings.out) / "config.json").exists():
-        config = read_config(settings.out)
-        if config["settings"].get("init_from") == settings.init_from:
-            return config["depends_on"].get("init_from_sha256")
-    _, sha256, state = initial_weights(settings)
-    there = state["settings"]
-    here = {"script": script, "version": __version__, "data_sha256": data_sha256}
-    for f in fields(settings):
-        of_both = f.metadata["group"] in ("network", "method") and not (f.metadata["of"] or f.metadata["resumable"])
-        if of_both or f.name in ("data", "tokenizer"):
-            here[f.name] = getattr(settings, f.name)
-    if different := differences(there, here | {"baseline": True}):
-        needed = f"needs a --baseline of the same script, version, network and data ({'; '.join(different)})"
-        raise UsageError(f"--init-from {settings.init_from}: this run {needed}")
-    if state["step"] != there.get("steps"):
-        reached = f"step {state['step']} of {there.get('steps')}"
-        raise UsageError(f"--init-from {settings.init_from} is not finished: {reached}")
-    return sha256
-
-
-def layers_of(network, own, first):
-    """`own`, the first weights of a block, with those of the trained `network` from its layer number `first` on, and of
-    what surrounds them. Both are state_dicts. What the network does not have, or has in another shape, stays as it is:
-    a denoising head, say. But a layer that is modulated only in the block gets open gates, for behind gates that are
-    zero the layers would do nothing.
-    """
-    begun = {}
-    for name, weight in own.items():
-        there = re.sub(r"^network\.layers\.(\d+)", lambda found: f"network.layers.{first + int(found[1])}", name)
-        fits = there in network and network[there].shape == weight.shape
-        begun[name] = network[there] if fits else weight
-        layer = re.fullmatch(r"(network\.layers\.\d+)\.modulation\.bias", there)
-        if layer and there not in network and f"{layer[1]}.attention.qkv.weight" in network:
-            begun[name] = open_gates(weight)
-    return begun

@@ -114,15 +114,30 @@ class Worker:
 
 def is_one_of_several():
     """Whether a launcher such as torchrun has started this process with others."""
-    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+    return launcher_number("WORLD_SIZE", 1) > 1
+
+
+def is_first():
+    """Whether this process is the one that speaks for all."""
+    return launcher_number("RANK", 0) == 0
+
+
+def launcher_number(name, default):
+    """A whole number that torchrun sets in the environment."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise UsageError(f"{name}={text} in the environment is no number: start with torchrun, or unset it")
+    return int(text)
 
 
 def join():
     """This process as a Worker, from what torchrun sets. On CUDA each process takes a GPU, as far as they go."""
     try:
         store, rank, world_size = next(dist.rendezvous("env://"))
-    except ValueError as error:
-        raise UsageError(f"WORLD_SIZE is set, but {error}: start with torchrun, or unset WORLD_SIZE") from error
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        advice = "start with torchrun, or unset WORLD_SIZE (on Windows set USE_LIBUV=0 before)"
+        raise UsageError(f"WORLD_SIZE is set, but {reason}: {advice}") from error
     if torch.cuda.is_available():
         local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", rank))
         torch.cuda.set_device(int(local) % torch.cuda.device_count())

@@ -118,19 +118,26 @@ def print_costs(costs):
 # --- texts and pictures ---
 
 
+def can_score(data):
+    """Whether held-out data is here. If not, it says why: an evaluation alone may sample without it."""
+    if data.missing:
+        print(f"not scored, only sampled: {data.missing}")
+    return not data.missing
+
+
 def keep_samples(run, texts):
-    """Print texts, and leave them in samples.txt (not with --eval-only)."""
+    """Leave texts in samples.txt (not with --eval-only), and print them."""
     if texts:
-        print("", *texts, sep="\n---\n")
         if not run.settings.eval_only:
             write_text(run.folder / "samples.txt", "\n---\n".join(texts))
+        print("", *texts, sep="\n---\n")
 
 
 def continue_prompt(text, complete, settings, *model):
     """settings.samples texts that continue settings.prompt, or else the first held-out tokens; a bar divides the prompt
     from what was sampled. complete: see export_texts.
     """
-    prompt = list(text.tokenizer.encode(settings.prompt)) or text.heldout[:16].tolist()
+    prompt = list(text.tokenizer.encode(settings.prompt)) or text.opening
     tokens = torch.tensor([prompt] * settings.samples, dtype=torch.long, device=settings.device)
     if settings.samples:
         generator = torch.Generator().manual_seed(settings.seed)

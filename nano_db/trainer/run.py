@@ -12,7 +12,6 @@ import gc
 import math
 import platform
 import signal
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -25,10 +24,10 @@ import numpy as np
 import torch
 
 from nano_db import __version__
-from nano_db.errors import UsageError, is_out_of_memory
+from nano_db.errors import UsageError
 from nano_db.layers import checkpoint_layers
 from nano_db.partition import split_layers
-from nano_db.trainer import checkpoints
+from nano_db.trainer import checkpoints, initial
 from nano_db.trainer.distributed import Group, Worker, is_one_of_several, join
 
 FIRST_WEIGHTS = (0, 0, 1)  # (seed, b, 0, 0, 1) seeds the first weights of block b, (seed, b, step, rank) its steps
@@ -94,19 +93,20 @@ def noise_identity(partition):
 
 
 class Run:
-    """script: its name, like "gpt". settings: those of trainer/settings.py. depends_on: what else the weights depend
-    on, like the data's checksum, as plain values.
+    """script: its name, like "gpt". settings: those of trainer/settings.py. keeps: what sampling needs of the data, and
+    what a run to start from must agree with, like the vocabulary. depends_on: what else the weights depend on, like the
+    data's checksum. Both are plain values.
 
     count: networks to train, each with a file. batch_size: samples that this process draws per step.
     """
 
-    def __init__(self, script, settings, **depends_on):
+    def __init__(self, script, settings, keeps=None, **depends_on):
         self.script, self.settings, self.depends_on, self.folder = script, settings, depends_on, Path(settings.out)
-        self.autocast, self.count = autocast(settings), networks(settings)
+        self.autocast, self.count, self.keeps, self.split = autocast(settings), networks(settings), keeps or {}, []
         if hasattr(settings, "layers") and not settings.baseline:  # refuses before there is a folder
             self.split = split_layers(settings.layers, settings.blocks, getattr(settings, "layer_split", ""))
-        if getattr(settings, "init_from", ""):
-            depends_on["init_from_sha256"] = checkpoints.initial_checksum(settings, script, depends_on["data_sha256"])
+        if settings.init_from:
+            depends_on["init_from_sha256"] = initial.initial_checksums(settings, script, self.keeps)
         fixed = {f.name: getattr(settings, f.name) for f in fields(settings) if not f.metadata["resumable"]}
         # What a block's file must agree with:
         self.fixed = {**fixed, "script": script, "version": __version__, **depends_on}
@@ -134,6 +134,8 @@ class Run:
         settings = self.settings
         if not (self.worker.rank or settings.eval_only):
             where = f"{settings.device}, {settings.dtype}"
+            if settings.device == "cpu" and torch.backends.mps.is_available():
+                where += " (--device mps would take this Mac's GPU, which nobody has tried yet)"
             print(f"preset {settings.preset} on {where}: {self.count} x {settings.steps} steps")
         rounds = settings.rounds if self.alone and not settings.eval_only else 1
         with ExitStack() as locks:
@@ -258,12 +260,14 @@ class Run:
                     if any(self.folder.glob("block_*.pt")):
                         raise UsageError(f"{self.folder} holds block files but no config.json: choose another --out")
                     about = {"script": self.script, "depends_on": self.depends_on, "settings": asdict(self.settings)}
-                    return checkpoints.write_json(config, {**about, "versions": VERSIONS})
+                    return checkpoints.write_json(config, {**about, "versions": VERSIONS, "keeps": self.keeps})
         there = checkpoints.identity(checkpoints.read_config(self.folder))
         if different := checkpoints.differences(there, self.fixed):
             preset = checkpoints.differences(there, {"preset": self.settings.preset})  # by itself no reason to refuse
             holds = f"{self.folder} holds a run of other settings ({'; '.join(preset + different)})"
-            raise UsageError(f"{holds}: choose another --out, or delete that folder")
+            longer = there.get("steps") != self.settings.steps
+            more = f" (to train it further, add --init-from {self.folder})" if longer else ""
+            raise UsageError(f"{holds}: choose another --out{more}, or delete that folder")
 
     def _restore(self, b, module, optimizer):
         """Load block b's file, if there is one, into module and optimizer. Returns where its training stands."""
@@ -311,12 +315,16 @@ class Run:
         at.clock = time.perf_counter()
 
     def _init_from_network(self, b, module):
-        """Give block b, which has no file yet, its layers of the network of --init-from."""
-        settings, (weights, sha256, _) = self.settings, checkpoints.initial_weights(self.settings)
-        if sha256 != self.fixed["init_from_sha256"]:
+        """Give block b, which has no file yet, the weights to start from: a network's own, or its layers of one."""
+        settings, checksums = self.settings, self.fixed["init_from_sha256"].split()
+        source = b if len(checksums) > 1 else 0
+        weights, sha256, _ = initial.initial_weights(settings, source)
+        if sha256 != checksums[source]:
             raise UsageError(f"--init-from {settings.init_from}: its weights are not those with which this run began")
-        first = 0 if settings.baseline else sum(self.split[:b])  # a baseline starts with all layers
-        module.load_state_dict(checkpoints.layers_of(weights, module.state_dict(), first))
+        if len(checksums) == 1:  # all layers for a baseline, else those that the block takes
+            weights = initial.layers_of(weights, module.state_dict(), sum(self.split[:b]))
+        with checkpoints.explained(f"--init-from {settings.init_from}: block {source} does not fit this network"):
+            module.load_state_dict(weights)
 
     def _fitting(self, b):
         """A context to load what block b's file holds: which error says that it does not fit depends on what it is."""
@@ -392,21 +400,3 @@ def _load_moments(optimizer, state):
     for p, moments in optimizer.state.items():
         checkpoints.require(set(moments) == {"step", "exp_avg", "exp_avg_sq"} and moments["step"].shape == ())
         checkpoints.require(moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape)
-
-
-def command(main):
-    """Run a script's main: a UsageError is one line on stderr and exit code 2, an interruption one line and 130."""
-    try:
-        main()
-    except Exception as error:
-        if is_out_of_memory(error):
-            advice = "try more --blocks (`python -m experiments.plan` says how many), or a smaller --batch-size"
-            error = UsageError(f"out of memory: {advice}; what was saved is untouched")
-        if not isinstance(error, UsageError):
-            raise
-        path = Path(sys.argv[0])  # of a package it is __main__.py
-        print(f"{path.parent.name if path.stem == '__main__' else path.name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; what was reached is saved, and the same command goes on from there", file=sys.stderr)
-        sys.exit(130)

@@ -17,8 +17,11 @@ import torch
 
 from nano_db.errors import UsageError
 from nano_db.trainer.checkpoints import read_config
+from nano_db.trainer.distributed import is_first, is_one_of_several
 
 PRESETS = ("auto", "tiny", "laptop", "gpu", "paper")
+TRIAL = 0.1  # of a preset's steps: a run of fewer is a trial, and is evaluated on fewer samples
+EVALUATED, FEWEST = ("eval_windows", "test_images", "frechet_images"), 100  # how many: settings, and the minimum
 RENAMED = {  # flags of earlier editions: what to say instead
     "--walk": "--predict (active for last)", "--calls": "--sampling-steps", "--unmask-steps": "--sampling-steps",
     "--turns": "--recurrences", "--backprop-turns": "--backprop-depth", "--start-from": "--init-from",
@@ -28,7 +31,7 @@ RENAMED = {  # flags of earlier editions: what to say instead
 
 def option(
     group, default, help, choices=None, at_least=None, below=None, above=None,
-    of=None, flag=True, resumable=False, trains=False, once=False, needs="", idle=lambda settings: "",
+    of=None, flag=True, resumable=False, trains=False, once=False, needs="", idle=lambda settings: "", kind=None,
 ):  # fmt: skip
     """A dataclass field, and the flag made from it, under the heading `group` of --help.
 
@@ -37,11 +40,17 @@ def option(
     because the trained weights do not depend on it. trains: nor does an evaluation, so --eval-only refuses it. once: it
     is for one command, and --eval-only does not inherit it. needs: names of settings, of which at least one must be
     set, or this one does nothing. idle: what else may leave it without effect, a function of all settings that names
-    the flag which does so.
+    the flag which does so. kind: the type, where the default is None: a value that the script finds out by itself.
     """
     about = {"group": group, "help": help, "choices": choices, "at_least": at_least, "below": below, "above": above}
+    about["kind"] = kind or type(default)
     about |= {"of": of, "flag": flag, "resumable": resumable or trains or group == "output"}
     return field(default=default, metadata=about | {"trains": trains, "once": once, "needs": needs, "idle": idle})
+
+
+def one_round(settings):
+    """What leaves a run with a single round."""
+    return "--only" if getattr(settings, "only", "") else is_one_of_several() and "torchrun"
 
 
 method, network, training, output = (partial(option, group) for group in ("method", "network", "training", "output"))
@@ -54,7 +63,9 @@ class Training:
     preset: str = training("auto", "scale; auto: gpu on CUDA, else laptop", choices=PRESETS, trains=True)
     baseline: bool = method(False, "train the same network end to end with backpropagation instead")
     steps: int = training(1000, "steps of each block (or of the baseline)", at_least=1)
-    rounds: int = training(1, "the blocks take turns; the run is evaluated after each", at_least=1, trains=True)
+    rounds: int = training(
+        1, "the blocks take turns; the run is evaluated after each", at_least=1, trains=True, idle=one_round
+    )
     batch_size: int = training(32, "samples per step", at_least=1)
     learning_rate: float = training(1e-3, "peak of AdamW's learning rate", above=0)
     warmup: int = training(50, "steps of linear warm-up, before the cosine", at_least=0)
@@ -63,14 +74,18 @@ class Training:
     clip: float = training(1.0, "largest norm of a block's gradient", above=0, flag=False)
     ema: float = training(0.0, "decay of the average of the weights that is evaluated; 0: none", at_least=0, below=1)
     seed: int = training(0, "random seed", at_least=0, below=2**31)
-    device: str = training("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"), resumable=True)
+    device: str = training(
+        "auto", "where to train; auto: cuda, else cpu (a Mac's mps only if it is named: nobody has tried it)",
+        choices=("auto", "cpu", "cuda", "mps"), resumable=True,
+    )  # fmt: skip
     dtype: str = training(
         "auto", "auto: the run's own, at first bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16")
     )
-    compile: bool = training(False, "torch.compile the network", trains=True)
+    compile: bool = training(False, "torch.compile the network (needs a C++ compiler, on CUDA Triton)", trains=True)
     checkpoint_activations: bool = training(
         False, "keep only a layer's input for the backward pass, and recompute the layer there", trains=True
     )
+    init_from: str = training("", "start from the weights of a finished run: its folder (docs/running.md)")
     out: str = output("", "folder of the run (default: out/<script>-<method>)")
     eval_only: bool = output(False, "no training: evaluate and sample what the folder holds")
     samples: int = output(1, "samples to draw", at_least=0)
@@ -88,7 +103,6 @@ class Blocks:
     overlap: float = method(0.1, "how far blocks train beyond their edges (gamma)", at_least=0, below=1, of="blocks")
     ensemble: int = method(1, "baselines trained independently and averaged (a control)", at_least=1, of="baseline")
     layers: int = network(8, "transformer layers in all", at_least=1)
-    init_from: str = training("", "start from the layers of a finished end-to-end run: the folder of that run")
     only: str = training(
         "", "train only these blocks, like 2 or 0,3; evaluate when all are there", trains=True, once=True
     )
@@ -139,6 +153,12 @@ def read_settings(script, settings_class, presets, recipes=None, description=Non
             bundle |= presets.get(f"{preset}-baseline", {})
         elif recipes:
             bundle |= recipes[given.get("recipe", settings_class.recipe)]
+        whole = settings_class(**bundle)
+        fewer = shortened(whole, given.get("steps", whole.steps))
+        bundle |= (fewer := {name: value for name, value in fewer.items() if name not in given})
+        if fewer and is_first():
+            told = ", ".join(f"{name} {value} (of {getattr(whole, name)})" for name, value in fewer.items())
+            print(f"--steps {given['steps']} in place of the preset's {whole.steps}, and so {told}")
     settings = settings_class(**{**bundle, **given})
     validate(settings, given)
     if settings.dtype == "auto":  # of a new run; one that has begun on a CPU goes on in float32 on a GPU
@@ -154,12 +174,12 @@ def parse(script, settings_class, usual, description, flags):
     parser = Parser(prog=prog, usage=usage, description=description, allow_abbrev=False, **how)
     groups = {name: parser.add_argument_group(name) for name in ("method", "network", "training", "output")}
     for f in dataclasses.fields(settings_class):
-        about, kind, value = f.metadata, type(f.default), usual.get(f.name, f.default)
+        about, kind, value = f.metadata, f.metadata["kind"], usual.get(f.name, f.default)
         if about["flag"]:
             text = about["help"].replace("%", "%%") + (f" [{about['of']} only]" if about["of"] else "")
             form = {"action": "store_true"}
             if kind is not bool:
-                text += f" (default {value})" if value != "" else ""
+                text += f" (default {value})" if value not in ("", None) else ""
                 form = {"type": kind, "choices": about["choices"]}
                 form["metavar"] = None if about["choices"] else kind.__name__
             groups[about["group"]].add_argument(flag_of(f), help=text, **form)
@@ -172,6 +192,20 @@ def parse(script, settings_class, usual, description, flags):
     return vars(given)
 
 
+def shortened(whole, steps):
+    """{name: value} of what a run of fewer `steps` has otherwise than the settings `whole` of a preset: warm-up and
+    rounds in proportion; and a trial is evaluated on a tenth of the samples. (A moving average shortens itself:
+    run.ema_decay.)
+    """
+    share, values = steps / whole.steps, {}
+    if share < 1:
+        values = {"warmup": round(share * whole.warmup), "rounds": max(1, round(share * whole.rounds))}
+    if share < TRIAL:
+        sizes = {name: getattr(whole, name, 0) for name in EVALUATED}  # 0: all, or none
+        values |= {name: min(size, max(FEWEST, size // 10)) for name, size in sizes.items()}
+    return {name: value for name, value in values.items() if value != getattr(whole, name, 0)}
+
+
 def flag_of(field):
     return "--" + field.name.replace("_", "-")
 
@@ -182,8 +216,8 @@ def stored_settings(script, settings_class, folder):
     if config["script"] != script:
         raise UsageError(f"{folder} holds no run of train_{script}.py: name the folder of one with --out")
     for f in dataclasses.fields(settings_class):
-        value = config["settings"].get(f.name, f.default)
-        if not isinstance(value, type(f.default)) and not (isinstance(f.default, float) and isinstance(value, int)):
+        value, kind = config["settings"].get(f.name, f.default), f.metadata["kind"]
+        if value is not f.default and not isinstance(value, (float, int) if kind is float else kind):
             fault = f"{folder}/config.json is damaged ({f.name} is {value!r})"
             raise UsageError(f"{fault}: move the folder away, or choose another --out")
         if not f.metadata["once"]:
@@ -196,6 +230,8 @@ def validate(settings, given):
     for f in dataclasses.fields(settings):
         value, flag, about = getattr(settings, f.name), flag_of(f), f.metadata
         low, below, above = about["at_least"], about["below"], about["above"]
+        if value is None:  # the script finds it out
+            continue
         if f.name in given and value == "" and not about["needs"]:  # texts of samples may be empty
             raise UsageError(f"{flag} is empty: say what it shall be, or drop it")
         if isinstance(value, float) and not math.isfinite(value):
@@ -206,14 +242,23 @@ def validate(settings, given):
             raise UsageError(f"{flag} must be greater than {above}, not {value}")
         if below is not None and value >= below:
             raise UsageError(f"{flag} must be less than {below}, not {value}")
+        if isinstance(value, int) and value >= 2**31:
+            raise UsageError(f"{flag} must be less than 2^31, not {value}")
         if about["choices"] and value not in about["choices"]:
             raise UsageError(f"{flag} must be one of {', '.join(map(str, about['choices']))}, not {value}")
         needed, other = about["needs"].split(), about["idle"](settings)
+        other = other and f"with {other}"
         if settings.eval_only and about["trains"]:
-            other = "--eval-only, which trains nothing"
+            other = "with --eval-only, which trains nothing"
         elif about["of"] and (about["of"] == "baseline") != settings.baseline:
-            other = f"the {settings.method} method"
+            other = f"with the {settings.method} method"
         elif needed and not any(getattr(settings, name) for name in needed):
-            other = f"--{needed[0]} 0"
+            number = getattr(settings, needed[0]) == 0
+            other = f"with --{needed[0]} 0" if number else f"without --{needed[0]}"
         if f.name in given and other:
-            raise UsageError(f"{flag} does nothing with {other}: drop it")
+            raise UsageError(f"{flag} does nothing {other}: drop it")
+    if settings.warmup > settings.steps:
+        never = f"is longer than --steps {settings.steps}: the learning rate would never reach its peak"
+        raise UsageError(f"--warmup {settings.warmup} {never}")
+    if "rounds" in given and settings.rounds > settings.steps:
+        raise UsageError(f"--rounds {settings.rounds} are more than --steps {settings.steps}: a round takes a step")

@@ -1,0 +1,137 @@
+"""Pictures of one's own: a folder with a subfolder for each class (the convention of torchvision's ImageFolder).
+
+    FOLDER/cat/1.png, FOLDER/cat/2.jpg, FOLDER/dog/...              a tenth of each class is held out
+    FOLDER/train/cat/..., FOLDER/test/cat/..., FOLDER/train/dog/... or what is held out has a folder of its own
+
+PNG or JPEG, of any size: the short side is resized to `size` pixels, and the middle is cut out. Grey pictures have one
+channel if all of them are grey, else three. Where a picture is transparent it becomes white.
+"""
+
+import hashlib
+import os
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from nano_db.errors import UsageError, is_out_of_memory
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+HELD_OUT = 10  # one picture in so many
+SAID_EVERY = 5  # seconds
+
+
+def load(folder, size):
+    """((images, labels) to train on, the same held out, class names); images (N, 1 or 3, size, size) uint8.
+
+    Raises UsageError for a folder that is not laid out like this, a class with too few pictures, or a file that cannot
+    be read.
+    """
+    folder = Path(folder)
+    try:
+        sides = {path.name.lower(): path for path in folders_in(folder)}
+        if sorted(sides) == ["test", "train"]:
+            train, test = classes_of(sides["train"]), classes_of(sides["test"])
+        elif "train" in sides or "test" in sides:
+            found = f"{folder} holds the folders {', '.join(sides)}"
+            raise UsageError(f"{found}: if they are no classes, name them train and test; else rename that class")
+        else:
+            train, test = held_out(classes_of(folder), folder)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be read ({error.strerror})") from error
+    for name in test:
+        if name not in train:
+            raise UsageError(f"{folder}: the class {name} has pictures to test on and none to train on")
+    classes = list(train)
+    paths = [[(path, classes.index(name)) for name, paths in side.items() for path in paths] for side in (train, test)]
+    images = read_all([path for side in paths for path, _ in side], size)
+    labels = np.array([label for side in paths for _, label in side], np.int64)
+    cut = len(paths[0])
+    return (images[:cut], labels[:cut]), (images[cut:], labels[cut:]), classes
+
+
+def folders_in(folder):
+    return [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+
+
+def classes_of(folder):
+    """{class name: paths of its pictures, by name}, of a folder with a subfolder for each class."""
+    found, others = {}, []
+    for path in folders_in(folder):
+        if not path.name.isprintable():
+            raise UsageError(f"{folder} holds a folder whose name cannot be shown, {path.name!r}: rename it")
+        files = [Path(inside, name) for inside, _, names in os.walk(path) for name in names if name[0] != "."]
+        found[path.name] = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
+        others += [file for file in files if file.suffix.lower() not in SUFFIXES]
+    if not found:
+        raise UsageError(f"{folder} holds no folders: put the pictures of each class into a folder with its name")
+    if empty := [name for name, paths in found.items() if not paths]:
+        raise UsageError(f"{folder / empty[0]} holds no PNG or JPEG: a class needs pictures")
+    if others:
+        print(f"left out: {len(others)} files that are neither PNG nor JPEG, such as {others[0]}")
+    return found
+
+
+def held_out(classes, folder):
+    """Both sides of {class: paths}: a tenth of each class, and at least one picture, is held out. Which ones follows
+    from their names alone, so that it is the same everywhere.
+    """
+    train, test = {}, {}
+    for name, paths in classes.items():
+        if len(paths) < 2:
+            raise UsageError(f"{paths[0]} is the only picture of its class: one more is needed, to hold it out")
+        order = sorted(paths, key=lambda path: digest(path.relative_to(folder)))
+        count = max(1, len(paths) // HELD_OUT)
+        test[name], train[name] = sorted(order[:count]), sorted(order[count:])
+    return train, test
+
+
+def digest(path):
+    return hashlib.sha256(os.fsencode(path.as_posix())).digest()
+
+
+def read_all(paths, size):
+    """All pictures as one array (N, 1 or 3, size, size) of bytes, saying now and then how far it has come."""
+    images = np.empty((len(paths), 3, size, size), np.uint8)
+    begun = said = time.monotonic()
+    coloured = False
+    for i, path in enumerate(paths):
+        pixels = read(path, size)  # (size, size) or (size, size, 3)
+        coloured |= pixels.ndim == 3
+        images[i] = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels
+        if time.monotonic() - said > SAID_EVERY:
+            said = time.monotonic()
+            left = (said - begun) / (i + 1) * (len(paths) - i - 1)
+            memory = f"{images.nbytes / 2**20:.0f} MiB in all"
+            print(f"read {i + 1:,} of {len(paths):,} pictures ({memory}), {left:.0f} s left", flush=True)
+    return images if coloured else np.ascontiguousarray(images[:, :1])
+
+
+def read(path, size):
+    """A picture as bytes: (size, size) if it is grey, else (size, size, 3)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # of 89 million pixels and more
+            warnings.simplefilter("ignore", UserWarning)
+            with Image.open(path, formats=("PNG", "JPEG")) as image:
+                image.draft(None, (size, size))  # a large JPEG need not be decoded in full
+                upright = flat(ImageOps.exif_transpose(image))
+                return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC))
+    except Exception as error:  # damaged bytes raise nearly anything
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"{path} cannot be read as PNG or JPEG ({reason}): repair it, or take it away") from error
+
+
+def flat(image):
+    """A picture in mode "L" or "RGB", whatever it was."""
+    if image.mode.startswith("I"):  # 16 bits, of which 8 are kept
+        return Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).round().astype(np.uint8))
+    grey = image.mode in ("1", "L", "LA")
+    if image.mode in ("LA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if grey else "RGB")

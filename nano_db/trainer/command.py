@@ -1,0 +1,61 @@
+"""How a command speaks and ends: what it prints can be shown anywhere, and what a user can fix is said in one line."""
+
+import os
+import sys
+from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+
+from nano_db.errors import UsageError, compiler_fault, is_out_of_memory
+
+
+class Screen:
+    """stdout or stderr as a stream that never raises. Letters that a terminal's encoding lacks become escapes such as
+    \\u65e5. When nobody reads any longer (a closed pipe, a full disk), the rest is dropped, and the command goes on.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):  # encoding, isatty, ...
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        self._try(self.stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, work, *args):
+        try:
+            work(*args)
+        except (OSError, ValueError):  # ValueError: it has been closed
+            with suppress(OSError, ValueError):  # what is still in its buffer goes nowhere
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def command(main):
+    """Run a script's main: a UsageError is one line on stderr and exit code 2, an interruption one line and 130."""
+    with ExitStack() as stack:
+        for redirect, stream in ((redirect_stdout, sys.stdout), (redirect_stderr, sys.stderr)):
+            if stream is not None:  # as it is where a window's program has none
+                screen = Screen(stream)
+                stack.enter_context(redirect(screen))
+                stack.callback(screen.flush)
+        try:
+            main()
+        except Exception as error:
+            if is_out_of_memory(error):
+                advice = "try more --blocks (`python -m experiments.plan` says how many), or a smaller --batch-size"
+                error = UsageError(f"out of memory: {advice}; what was saved is untouched")
+            elif fault := compiler_fault(error):
+                error = UsageError(f"--compile: {fault}; without --compile the same run trains, only slower")
+            if not isinstance(error, UsageError):
+                raise
+            path = Path(sys.argv[0])  # of a package it is __main__.py
+            print(f"{path.parent.name if path.stem == '__main__' else path.name}: error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("\nstopped; what was reached is saved, and the same command goes on from there", file=sys.stderr)
+            sys.exit(130)

@@ -1,0 +1,101 @@
+"""--init-from: a run that starts from the weights of another.
+
+Of a run by the same method with as many networks each network goes on from its own. An end-to-end network can also be
+cut: its layers are dealt out to the blocks.
+"""
+
+import hashlib
+import re
+from dataclasses import fields
+from pathlib import Path
+
+from nano_db import __version__
+from nano_db.errors import UsageError
+from nano_db.layers import open_gates
+from nano_db.trainer.checkpoints import differences, explained, read_block, read_config
+
+
+def initial_weights(settings, b=0):
+    """(weights, sha256, state) of network b of the run to start from: averaged weights if there are any; and all of its
+    file.
+    """
+    path, sha256 = Path(settings.init_from) / f"block_{b}.pt", hashlib.sha256()
+    if not path.exists():
+        raise UsageError(f"--init-from: {path} is missing, and a block that has not begun needs it")
+    state = read_block(path)
+    weights = state["ema"] or state["weights"]
+    with explained(f"--init-from: {path} holds no weights"):
+        for name, tensor in sorted(weights.items()):
+            sha256.update(name.encode() + tensor.numpy().tobytes())
+    return weights, sha256.hexdigest(), state
+
+
+def initial_checksums(settings, script, keeps):
+    """The checksums of the networks to start from, as a text with spaces between: of as many as this run has, or of one
+    to be cut. A run that has begun has them in its config.json, and the networks may be gone.
+
+    keeps: see Run. Raises UsageError unless it is a finished run of the same script, version and network, whose data
+    has the same vocabulary, or images of this shape and as many classes.
+    """
+    if (Path(settings.out) / "config.json").exists():
+        config = read_config(settings.out)
+        if config["settings"].get("init_from") == settings.init_from:
+            return config["depends_on"].get("init_from_sha256", "")
+    there, checksums = initial_weights(settings)[2]["settings"], []
+    counted = "ensemble" if settings.baseline else "blocks"
+    count = getattr(settings, counted, 1)
+    whole = there.get("baseline") == settings.baseline and there.get(counted, 1) == count
+    cut = not whole and hasattr(settings, "layers") and there.get("baseline") is True
+    different = differences(there, needed(settings, script, cut))
+    different += other_data(read_config(settings.init_from, "--init-from")["keeps"], keeps)
+    if different:
+        needs = f"needs a run of the same script, version and network ({'; '.join(different)})"
+        raise UsageError(f"--init-from {settings.init_from} does not fit: it {needs}")
+    for b in range(1 if cut else count):
+        _, sha256, state = initial_weights(settings, b)
+        if state["settings"] != there:
+            raise UsageError(f"--init-from {settings.init_from}: its block_{b}.pt and block_0.pt are of different runs")
+        if state["step"] != there.get("steps"):
+            reached = f"block {b} is at step {state['step']} of {there.get('steps')}"
+            raise UsageError(f"--init-from {settings.init_from} is not finished: {reached}")
+        checksums.append(sha256)
+    return " ".join(checksums)
+
+
+def needed(settings, script, cut):
+    """The settings in which the networks to start from must agree: those that shape them. cut: of one network, whose
+    layers are dealt out, how blocks share them need not.
+    """
+    names = {"tokenizer"} if cut or settings.baseline else {"tokenizer", "blocks", "head"}
+    here = {"script": script, "version": __version__} | ({} if cut else {"baseline": settings.baseline})
+    for f in fields(settings):
+        if f.name in names or (f.metadata["group"] == "network" and not (cut and f.metadata["of"])):
+            here[f.name] = getattr(settings, f.name)
+    return here
+
+
+def other_data(there, here):
+    """In words, where data differs in what shapes a network. there, here: what runs keep of their data (Run)."""
+    shapes = {"vocabulary": str, "shape": list, "classes": len}  # other classes may take the place of as many
+    return [
+        f"another {name} there" if name in there else f"no {name} kept there"
+        for name, shape in shapes.items()
+        if name in here and (name not in there or shape(there[name]) != shape(here[name]))
+    ]
+
+
+def layers_of(network, own, first):
+    """`own`, the first weights of a block, with those of the trained `network` from its layer number `first` on, and of
+    what surrounds them. Both are state_dicts. What the network does not have, or has in another shape, stays as it is:
+    a denoising head, say. But a layer that is modulated only in the block gets open gates, for behind gates that are
+    zero the layers would do nothing.
+    """
+    begun = {}
+    for name, weight in own.items():
+        there = re.sub(r"^network\.layers\.(\d+)", lambda found: f"network.layers.{first + int(found[1])}", name)
+        fits = there in network and network[there].shape == weight.shape
+        begun[name] = network[there] if fits else weight
+        layer = re.fullmatch(r"(network\.layers\.\d+)\.modulation\.bias", there)
+        if layer and there not in network and f"{layer[1]}.attention.qkv.weight" in network:
+            begun[name] = open_gates(weight)
+    return begun
