@@ -31,6 +31,7 @@ from nano_db.schedule import LogNormal
 from nano_db.stack import assemble
 from nano_db.trainer.checkpoints import kept
 from nano_db.trainer.command import command
+from nano_db.trainer.memory import note_vocabulary
 from nano_db.trainer.report import can_score, continue_prompt, export_texts, keep_samples, report
 from nano_db.trainer.run import Run, first_weights, make_optimizer, noise_identity
 from nano_db.trainer.settings import Discrete, Training, method, network, output, read_settings, training
@@ -219,6 +220,7 @@ def prepare(settings):
     text = load_text(
         settings.data, settings.tokenizer, seq_len=settings.seq_len, export=settings.export, kept=kept(settings)
     )
+    note_vocabulary(text.tokenizer.classes, settings)
     text.tokenizer.encode(settings.prompt)  # a character that is not in the data: say so now, not after the training
     return text, make_partition(NOISE[settings.noise], 1)
 

@@ -23,6 +23,7 @@ from nano_db.partition import split_layers
 from nano_db.stack import Ensemble
 from nano_db.trainer.checkpoints import kept
 from nano_db.trainer.command import command
+from nano_db.trainer.memory import note_vocabulary
 from nano_db.trainer.report import can_score, export_texts, keep_samples, report
 from nano_db.trainer.run import Run, first_weights, make_optimizer
 from nano_db.trainer.settings import Blocks, Training, method, network, output, read_settings, training
@@ -85,6 +86,7 @@ class Unmasker(nn.Module):
 def prepare(settings):
     """What every block knows without being told: the text, and how much of it is masked at which time."""
     text = load_text(settings.data, seq_len=settings.seq_len, export=settings.export, kept=kept(settings))
+    note_vocabulary(text.tokenizer.classes, settings)
     encode_fill(text, settings)  # too long, or a character not in the data: say so now, not after the training
     return text, MaskSchedule(settings.schedule)
 

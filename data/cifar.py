@@ -1,9 +1,12 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009), from the official binary archives: photographs of 32 x 32 pixels.
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009), from the official archives: photographs of 32 x 32 pixels.
 
-An archive holds files of equal records: label bytes (one; for CIFAR-100 two, coarse then fine), then 3,072 bytes of
-pixels, a plane each of red, green and blue. Nothing is unpickled, and nothing is unpacked to the disk.
+A binary archive holds files of equal records: label bytes (one; for CIFAR-100 two, coarse then fine), then 3,072 bytes
+of pixels, a plane each of red, green and blue. The archive for Python, which torchvision uses, holds the same arrays in
+pickles. Nothing is unpickled (pickles are read as lists of opcodes), and nothing is unpacked to the disk.
 """
 
+import hashlib
+import pickletools
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,17 +29,34 @@ class Archive:
     test: tuple[str, ...]
     names: str  # the file of class names, a line each
     label_bytes: int  # a record; the last one is the label
+    # Of the archive for Python: its folder; files with their md5, those to train on first; keys of labels and names.
+    python_folder: str
+    python_files: dict[str, str]
+    keys: tuple[str, str]
 
 
 ARCHIVES = {
     "cifar10": Archive(
         "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530", 170_052_171,
         "cifar-10-batches-bin", tuple(f"data_batch_{i}.bin" for i in range(1, 6)), ("test_batch.bin",),
-        "batches.meta.txt", label_bytes=1,
+        "batches.meta.txt", 1, "cifar-10-batches-py",
+        {
+            "data_batch_1": "c99cafc152244af753f735de768cd75f", "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751", "data_batch_4": "634d18415352ddfa80567beed471001a",
+            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb", "test_batch": "40351d587109b95175f43aff81a1287e",
+            "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
+        },
+        ("labels", "label_names"),
     ),
     "cifar100": Archive(
         "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8", 168_513_733,
-        "cifar-100-binary", ("train.bin",), ("test.bin",), "fine_label_names.txt", label_bytes=2,
+        "cifar-100-binary", ("train.bin",), ("test.bin",), "fine_label_names.txt", 2,
+        "cifar-100-python",
+        {
+            "train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+            "meta": "7973b15100ade9c7d40fb424638fde48",
+        },
+        ("fine_labels", "fine_label_names"),
     ),
 }  # fmt: skip
 
@@ -44,19 +64,23 @@ ARCHIVES = {
 def is_here(name, folder="data/cache"):
     """Whether `load` finds the images in `folder`, and need not download them."""
     about = ARCHIVES[name]
-    return (Path(folder) / about.folder).is_dir() or _archive(about, folder).exists()
+    places = (Path(folder) / about.folder, Path(folder) / about.python_folder, _archive(about, folder))
+    return any(place.exists() for place in places)
 
 
 def load(name, folder):
     """((images, labels) to train on, the same to test on, class names); images (N, 3, 32, 32) uint8, labels (N,).
 
-    Read from `folder`/cifar-10-batches-bin (unpacked, as it is) or else from the official archive in `folder`, which
-    is downloaded if it is not there and must have its md5 checksum; cifar100 likewise.
+    Read from `folder`/cifar-10-batches-bin (unpacked, as it is), or from `folder`/cifar-10-batches-py (as torchvision
+    unpacks it), or else from the official archive in `folder`, which is downloaded if it is not there. The latter two
+    must have their md5 checksums; cifar100 likewise.
     """
     about = ARCHIVES[name]
     unpacked = Path(folder) / about.folder
     if unpacked.is_dir():
         return _assemble(about, unpacked, lambda member: (unpacked / member).read_bytes())
+    if (pickled := Path(folder) / about.python_folder).is_dir():
+        return _assemble_pickled(about, pickled)
     path = _archive(about, folder)
     with tarfile.open(fetch(about.url, path, about.md5, about.size, algorithm="md5")) as archive:
         return _assemble(about, path, lambda member: archive.extractfile(f"{about.folder}/{member}").read())
@@ -81,3 +105,47 @@ def _assemble(about, source, read):
         return *parts, names
     except (OSError, ValueError) as error:  # from a folder: an archive has passed its checksum
         raise UsageError(f"{source} is damaged or incomplete ({error}): unpack the archive again") from error
+
+
+def _assemble_pickled(about, folder):
+    *batches, names = [_opcodes(folder / name, md5) for name, md5 in about.python_files.items()]
+    parts = []
+    for members in (batches[:-1], batches[-1:]):
+        images = np.concatenate([_pixels(opcodes) for opcodes in members])
+        labels = [label for opcodes in members for label in _list_after(opcodes, about.keys[0])]
+        parts.append((images, np.array(labels, np.int64)))
+    return *parts, _list_after(names, about.keys[1])
+
+
+def _opcodes(path, md5):
+    """[(name, argument)] of a pickle's opcodes."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}): unpack the archive again") from error
+    if hashlib.md5(content).hexdigest() != md5:
+        raise UsageError(f"{path} has not the official file's md5 {md5[:16]}...: unpack the archive again")
+    return [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(content)]
+
+
+def _list_after(opcodes, key):
+    """The numbers or strings of the list that stands after a key: it comes in parts, each from a mark to APPENDS."""
+    values, previous = [], ""
+    for name, argument in opcodes[[argument for _, argument in opcodes].index(key) + 1 :]:
+        if name in ("SHORT_BINSTRING", "BININT1"):
+            if previous == "APPENDS":  # the next key
+                break
+            values.append(argument)
+        if "PUT" not in name:
+            previous = name
+    return values
+
+
+def _pixels(opcodes):
+    """The array (N, 3, 32, 32): by far the longest string. Before it stands whether columns come first in it."""
+    at = max(range(len(opcodes)), key=lambda i: len(opcodes[i][1]) if isinstance(opcodes[i][1], str) else 0)
+    columns_first = next(name for name, _ in reversed(opcodes[:at]) if name in ("NEWTRUE", "NEWFALSE")) == "NEWTRUE"
+    pixels = np.frombuffer(bytearray(opcodes[at][1], "latin-1"), np.uint8)
+    rows = len(pixels) // int(np.prod(PIXELS))
+    pixels = pixels.reshape(-1, rows).T if columns_first else pixels
+    return np.ascontiguousarray(pixels).reshape(rows, *PIXELS)

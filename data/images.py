@@ -133,5 +133,5 @@ def read_images(name, folder, count, size):
         if name in names:
             return module.load(name, folder)
     if not Path(name).is_dir():
-        raise UsageError(f"--data {name}: choose {', '.join(NAMES)}, or the path of a folder of pictures")
+        raise UsageError(f"--data {name} is no folder: choose {', '.join(NAMES)}, or the path of a folder of pictures")
     return image_folder.load(name, size)

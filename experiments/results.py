@@ -45,8 +45,8 @@ def run_all(todo, jobs, out, folder):
                     experiment, seed = running.pop(process)
                     name, done = experiment.file(seed), len(todo) - len(waiting) - len(running)
                     if process.returncode:
-                        last = (out / f"{name}.log").read_text(errors="replace").strip().split("\n")[-1]
-                        failed.append(f"{name} ({last})")
+                        log = (out / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+                        failed.append(f"{name} ({log.strip().rpartition(chr(10))[2]})")
                     else:
                         keep_record(experiment, seed, out, folder, jobs)
                     minutes = (time.monotonic() - began) / done * (len(todo) - done) / 60
@@ -69,7 +69,8 @@ def start(experiment, seed, out):
     folder.parent.mkdir(parents=True, exist_ok=True)
     line = [sys.executable, *experiment.command(seed, folder.parents[1]), "--out", str(folder)]
     threads = {"OMP_NUM_THREADS": "1"} if experiment.given("--device") == "cpu" else {}
-    with open(f"{folder}.log", "w") as log:  # a session of its own: Ctrl-C comes only to us, and we tell each run once
+    with open(f"{folder}.log", "w", encoding="utf-8") as log:
+        # A session of its own: Ctrl-C comes only to us, and we tell each run once.
         where = {"cwd": ROOT, "stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
         return subprocess.Popen(line, env=os.environ | threads, **where)
 
@@ -79,7 +80,8 @@ def keep_record(experiment, seed, out, folder, jobs):
     run = out / experiment.file(seed)
     result = read_result(run)
     depends_on = result if "data_sha256" in result else read_config(run)["depends_on"]  # neighbours have no config.json
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
+    about = Path("/proc/cpuinfo").read_text(encoding="utf-8") if sys.platform == "linux" else ""
+    names = re.findall(r"model name\s*: (.*)", about)
     machine = {"cpu": (names or [platform.machine()])[0], "cores": os.cpu_count(), "jobs at a time": jobs}
     if result["device"] == "cpu":
         machine["threads of a job"] = 1
@@ -139,7 +141,7 @@ def main():
         draw_depth(folder / "depth.png", panels)
     if args.readme is not None:
         for page in args.readme or [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-            write_text(page, fill(page.read_text(), args.results))
+            write_text(page, fill(page.read_text(encoding="utf-8"), args.results))
     if failed:
         raise UsageError(f"{len(failed)} of {len(todo)} runs failed: {'; '.join(failed)}. Their logs are in {out}")
 

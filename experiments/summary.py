@@ -40,11 +40,12 @@ PAPER = {"vit": "accuracy in %", "dit": "FID", "mdm": "bits per character", "gpt
 def read_json(path, keys, advice):
     """The dictionary in a file, which must have `keys`. advice: what to do where the file is missing or damaged."""
     try:
-        content = json.loads(Path(path).read_text())
-        assert content.keys() >= set(keys)
-        return content
-    except (OSError, ValueError, AttributeError, AssertionError):
-        raise UsageError(f"{path} is missing or damaged: {advice}") from None
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if content.keys() >= set(keys):
+            return content
+    except (OSError, ValueError, AttributeError):  # AttributeError: no dictionary
+        pass
+    raise UsageError(f"{path} is missing or damaged: {advice}")
 
 
 def read_records(folder, scale):

@@ -48,6 +48,12 @@ def _namespaces():
         return False
 
 
+def needs_fork():
+    """Skip where processes cannot fork."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs os.fork, which Windows has not")
+
+
 needs_namespaces = pytest.mark.skipif(not _namespaces(), reason="needs Linux and its user namespaces")
 
 

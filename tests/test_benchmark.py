@@ -46,7 +46,7 @@ def test_what_sixteen_tokens_cost_in_layers(small, cli, text_file, tmp_path, mon
     def evaluations(*flags):
         assert small("--out", tmp_path / "run", *flags)[0] == 0
         folder = tmp_path / "run"
-        count = json.loads((folder / "result.json").read_text())["one_sample"]["layer_evaluations"]
+        count = json.loads((folder / "result.json").read_text(encoding="utf-8"))["one_sample"]["layer_evaluations"]
         shutil.rmtree(folder)
         return count
 
@@ -57,7 +57,7 @@ def test_what_sixteen_tokens_cost_in_layers(small, cli, text_file, tmp_path, mon
     mdm = ("--preset", "tiny", "--layers", 6, "--steps", 2, "--eval-windows", 1, "--device", "cpu", "--data", text_file)
     for flags, expected in (((), 16 * 2), (("--baseline", "--ensemble", 2), 16 * 6 * 2)):
         assert cli(*mdm, "--out", tmp_path / "mdm", *flags, main=train_mdm.main)[0] == 0
-        result = json.loads((tmp_path / "mdm" / "result.json").read_text())
+        result = json.loads((tmp_path / "mdm" / "result.json").read_text(encoding="utf-8"))
         assert result["one_sample"]["layer_evaluations"] == expected
         shutil.rmtree(tmp_path / "mdm")
 

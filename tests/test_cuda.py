@@ -48,7 +48,7 @@ def test_a_tiny_run_on_a_gpu_reports_the_allocator(cli, tmp_path, script, method
     flags = (*TINY, "--device", "cuda", "--out", tmp_path / "run", *METHODS[method], *more)
     code, _, err = cli(*flags, main=SCRIPTS[script].main)
     assert code == 0, err
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
     assert result["device"] == "cuda" and result["memory_bytes"]["allocator_peak"] > 0
 
 
@@ -57,7 +57,7 @@ def test_a_tiny_run_on_a_gpu_reports_the_allocator(cli, tmp_path, script, method
 def test_blocks_of_the_cpu_are_scored_on_a_gpu_as_there(small, cli, tmp_path, recipe):
     code, _, err = small("--recipe", recipe, "--out", tmp_path / "run")
     assert code == 0, err
-    expected = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
+    expected = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))["metrics"]
     code, out, err = cli("--eval-only", "--device", "cuda", "--out", tmp_path / "run")
     assert code == 0, err
     (line,) = re.findall("nats by block: (.*)", out)

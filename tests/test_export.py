@@ -15,7 +15,7 @@ TINY = ("--preset", "tiny", "--steps", "4", "--warmup", "1", "--device", "cpu", 
 
 
 def exported(folder):
-    return [json.loads(line) for line in (folder / "texts.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "texts.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.parametrize(

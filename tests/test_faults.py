@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo  # as the plots below: not to be imported anew in each fork
-from conftest import ROOT, SMALL, needs_namespaces, same, tensors
+from conftest import ROOT, SMALL, needs_fork, needs_namespaces, same, tensors
 from test_run import make_run, train
 
 import nano_db.trainer.plots  # noqa: F401
@@ -31,6 +31,7 @@ BLOCKS, EMA = range(2), 0.9
 
 def start(*flags, sabotage=lambda: None):
     """train_gpt.py in a fork of this process, which needs no second to start: its process id."""
+    needs_fork()
     pid = os.fork()
     if pid:
         return pid
@@ -304,10 +305,10 @@ def test_a_clock_that_jumps(small, undisturbed, tmp_path, monkeypatch):
 def test_data_that_changed_between_start_and_resume(small, undisturbed, tmp_path):
     flags, whole = undisturbed
     out, text = tmp_path / "cut", tmp_path / "text.txt"
-    text.write_text((whole.parent / "text.txt").read_text())
+    text.write_text((whole.parent / "text.txt").read_text(encoding="utf-8"))
     flags = [*flags[:-2], str(text), "--out"]
     assert end(start(*flags, out, sabotage=dies(os, "replace", 5))) == -signal.SIGKILL
-    before, content = contents(out), text.read_text()
+    before, content = contents(out), text.read_text(encoding="utf-8")
     text.write_text(content.replace("fox", "cat", 1))
     code, _, err = small(*flags, out)
     assert code == 2 and "data_sha256" in err and "there" in err and err.count("\n") == 1

@@ -190,7 +190,7 @@ def test_every_setting_of_a_config_json_replaced(small, cli, tmp_path):
     run = tmp_path / "run"
     small("--out", run, "--only", "0")
     path = run / "config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     for name in config["settings"]:
         for strange in (None, -1, 1e400, "text", []):
             path.write_text(json.dumps({**config, "settings": {**config["settings"], name: strange}}))
@@ -307,7 +307,7 @@ def test_no_code_here_unpickles_evaluates_or_unpacks_what_it_reads():
     folders = {"nano_db", "trainer", "experiments", "gpu", "neighbours", "data", ROOT.name}
     assert len(files) > 20 and folders <= {path.parent.name for path in files}
     for path in files:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
                 forbidden = {"pickle", "marshal", "shelve", "dill", "importlib", "runpy"}
@@ -327,5 +327,5 @@ def test_no_code_here_unpickles_evaluates_or_unpacks_what_it_reads():
 @pytest.mark.parametrize("name", ["checkpoints", "run", "settings"])
 def test_what_is_read_is_not_verified_by_assert(name):
     """`python -O` would take it away."""
-    nodes = ast.walk(ast.parse((ROOT / f"nano_db/trainer/{name}.py").read_text()))
+    nodes = ast.walk(ast.parse((ROOT / f"nano_db/trainer/{name}.py").read_text(encoding="utf-8")))
     assert not [node for node in nodes if isinstance(node, ast.Assert)]

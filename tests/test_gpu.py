@@ -127,8 +127,8 @@ def started(tmp_path, *flags):
         code = stop.code
     return (
         code,
-        json.loads((tmp_path / "out" / "report.json").read_text()),
-        (tmp_path / "out" / "report.md").read_text(),
+        json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8")),
+        (tmp_path / "out" / "report.md").read_text(encoding="utf-8"),
     )
 
 
@@ -143,7 +143,7 @@ def test_a_stage_that_fails_is_reported_and_passed_over(tmp_path, stages, capsys
     assert len(lines) == 7 and lines[0].startswith("1. What of works?") and "1 of 2 failed" in lines[0]
     assert lines[1] == "   **failed**: the stage itself: ValueError: a fault"
     assert all(line.endswith(" left") for line in lines if line[0].isdigit())
-    assert "ValueError: a fault\nof two lines" in (tmp_path / "out" / "log.txt").read_text()
+    assert "ValueError: a fault\nof two lines" in (tmp_path / "out" / "log.txt").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_only_the_stages_asked_for_run(tmp_path, stages):
 
 def is_alive(pid):
     with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").split()[2] != "Z"
     return False
 
 
@@ -205,7 +205,7 @@ def wait_until(condition):
 
 @FORK
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "SIGINT"])  # Windows does not know the first
 def test_killed_in_the_middle_of_a_stage_it_leaves_the_report_of_those_before(tmp_path, stages, number, how):
     folder = tmp_path / "out"
 
@@ -221,20 +221,23 @@ def test_killed_in_the_middle_of_a_stage_it_leaves_the_report_of_those_before(tm
 
     def begun():
         with suppress(OSError, ValueError, LookupError):
-            return json.loads((folder / "report.json").read_text())["stages"][number - 1]["records"]
+            return json.loads((folder / "report.json").read_text(encoding="utf-8"))["stages"][number - 1]["records"]
 
     try:
         wait_until(begun)
-        os.kill(process.pid, how)
+        os.kill(process.pid, getattr(signal, how))
         process.join(30)
     finally:
         process.kill()
-    found, text = json.loads((folder / "report.json").read_text()), (folder / "report.md").read_text()
-    this = "not finished" if how == signal.SIGKILL else "stopped by the user"
+    found, text = (
+        json.loads((folder / "report.json").read_text(encoding="utf-8")),
+        (folder / "report.md").read_text(encoding="utf-8"),
+    )
+    this = "not finished" if how == "SIGKILL" else "stopped by the user"
     expected = ["passed"] * (number - 1) + [this] + ["not begun"] * (4 - number)
     assert [s["status"] for s in found["stages"]] == expected
     assert len(found["stages"][number - 1]["records"]) == 1 and f"{this}, at a check (1 of 1 passed" in text
-    worker = int((folder / "worker").read_text())
+    worker = int((folder / "worker").read_text(encoding="utf-8"))
     wait_until(lambda: not is_alive(worker))
 
 

@@ -220,7 +220,7 @@ def test_while_a_block_trains_nothing_of_another_is_in_memory(
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux caps the memory of a process")
 def test_what_does_not_fit_end_to_end_is_trained_in_blocks(tmp_path):
     """113 million weights take 1.8 GB with gradients and AdamW's averages. The processes here are given 1.5 GB."""
-    import resource
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
 
     size = "--preset tiny --layers 16 --width 768 --seq-len 64 --batch-size 4 --eval-windows 1 --device cpu"
     flags = [*size.split(), "--steps", "2", "--warmup", "1"]
@@ -245,5 +245,5 @@ def test_what_does_not_fit_end_to_end_is_trained_in_blocks(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "blocks" / "block_5.pt").read_bytes() == kept and "bits per character" in done.stdout
     assert "end to end: a training step does not fit" in done.stdout
-    result = json.loads((tmp_path / "blocks" / "result.json").read_text())
+    result = json.loads((tmp_path / "blocks" / "result.json").read_text(encoding="utf-8"))
     assert result["memory_bytes"]["total"] < 0.5e9 and "baseline_memory_bytes" not in result

@@ -13,7 +13,7 @@ TINY = ("--steps", "3", "--warmup", "1", "--batch-size", "8", "--glyphs", "180",
 
 
 def result_of(folder):
-    return json.loads((folder / "result.json").read_text())
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
 
 
 # --- NoProp ---

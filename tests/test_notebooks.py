@@ -139,7 +139,7 @@ def test_it_is_committed_executed_small_and_without_traces_of_a_machine(path):
 
 @each_notebook
 def test_it_redefines_nothing_of_nano_db(path):
-    library = set().union(*(definitions(file.read_text()) for file in (ROOT / "nano_db").rglob("*.py")))
+    library = set().union(*(definitions(file.read_text(encoding="utf-8")) for file in (ROOT / "nano_db").rglob("*.py")))
     assert "euler_walk" in library
     assert definitions(source_of(nbformat.read(path, as_version=4))) & library == set()
 
@@ -188,7 +188,10 @@ def test_notebook_3_shows_the_training_loop_of_the_script():
         return lines[lines.index("for _ in run.rounds():") : lines.index("del block, optimizer, loss") + 1]
 
     (path,) = (path for path in PATHS if path.stem.startswith("03_"))
-    shown, script = loop(source_of(nbformat.read(path, as_version=4))), loop((ROOT / "train_gpt.py").read_text())
+    shown, script = (
+        loop(source_of(nbformat.read(path, as_version=4))),
+        loop((ROOT / "train_gpt.py").read_text(encoding="utf-8")),
+    )
     left_out = {"with run.autocast:", "run.average_gradients(block)"}  # as the notebook says, and the arguments below
     without = [line.replace(", text, partition)", ")") for line in script if line not in left_out]
     assert left_out < {*script} and shown == without

@@ -181,12 +181,14 @@ def test_runs_are_made_kept_and_skipped_and_a_failing_one_is_named(few, tmp_path
     code, out, err = few(rows[:2], "--jobs", 2)
     assert code == 2 and "1 of 2 runs failed: vit-bad-s0" in err and "must divide" in err and err.count("\n") == 1
     folder = tmp_path / "results" / "tiny"
-    record = json.loads((folder / "vit-baseline-s0.json").read_text())
+    record = json.loads((folder / "vit-baseline-s0.json").read_text(encoding="utf-8"))
     assert record["command"] == f"python train_vit.py {' '.join(VIT)} --baseline --seed 0"
     assert record["machine"]["cores"] >= 1 and record["result"]["versions"].keys() >= {"python", "torch"}
-    config = json.loads((tmp_path / "out/tiny/vit-baseline-s0/config.json").read_text())
+    config = json.loads((tmp_path / "out/tiny/vit-baseline-s0/config.json").read_text(encoding="utf-8"))
     assert record["data_sha256"] == config["depends_on"]["data_sha256"]
-    assert "not run" in (folder / "summary.md").read_text() and not (folder / "vit-bad-s0.json").exists()
+    assert (
+        "not run" in (folder / "summary.md").read_text(encoding="utf-8") and not (folder / "vit-bad-s0.json").exists()
+    )
 
     started = []
     begin = results.start
@@ -194,9 +196,9 @@ def test_runs_are_made_kept_and_skipped_and_a_failing_one_is_named(few, tmp_path
     code, out, err = few(rows[1:])
     assert code == 0 and started == ["vit-blocks-s0", "vit-blocks-s1"], err
     assert "2/2 vit-blocks-s1: done" in out
-    page = (folder / "summary.md").read_text()
+    page = (folder / "summary.md").read_text(encoding="utf-8")
     assert few(rows[1:])[0] == 0 and len(started) == 2
-    assert (folder / "summary.md").read_text() == page
+    assert (folder / "summary.md").read_text(encoding="utf-8") == page
 
     code, out, _ = few([row("vit-baseline", "--baseline", "--width", "32"), rows[2]], "--summary-only")
     assert code == 0 and "vit-baseline-s0.json is left out" in out and len(started) == 2
@@ -206,7 +208,7 @@ def test_runs_are_made_kept_and_skipped_and_a_failing_one_is_named(few, tmp_path
     for path in pages:
         path.write_text("<!-- results: tiny vit -->\n<!-- end -->\n")
     assert few(rows, "--summary-only", "--readme", *pages)[0] == 0
-    assert all("| vit-blocks | 4 | 2 |" in path.read_text() for path in pages)
+    assert all("| vit-blocks | 4 | 2 |" in path.read_text(encoding="utf-8") for path in pages)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -248,7 +250,7 @@ def test_blocks_start_from_the_network_that_was_trained_before_them(few, tmp_pat
     started = row("vit-started", "--init-from", "{out}/tiny/vit-network-s{seed}")
     code, _, err = few([started, row("vit-network", "--baseline")], "--jobs", 2)
     assert code == 0, err
-    record = json.loads((tmp_path / "results/tiny/vit-started-s0.json").read_text())
+    record = json.loads((tmp_path / "results/tiny/vit-started-s0.json").read_text(encoding="utf-8"))
     assert "--init-from out/results/tiny/vit-network-s0 " in record["command"]
     assert len(record["init_from_sha256"]) == 64 and "init_from" not in record["settings"]
     (tmp_path / "results/tiny/vit-started-s0.json").unlink()
@@ -262,10 +264,10 @@ def test_a_neighbours_run_is_kept_like_a_scripts(few, tmp_path):
     neighbour = Experiment("greedy", "neighbours-glyphs", "greedy", "greedy", flags, 1, "features")
     code, _, err = few([neighbour])
     assert code == 0, err
-    record = json.loads((tmp_path / "results/tiny/greedy-s0.json").read_text())
+    record = json.loads((tmp_path / "results/tiny/greedy-s0.json").read_text(encoding="utf-8"))
     line = f"python -m experiments.neighbours.greedy {' '.join(flags)} --seed 0"
     assert record["command"] == line and record["settings"]["glyphs"] == 180 and len(record["data_sha256"]) == 64
-    page = (tmp_path / "results/tiny/summary.md").read_text()
+    page = (tmp_path / "results/tiny/summary.md").read_text(encoding="utf-8")
     assert "| what passes between blocks |" in page and "| greedy | 2 | 1 |" in page and "| features |" in page
 
 
@@ -383,7 +385,7 @@ def test_marked_tables_are_filled_and_a_changed_number_is_found(cpu):
 
 def test_a_summary_says_what_each_table_was_measured_on(cpu):
     path = write(cpu, next(row for row in experiments("cpu") if row.group == "looped"), 0, {"bits_per_char": 2.0})
-    path.write_text(path.read_text().replace("slide rule", "abacus"))
+    path.write_text(path.read_text(encoding="utf-8").replace("slide rule", "abacus"))
     page = summary.summary(summary.read_records(cpu, "cpu")[0], "cpu")
     measured = [line.split("Measured on: ")[1] for line in page.splitlines() if "Measured on" in line]
     gpt, looped = (f"cpu: {name}, python: 3; pydocs abc." for name in ("slide rule", "abacus"))
@@ -401,7 +403,9 @@ def test_a_damaged_file_is_named(cpu):
 def test_the_memory_table_has_every_part(tmp_path):
     rows = {row: [] for row in experiments("cpu") if row.group == "memory"}
     first = next(iter(rows))
-    rows[first] = [json.loads(write(tmp_path, first, 0, weights=2**21, activations=3 * 2**20).read_text())]
+    rows[first] = [
+        json.loads(write(tmp_path, first, 0, weights=2**21, activations=3 * 2**20).read_text(encoding="utf-8"))
+    ]
     _, _, line, other, *_ = summary.memory_table(rows).splitlines()
     assert line == f"| {first.row} | 7.0: 2.0 + 1.0 + 1.0 + 3.0 |" and "not run" in other
 
@@ -463,7 +467,7 @@ def test_the_figure_of_depth_has_each_row_at_the_layers_of_a_network_or_of_a_blo
     "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
 )
 def test_marked_tables_are_those_of_the_files(page):
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     assert text.count("<!-- results:") == len(summary.MARKED.findall(text)), "a mark without its end"
     assert summary.fill(text, ROOT / "results") == text, "python -m experiments.results --summary-only --readme"
 
@@ -515,7 +519,7 @@ def test_no_table_mixes_rows_of_versions_whose_numbers_differ():
 
 @pytest.mark.parametrize("path", ["pyproject.toml", "CITATION.cff"])
 def test_the_version_is_the_same_everywhere(path):
-    found = re.findall(r'^version[: =]+"?([\d.]+)', (ROOT / path).read_text(), re.MULTILINE)
+    found = re.findall(r'^version[: =]+"?([\d.]+)', (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
     assert found == [nano_db.__version__]
 
 
@@ -525,7 +529,7 @@ def test_committed_summaries_are_those_of_their_files():
     folders = [path for path in folders if path.name in SCALES and any(path.glob("*.json"))]
     for folder in folders:
         found, stale = summary.read_records(folder, folder.name)
-        assert (folder / "summary.md").read_text() == summary.summary(found, folder.name), folder
+        assert (folder / "summary.md").read_text(encoding="utf-8") == summary.summary(found, folder.name), folder
         known = {experiment.file(seed) for experiment in found for seed in range(experiment.seeds)}
         assert not stale and {path.stem for path in folder.glob("*.json")} <= known, "files of no experiment"
     assert sum(path.stat().st_size for folder in folders for path in folder.iterdir()) < 5_000_000
@@ -536,4 +540,4 @@ def test_the_whole_tiny_scale_runs(cli, tmp_path):
     where = ("--out", tmp_path / "out", "--results", tmp_path / "results")
     code, _, err = cli("--scale", "tiny", "--jobs", 2, *where, main=results.main)
     assert code == 0, err
-    assert "not run" not in (tmp_path / "results" / "tiny" / "summary.md").read_text()
+    assert "not run" not in (tmp_path / "results" / "tiny" / "summary.md").read_text(encoding="utf-8")

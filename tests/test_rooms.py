@@ -78,7 +78,7 @@ def test_a_script_is_read_from_top_to_bottom(name):
     found = {function: node for function, _, node in functions(path)}
     assert {"prepare", "build", "batch", "sample", "evaluate", "main"} <= found.keys()
     assert max(lines for _, lines, _ in functions(path)) <= 40
-    assert not [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Lambda)]
+    assert not [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Lambda)]
     for function, _, node in functions(path):
         inner = [other for other in ast.walk(node) if isinstance(other, ast.FunctionDef) and other is not node]
         assert not inner, f"{function} has a function inside"
@@ -100,7 +100,9 @@ def test_nothing_is_patched_and_no_object_changes_its_class():
 
 def test_the_method_knows_no_flags():
     for path in (ROOT / "nano_db").glob("*.py"):
-        strings = [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)]
+        strings = [
+            n.value for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Constant)
+        ]
         assert not [text for text in strings if isinstance(text, str) and re.search(r"(^|\s)--[a-z]", text)], path
 
 

@@ -1,6 +1,5 @@
 import json
 import os
-import resource
 import signal
 import weakref
 from dataclasses import dataclass
@@ -408,6 +407,7 @@ def test_a_screen_that_is_gone_costs_no_save(tmp_path, monkeypatch):
 
 def test_a_full_disk_leaves_the_last_good_file(tmp_path):
     """The limit on file size stands in for the disk: writing past it fails in the same way."""
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
     run = take(make_run(tmp_path, blocks=1))
     save(run, value=1.0)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -193,7 +193,7 @@ def stack_by_hand(settings, out, classes, make_network, noise, average):
 
 
 def metrics_of(out):
-    return json.loads((out / "result.json").read_text())["metrics"]
+    return json.loads((out / "result.json").read_text(encoding="utf-8"))["metrics"]
 
 
 @pytest.mark.parametrize("predict", ["averaged", "active"])

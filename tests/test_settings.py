@@ -231,7 +231,7 @@ def test_presets_and_recipes_set_fields_that_there_are_to_values_that_they_may_h
 def test_there_is_no_setting_that_nothing_reads(script):
     paths = [ROOT / f"{script.__name__}.py", ROOT / "nano_db/language.py"]
     paths += ROOT.glob("nano_db/trainer/*.py")
-    code = "\n".join(path.read_text() for path in paths)
+    code = "\n".join(path.read_text(encoding="utf-8") for path in paths)
     elsewhere = {"preset", "recipe", "ensemble", "blocks", "only"}  # on the command line, or by getattr
     for f in fields(script.Settings):
         assert re.search(rf"settings\.{f.name}\b", code) or f.name in elsewhere, f"nothing reads {f.name}"

@@ -23,7 +23,7 @@ def dit(cli, tmp_path):
 
 
 def result_of(folder):
-    return json.loads((folder / "run" / "result.json").read_text())
+    return json.loads((folder / "run" / "result.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def test_blocks_share_no_trainable_tensor(head, predict):
 def test_a_run_leaves_all_its_files_and_resumes_to_the_same_result(small, tmp_path, flags):
     code, _, err = small("--out", tmp_path / "run", *flags)
     assert code == 0, err
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
     parts = result["memory_bytes"]
     assert parts["total"] == sum(parts[part] for part in ("weights", "gradients", "optimizer", "activations"))
     assert result["metrics"]["nats_per_token"] == pytest.approx(sum(result["metrics"]["nats_per_block"]))
@@ -213,7 +213,7 @@ def test_a_run_leaves_all_its_files_and_resumes_to_the_same_result(small, tmp_pa
         assert (tmp_path / "run" / name).stat().st_size > 0
     code, again, _ = small("--out", tmp_path / "run", *flags)
     assert code == 0 and "loss" not in again  # nothing is trained a second time
-    second = json.loads((tmp_path / "run" / "result.json").read_text())
+    second = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
     assert second["metrics"] == result["metrics"]
 
 
@@ -228,7 +228,7 @@ def test_eval_only_takes_the_settings_of_the_run_and_continues_the_prompt(small,
     code, _, err = cli("--eval-only", "--out", tmp_path / "run", main=train_mdm.main)
     assert code == 2 and "holds no run of train_mdm.py" in err
     config = tmp_path / "run" / "config.json"
-    config.write_text(config.read_text().replace('"width": 16', '"width": "16"'))
+    config.write_text(config.read_text(encoding="utf-8").replace('"width": 16', '"width": "16"'))
     code, _, err = cli("--eval-only", "--out", tmp_path / "run")
     assert code == 2 and "width is '16'" in err
 
@@ -252,9 +252,12 @@ def test_a_result_says_how_it_was_evaluated(small, tmp_path):
     for predict in ("averaged", "active"):
         code, _, err = small("--out", tmp_path / "run", "--blocks", "2", "--predict", predict)
         assert code == 0, err
-        result = json.loads((tmp_path / "run" / "result.json").read_text())
+        result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
         assert result["settings"]["predict"] == predict and result["settings"]["width"] == 16
-        assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["predict"] == "averaged"
+        assert (
+            json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))["settings"]["predict"]
+            == "averaged"
+        )
 
 
 def test_blocks_are_combined_though_the_same_data_and_network_lay_elsewhere(small, cli, tmp_path, text_file):
@@ -424,7 +427,7 @@ def test_checkpointed_activations_change_memory_and_no_weight(small, tmp_path):
     for name, weight in plain.items():
         torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=0)
     bytes_of = [
-        json.loads((tmp_path / name / "result.json").read_text())["memory_bytes"]["activations"]
+        json.loads((tmp_path / name / "result.json").read_text(encoding="utf-8"))["memory_bytes"]["activations"]
         for name in ("plain", "saving")
     ]
     assert bytes_of[1] < 0.8 * bytes_of[0]

@@ -235,11 +235,11 @@ def test_a_run_reports_quality_by_sampling_steps_and_resumes(cli, text_file, tmp
     command = (*TINY, "--data", text_file, "--out", tmp_path / "run", *flags)
     code, _, err = cli(*command, main=train_looped.main)
     assert code == 0, err
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
     assert list(map(int, result["metrics"]["bits_per_char_by_sampling_steps"])) == list(train_looped.K_VALUES)
     code, out, _ = cli(*command, main=train_looped.main)
     assert code == 0 and "loss" not in out
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["metrics"] == result["metrics"]
+    assert json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))["metrics"] == result["metrics"]
     code, out, err = cli(
         "--eval-only", "--sampling-steps", "3", "--prompt", "the dog", "--out", tmp_path / "run", main=train_looped.main
     )

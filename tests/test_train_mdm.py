@@ -29,13 +29,13 @@ def mdm(cli, text_file, tmp_path):
 def test_a_run_scores_samples_and_resumes(mdm, tmp_path, flags):
     code, out, err = mdm(*flags)
     assert code == 0, err
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
     metrics = result["metrics"]
     assert sum(metrics["nats_per_block"]) == pytest.approx(metrics["nats_per_token"])
     assert ("after block 2:" in out) == ("--baseline" not in flags)
     code, out, _ = mdm(*flags)
     assert code == 0 and "loss" not in out
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["metrics"] == metrics
+    assert json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))["metrics"] == metrics
 
 
 def test_only_trains_one_block_at_a_time(mdm, tmp_path):

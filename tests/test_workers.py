@@ -15,7 +15,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, SMALL, needs_namespaces, same, tensors
+from conftest import ROOT, SMALL, needs_fork, needs_namespaces, same, tensors
 from test_run import make_run
 
 import nano_db.masking
@@ -101,6 +101,7 @@ def test_a_batch_is_shared_evenly_or_not_at_all(small, tmp_path, monkeypatch, ra
 
 def as_group(size, work, folder):
     """What work(group) returns, by rank, in `size` forks of this process that are connected; a UsageError as text."""
+    needs_fork()
     folder.mkdir()
     pids = []
     for rank in range(size):
@@ -314,10 +315,10 @@ def test_four_ranks_one_process_and_four_lone_runs_write_the_same_blocks_and_ran
         assert same(tensors(tmp_path / "one", b), tensors(tmp_path / "four", b))
         assert same(tensors(tmp_path / "one", b), tensors(tmp_path / f"only{b}", b))
         assert losses(tmp_path / "one", b)[-1] == losses(tmp_path / "four", b)[-1]
-        sent = json.loads((tmp_path / f"record.{b}").read_text())
+        sent = json.loads((tmp_path / f"record.{b}").read_text(encoding="utf-8"))
         assert sent["groups"] == [] and set(sent["store"]) == {"add"}  # one number: how many have finished
     assert done.stdout.count("bits per character") == 1
-    one, four = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "four"))
+    one, four = (json.loads((tmp_path / name / "result.json").read_text(encoding="utf-8")) for name in ("one", "four"))
     assert one["metrics"] == four["metrics"]
     for b in (1, 2, 3):  # files trained apart, copied together
         shutil.copy(tmp_path / f"only{b}" / f"block_{b}.pt", tmp_path / "only0")
@@ -339,7 +340,7 @@ def test_three_ranks_for_two_blocks_the_group_averages_and_the_third_is_as_one_p
         RECORD=str(tmp_path / "record"),
         EMA="0.9",
     )
-    records = [json.loads((tmp_path / f"record.{rank}").read_text()) for rank in range(3)]
+    records = [json.loads((tmp_path / f"record.{rank}").read_text(encoding="utf-8")) for rank in range(3)]
     groups = [record["groups"] for record in records]
     assert groups == [[[0, 1]], [[0, 1]], []]  # the group of block 0; block 1's process joins no group at all
     assert records[0]["weights"].keys() == {"0"} and records[2]["weights"].keys() == {"1"}
@@ -402,7 +403,7 @@ def test_a_killed_rank_leaves_whole_files_and_the_same_command_resumes(text_file
     victim, deadline = tmp_path / "killed" / f"block_{blocks - 1}.pt", time.monotonic() + 60
     while not victim.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    owner = (tmp_path / "killed" / f".block_{blocks - 1}.lock").read_text()
+    owner = (tmp_path / "killed" / f".block_{blocks - 1}.lock").read_text(encoding="utf-8")
     os.kill(int(re.match(r"process (\d+) ", owner)[1]), signal.SIGKILL)
     job.communicate(timeout=60)
     assert job.returncode != 0
@@ -514,7 +515,7 @@ def test_files_that_do_not_belong_together_are_refused(small, cli, tmp_path):
     assert code == 2 and "seed 7 there, 0 here; overlap 0.2 there, 0.1 here" in err and err.count("\n") == 1
     (tmp_path / "a" / "block_1.pt").write_bytes(good)
     config = tmp_path / "a" / "config.json"
-    text = config.read_text()
+    text = config.read_text(encoding="utf-8")
     config.write_text(text.replace('"script": "gpt"', '"script": "../../evil"'))
     assert evaluate()[0] == 2
     config.write_text(text)

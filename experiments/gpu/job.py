@@ -109,7 +109,7 @@ def start(name, preset, flags, options, folder, steps):
     """Train by the script itself. Returns the settings of the preset, and what is in result.json."""
     script, settings, flags = configure(name, preset, "--device", options.device, *flags)
     script.main([*flags, "--steps", str(steps), "--rounds", "1", "--out", str(folder)])  # fewer steps warm up for less
-    return settings, json.loads((folder / "result.json").read_text())
+    return settings, json.loads((folder / "result.json").read_text(encoding="utf-8"))
 
 
 def in_earnest(name, preset, flags, options, folder, steps):

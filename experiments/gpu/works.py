@@ -182,7 +182,7 @@ def resumed_difference(case):
     ensure(run.step_of(0) == STOP + 1, f"stopped after {STOP + 1} steps, it stands at {run.step_of(0)}")
     train(run, case.script, case.shared)
     for path in run.folder.glob("metrics_*.jsonl"):
-        steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+        steps = [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()]
         ensure(steps == sorted(set(steps)), f"{path.name}: resumed, it took these steps: {steps}")
     difference = distance(case.folder / "whole", run.folder)
     if not difference:
@@ -239,7 +239,7 @@ def finished_elsewhere(case):
         train(new_run(case.name, begun, case.shared), case.script, case.shared, stop_after=STOP)
     code, said = outcome(case, "moved")
     ensure(code == 0, said.strip())
-    result = json.loads((case.folder / "moved" / "result.json").read_text())
+    result = json.loads((case.folder / "moved" / "result.json").read_text(encoding="utf-8"))
     computed = result["device"], result["settings"]["dtype"]
     ensure(computed == (case.device, "float32"), f"it was finished on {computed}")
     return 0.0, 0.0, ""

@@ -179,7 +179,7 @@ def lock(path, purpose, wait=False):
     where another process holds it, and says which; with wait, waits for that process instead.
     """  # the operating system holds it (flock): it ends with its owner, even by SIGKILL, and binds machines over NFS
     with explained(f"cannot write {path}: choose another --out", OSError):
-        file = open(path, "a+")  # noqa: SIM115 - its closing is what frees the lock
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - its closing is what frees the lock
     with file:
         try:
             if fcntl is None:
