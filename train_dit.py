@@ -142,8 +142,8 @@ def prepare(settings):
         limits = f"more than {FEATURES}, and at most half of the {len(images.train)} training images"
         raise UsageError(f"--frechet-images {settings.frechet_images}: the distance needs {limits}")
     p_mean, sigma_data = noise_levels(settings, images)
-    asked = "; --p-mean, --sigma-data: by flag" if (p_mean, sigma_data) != (images.p_mean, images.sigma_data) else ""
-    print(f"noise levels: p_mean {p_mean:.3g}, sigma_data {sigma_data:.3g} ({images.why}{asked})")
+    whys = ["by flag" if given else images.why for given in (settings.p_mean is not None, settings.sigma_data)]
+    print(f"noise levels: p_mean {p_mean:.3g} ({whys[0]}), sigma_data {sigma_data:.3g} ({whys[1]})")
     noise = LogNormal(p_mean, settings.p_std, settings.sigma_min, settings.sigma_max)
     blocks = 1 if settings.baseline else settings.blocks
     partition = make_partition(noise, blocks, settings.partition, settings.overlap)

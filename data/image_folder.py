@@ -49,6 +49,7 @@ def load(folder, size):
     images = read_all([path for side in paths for path, _ in side], size)
     labels = np.array([label for side in paths for _, label in side], np.int64)
     cut = len(paths[0])
+    print(f"{folder}: {cut:,} pictures to train on, {len(paths[1]):,} held out, {len(classes)} classes")
     return (images[:cut], labels[:cut]), (images[cut:], labels[cut:]), classes
 
 
@@ -116,7 +117,7 @@ def read(path, size):
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # of 89 million pixels and more
             warnings.simplefilter("ignore", UserWarning)
             with Image.open(path, formats=("PNG", "JPEG")) as image:
-                image.draft(None, (size, size))  # a large JPEG need not be decoded in full
+                image.draft(None, (2 * size, 2 * size))  # a large JPEG need not be decoded in full
                 upright = flat(ImageOps.exif_transpose(image))
                 return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC))
     except Exception as error:  # damaged bytes raise nearly anything

@@ -121,7 +121,7 @@ def noise_levels(name, images):
         counts += np.bincount(part.ravel(), minlength=256)
     mean = np.average(values, weights=counts)
     std = max(0.01, float(np.average((values - mean) ** 2, weights=counts)) ** 0.5)  # of a single grey 0
-    return EDM[0] + math.log(std / EDM[1]), std, "by the training pixels' standard deviation"
+    return EDM[0] + math.log(std / EDM[1]), std, "measured on the training pixels"
 
 
 def read_images(name, folder, count, size):

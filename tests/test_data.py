@@ -1,14 +1,9 @@
-import hashlib
-import io
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
 
 from data import pydocs, shakespeare
-from data.download import fetch
 from data.text import CharTokenizer, GPT2Tokenizer, load_text
 from nano_db.errors import UsageError
 
@@ -88,30 +83,6 @@ def test_texts_that_cannot_serve_are_refused(tmp_path, content, message):
 def test_a_folder_is_no_text(tmp_path):
     with pytest.raises(UsageError, match="Is a directory"):
         load_text(str(tmp_path))
-
-
-def test_fetch_downloads_once_and_checks(tmp_path, monkeypatch):
-    content, opened = b"some text", []
-    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: opened.append(url) or io.BytesIO(content))
-    digest = hashlib.sha256(content).hexdigest()
-    for _ in range(2):
-        assert fetch("https://x/y", tmp_path / "new" / "y", digest, 9).read_bytes() == content
-    assert len(opened) == 1
-    with pytest.raises(UsageError, match="sha256"):
-        fetch("https://x/z", tmp_path / "z", digest[::-1], 9)
-    assert not (tmp_path / "z").exists()
-    (tmp_path / "new" / "y").write_bytes(b"tampered")
-    with pytest.raises(UsageError, match="sha256"):
-        fetch("https://x/y", tmp_path / "new" / "y", digest, 9)
-
-
-def test_no_network_is_one_line_that_says_where_to_put_the_file(tmp_path, monkeypatch):
-    def offline(url, timeout):
-        raise urllib.error.URLError("no route")
-
-    monkeypatch.setattr(urllib.request, "urlopen", offline)
-    with pytest.raises(UsageError, match=r"no route.*put it at .*tinyshakespeare\.txt"):
-        shakespeare.text(tmp_path)
 
 
 def test_gpt2_without_network_says_what_to_do(tmp_path, monkeypatch):

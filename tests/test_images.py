@@ -1,5 +1,7 @@
+import gzip
 import hashlib
 import io
+import struct
 import subprocess
 import sys
 import tarfile
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import cifar, glyphs
+from data import cifar, glyphs, mnist
 from data.images import Images, load_images, to_floats
 from nano_db.errors import UsageError
 
@@ -184,3 +186,117 @@ def test_real_photographs_are_read(tmp_path):
     assert images.train.shape == (60, 3, 32, 32) and len(images.test) == 20 and images.classes == NAMES
     neighbours = (images.train[..., 1:].float() - images.train[..., :-1].float()).abs().mean()
     assert neighbours < 20, "neighbouring pixels of a photograph are alike: planes and rows are in their places"
+
+
+# --- CIFAR-10 as torchvision unpacks it ---
+
+
+def string(text):
+    """A string as Python 2 pickled it: what Python 3 writes is another opcode."""
+    content = text if isinstance(text, bytes) else text.encode()
+    return (
+        b"U" + bytes([len(content)]) + content
+        if len(content) < 256
+        else b"T" + struct.pack("<I", len(content)) + content
+    )
+
+
+def listed(items):
+    """A list, put down in parts of four, as pickles have parts of a thousand."""
+    parts = [b"".join(items[i : i + 4]) for i in range(0, len(items), 4)]
+    return b"]q\x05" + b"".join(b"(" + part + b"e" for part in parts)
+
+
+def pickled_batch(labels, pixels, columns_first):
+    """What a file of the archive for Python looks like inside, by the protocol 2 that it has."""
+    data = (pixels.T if columns_first else pixels).tobytes()
+    array = b"cnumpy.core.multiarray\n_reconstruct\nq\x06cnumpy\nndarray\nq\x07K\x00\x85U\x01b\x87Rq\x08(K\x01"
+    array += b"M" + struct.pack("<H", len(pixels)) + b"M" + struct.pack("<H", 3072) + b"\x86cnumpy\ndtype\nq\x09U\x02u1"
+    array += b"K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb" + (
+        b"\x88" if columns_first else b"\x89"
+    )
+    array += string(data) + b"tb"
+    numbers, names = listed([b"K" + bytes([label]) for label in labels]), listed([string(f"{i}.png") for i in labels])
+    content = b"\x80\x02}q\x01(" + string("batch_label") + string("training batch 1 of 5")
+    return content + string("labels") + numbers + string("data") + array + string("filenames") + names + b"u."
+
+
+@pytest.mark.parametrize("columns_first", [False, True])
+def test_cifar_is_read_from_the_folder_that_torchvision_unpacks(tmp_path, monkeypatch, columns_first):
+    write_folder(tmp_path, members())
+    expected = cifar.load("cifar10", tmp_path)
+    inside = tmp_path / "there" / "cifar-10-batches-py"
+    inside.mkdir(parents=True)
+    about, files = cifar.ARCHIVES["cifar10"], {}
+    for name in about.python_files:
+        if name == "batches.meta":
+            keys = (
+                string("num_cases_per_batch") + b"M\x10'" + string("label_names") + listed([string(n) for n in NAMES])
+            )
+            files[name] = b"\x80\x02}q\x01(" + keys + string("num_vis") + b"M\x00\x0cu."
+        else:
+            batch = np.frombuffer(members()[f"{name}.bin"], np.uint8).reshape(-1, 3073)
+            files[name] = pickled_batch(batch[:, 0].tolist(), batch[:, 1:], columns_first)
+        (inside / name).write_bytes(files[name])
+    assert cifar.is_here("cifar10", tmp_path / "there")
+    with pytest.raises(UsageError, match="data_batch_1 has not the official file's md5"):
+        cifar.load("cifar10", tmp_path / "there")
+    sums = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
+    monkeypatch.setitem(cifar.ARCHIVES, "cifar10", replace(about, python_files=sums))
+    found = cifar.load("cifar10", tmp_path / "there")
+    for ours, theirs in zip(found[:2], expected[:2], strict=True):
+        assert np.array_equal(ours[0], theirs[0]) and np.array_equal(ours[1], theirs[1])
+        assert ours[0].dtype == theirs[0].dtype and ours[1].dtype == theirs[1].dtype
+    assert found[2] == NAMES
+    (inside / "test_batch").unlink()
+    with pytest.raises(UsageError, match="test_batch cannot be read"):
+        cifar.load("cifar10", tmp_path / "there")
+
+
+# --- MNIST ---
+
+
+def idx(array):
+    return b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def test_idx_files_are_read_and_nothing_else_is():
+    random = np.random.default_rng(0)
+    for shape in ((3, 28, 28), (7,), (1, 2, 3, 4)):
+        array = random.integers(256, size=shape, dtype=np.uint8)
+        assert np.array_equal(mnist.parse_idx(idx(array)), array)
+    sound = idx(random.integers(256, size=(3, 28, 28), dtype=np.uint8))
+    for damaged in (
+        b"",
+        sound[:3],
+        sound[:9],
+        sound[:-1],
+        sound + b"0",
+        b"\x01" + sound[1:],
+        sound[:2] + b"\x0d" + sound[3:],
+    ):
+        with pytest.raises(ValueError):
+            mnist.parse_idx(damaged)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
+def test_mnist_is_read_from_its_official_files_with_a_black_margin(tmp_path, monkeypatch, name):
+    random, files = np.random.default_rng(1), {}
+    arrays = [random.integers(1, 256, (count, 28, 28), np.uint8) for count in (30, 20)]
+    labels = [np.arange(count, dtype=np.uint8) % 10 for count in (30, 20)]
+    contents = [idx(a) for pair in zip(arrays, labels, strict=True) for a in pair]
+    for file, content in zip(mnist.FILES, contents, strict=True):
+        path = tmp_path / name / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(gzip.compress(content))
+        files[file] = (hashlib.md5(path.read_bytes()).hexdigest(), path.stat().st_size)
+    with pytest.raises(UsageError, match=r"train-images-idx3-ubyte\.gz has not the expected md5"):
+        load_images(name, tmp_path)
+    monkeypatch.setitem(mnist.SOURCES, name, replace(mnist.SOURCES[name], files=files))
+    images = load_images(name, tmp_path)
+    assert images.shape == (1, 32, 32) and (len(images.train), len(images.test), len(images.classes)) == (30, 20, 10)
+    assert (
+        np.array_equal(images.train[:, 0, 2:30, 2:30], arrays[0]) and images.train_labels.tolist() == labels[0].tolist()
+    )
+    assert int((images.test > 0).sum()) == 20 * 28 * 28, "the margin is black"
+    assert images.mirrors == (name == "fashion-mnist"), "a mirrored 2 is none"

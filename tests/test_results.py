@@ -176,6 +176,7 @@ def row(name, *flags, seeds=1):
     return Experiment(name, "vit", name, "vit", (*VIT, *flags), seeds)
 
 
+@pytest.mark.slow
 def test_runs_are_made_kept_and_skipped_and_a_failing_one_is_named(few, tmp_path, monkeypatch):
     rows = [row("vit-bad", "--patch", "5"), row("vit-baseline", "--baseline"), row("vit-blocks", seeds=2)]
     code, out, err = few(rows[:2], "--jobs", 2)

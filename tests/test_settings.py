@@ -16,6 +16,7 @@ import train_looped
 import train_mdm
 import train_vit
 from nano_db.errors import UsageError
+from nano_db.trainer.run import learning_rate
 from nano_db.trainer.settings import RENAMED, Discrete, Training, method, network, output, read_settings, training
 
 in_all_scripts = pytest.mark.parametrize(
@@ -259,3 +260,71 @@ def test_a_run_goes_on_with_other_resumable_settings_and_with_no_others(tmp_path
     else:
         with pytest.raises(UsageError, match=f"{field.name} {before!r} there, {other!r} here"):
             train(run)
+
+
+# --- runs of fewer steps than a preset's ---
+
+
+@in_all_scripts
+@pytest.mark.parametrize("preset", ["laptop", "gpu"])
+@pytest.mark.parametrize("share", [0.5, 0.09, 0.01, 1.0, 2.0])
+def test_a_shorter_run_warms_up_in_proportion_and_reaches_the_peak(script, preset, share, capsys, tmp_path):
+    """So that its learning rate is that of the preset, seen through a smaller lens."""
+    flags = ["--preset", preset, "--device", "cpu", "--out", str(tmp_path)]
+    recipes = getattr(script, "RECIPES", None)
+    whole, short = (
+        read_settings("x", script.Settings, script.PRESETS, recipes, flags=[*flags, *more])
+        for more in ([], ["--steps", str(max(1, round(script.PRESETS[preset]["steps"] * share)))])
+    )
+    rates = [learning_rate(step, short) for step in range(short.steps)]
+    assert max(rates) == pytest.approx(short.learning_rate, rel=0.01 if short.steps > 20 else 0.2)
+    assert short.warmup == round(whole.warmup * min(1, share)) and short.rounds == max(
+        1, round(whole.rounds * min(1, share))
+    )
+    for name in ("eval_windows", "test_images", "frechet_images"):
+        size = getattr(whole, name, 0)
+        tenth = min(size, max(100, size // 10)) if share < 0.1 else size
+        assert getattr(short, name, 0) == tenth, name
+    out = capsys.readouterr().out
+    assert (f"--steps {short.steps} in place of the preset's" in out) == (share < 1)
+    assert (f"warmup {short.warmup} (of {whole.warmup})" in out) == (share < 1)
+
+
+def test_flags_win_over_what_fewer_steps_would_make_of_a_preset(read, capsys):
+    given = read("--steps", 100, "--warmup", 60, "--rounds", 7)
+    assert (given.warmup, given.rounds) == (60, 7) and "in place of" not in capsys.readouterr().out
+
+
+@in_all_scripts
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--steps 50 --warmup 51", "--warmup 51 is longer than --steps 50"),
+        ("--steps 3 --rounds 4", "--rounds 4 are more than --steps 3"),
+        ("--batch-size 3000000000", "--batch-size must be less than 2^31"),
+        ("--steps 99999999999999999999", "--steps must be less than 2^31"),
+    ],
+)
+def test_what_no_run_can_do_is_refused(cli, tmp_path, script, flags, message):
+    code, _, err = cli(*flags.split(), "--out", tmp_path / "run", main=script.main)
+    assert code == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "run").exists(), err
+
+
+def test_rounds_that_nobody_would_take_are_refused(cli, tmp_path, monkeypatch):
+    code, _, err = cli("--only", 1, "--rounds", 2, "--out", tmp_path / "run")
+    assert code == 2 and "--rounds does nothing with --only" in err and err.count("\n") == 1, err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = cli("--rounds", 2, "--out", tmp_path / "run")
+    assert code == 2 and "--rounds does nothing with torchrun" in err and err.count("\n") == 1, err
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    code, _, err = cli("--out", tmp_path / "run")
+    assert code == 2 and "WORLD_SIZE=many in the environment is no number" in err and err.count("\n") == 1, err
+
+
+def test_auto_never_takes_a_macs_gpu_and_help_says_so(read, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert read().device == "cpu" and read("--device", "mps").device == "mps"
+    with pytest.raises(SystemExit):
+        read("--help")
+    assert "a Mac's mps only if it is named" in " ".join(capsys.readouterr().out.split())

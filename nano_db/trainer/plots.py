@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from pathlib import Path
 
 import matplotlib
@@ -20,7 +21,9 @@ def block_colours(blocks):
 
 
 def save_figure(figure, path):
-    write_atomically(Path(path), lambda file: figure.savefig(file, dpi=110, format="png"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a class may be named in letters that the font has not
+        write_atomically(Path(path), lambda file: figure.savefig(file, dpi=110, format="png"))
     plt.close(figure)
 
 
@@ -121,6 +124,7 @@ def _show_mosaic(ax, images, labels, columns, gap, frames=None):
         canvas[y : y + H, x : x + W] = _pixels(image)
         if i < len(labels):
             colour = frames[i] if frames else "black"
-            ax.text(x + W / 2, y - 2, labels[i], ha="center", va="bottom", fontsize=7, color=colour)
+            style = {"ha": "center", "va": "bottom", "fontsize": 7, "parse_math": bool(frames)}  # no class is a formula
+            ax.text(x + W / 2, y - 2, labels[i], color=colour, **style)
     ax.imshow(canvas)
     ax.set_axis_off()

@@ -1,0 +1,324 @@
+"""Pictures of one's own: what is read from a folder, and what is refused."""
+
+import io
+import json
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import train_dit
+import train_vit
+from data import image_folder
+from data.images import EDM, load_images
+from nano_db.errors import UsageError
+
+SIZES = ((40, 56), (64, 48), (33, 33), (90, 31))  # width, height
+
+
+def save(path, mode="RGB", size=(40, 30), colour=(200, 30, 60), **options):
+    """A picture of one colour, but for a white stripe in its middle: twelve pixels wide, from top to bottom."""
+    image = Image.new("RGB", size, colour)
+    image.paste((255, 255, 255), (size[0] // 2 - 6, 0, size[0] // 2 + 6, size[1]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = image.quantize(8) if mode == "P" else image.convert(mode)
+    image.save(path, **options)
+    return path
+
+
+def fill(folder, count=20, classes=("cat", "dog"), **options):
+    for name in classes:
+        for i in range(count):
+            save(folder / name / f"{i}.png", **options)
+    return folder
+
+
+# --- one picture ---
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_short_side_is_resized_and_the_middle_is_cut_out(tmp_path, suffix, size):
+    """Against a slow reference: of the square in the middle, the mean of the pixels that fall into each of the 8."""
+    random = np.random.default_rng(0)
+    coarse = Image.fromarray(random.integers(0, 256, (3, 4, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    coarse.save(tmp_path / f"a.{suffix}", **({"quality": 100, "subsampling": 0} if suffix == "jpg" else {}))
+    side, array = min(size), np.asarray(coarse, float)
+    top, left = (size[1] - side) // 2, (size[0] - side) // 2
+    fine = np.repeat(np.repeat(array[top : top + side, left : left + side], 8, 0), 8, 1)  # (8 side, 8 side, 3)
+    expected = fine.reshape(8, side, 8, side, 3).mean((1, 3))
+    found = image_folder.read(tmp_path / f"a.{suffix}", 8)
+    assert found.shape == (8, 8, 3) and found.dtype == np.uint8
+    assert np.abs(found - expected).mean() < 8  # the edges of bicubic resizing reach further
+
+
+def test_grey_palette_transparent_and_16_bit_pictures_are_what_they_look_like(tmp_path):
+    colour = image_folder.read(save(tmp_path / "a.png"), 30)
+    assert tuple(colour[0, 0]) == (200, 30, 60) and tuple(colour[15, 15]) == (255, 255, 255)
+    grey = image_folder.read(save(tmp_path / "b.png", "L"), 30)
+    assert grey.shape == (30, 30) and grey[15, 15] == 255
+    assert np.array_equal(grey, np.asarray(Image.fromarray(colour).convert("L")))
+    assert np.abs(image_folder.read(save(tmp_path / "c.png", "P"), 30).astype(int) - colour).max() <= 8
+    black_white = image_folder.read(save(tmp_path / "d.png", "1"), 30)
+    assert black_white.ndim == 2 and set(np.unique(black_white)) <= set(range(256)) and black_white[15, 15] == 255
+    for mode, hidden, shape in (("RGBA", (9, 9, 9, 0), (4, 4, 3)), ("LA", (9, 0), (4, 4))):
+        Image.new(mode, (4, 4), hidden).save(tmp_path / "e.png")
+        found = image_folder.read(tmp_path / "e.png", 4)
+        assert found.shape == shape and (found == 255).all(), "transparent is white"
+    palette = Image.new("RGB", (4, 4), (9, 9, 9)).quantize(4)
+    palette.save(tmp_path / "f.png", transparency=palette.getpixel((0, 0)))
+    assert (image_folder.read(tmp_path / "f.png", 4) == 255).all()
+    deep = np.repeat(np.arange(0, 65536, 257, dtype=np.uint16)[:256, None], 256, 1)
+    Image.fromarray(deep).save(tmp_path / "g.png")
+    assert np.array_equal(image_folder.read(tmp_path / "g.png", 256), np.repeat(np.arange(256)[:, None], 256, 1))
+    cmyk = image_folder.read(save(tmp_path / "h.jpg", "CMYK", quality=95), 30)
+    assert cmyk.shape == (30, 30, 3) and np.abs(cmyk.astype(int) - colour).mean() < 12
+
+
+def test_a_photograph_that_was_taken_sideways_is_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned right
+    array = np.zeros((20, 20, 3), np.uint8)
+    array[:, :10] = 255  # the left half is white: turned right it is the upper one
+    Image.fromarray(array).save(tmp_path / "a.png", exif=exif)
+    found = image_folder.read(tmp_path / "a.png", 20)
+    assert (found[:9] == 255).all() and (found[11:] == 0).all()
+
+
+# --- a folder ---
+
+
+def test_a_tenth_of_each_class_is_held_out_and_the_same_one_everywhere(tmp_path):
+    fill(tmp_path / "a", 20)
+    save(tmp_path / "a" / "rare" / "1.PNG")
+    save(tmp_path / "a" / "rare" / "deeper" / "2.jpeg")
+    (train, labels), (test, test_labels), classes = image_folder.load(tmp_path / "a", 16)
+    assert classes == ["cat", "dog", "rare"] and train.shape == (37, 3, 16, 16) and test.shape == (5, 3, 16, 16)
+    assert np.bincount(labels).tolist() == [18, 18, 1] and np.bincount(test_labels).tolist() == [2, 2, 1]
+    sides = image_folder.held_out(image_folder.classes_of(tmp_path / "a"), tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    again = image_folder.held_out(image_folder.classes_of(tmp_path / "b"), tmp_path / "b")
+    names = [[path.name for paths in side.values() for path in paths] for side in (*sides, *again)]
+    assert names[:2] == names[2:] and names[1][:2] != names[1][2:4], "of each class others"
+    more = fill(tmp_path / "b", 30)
+    _, after = image_folder.held_out(image_folder.classes_of(more), more)
+    assert len(after["cat"]) == 3
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("Train", "Test")])
+def test_folders_train_and_test_are_taken_as_they_are(tmp_path, names):
+    fill(tmp_path / names[0], 3)
+    fill(tmp_path / names[1], 1, classes=("dog",))
+    (train, labels), (test, test_labels), classes = image_folder.load(tmp_path, 8)
+    assert (len(train), len(test), classes) == (6, 1, ["cat", "dog"])
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1] and test_labels.tolist() == [1]
+
+
+def test_colour_if_one_is_coloured_and_grey_if_none_is(tmp_path):
+    fill(tmp_path, 3, mode="L")
+    grey, _, _ = image_folder.load(tmp_path, 8)
+    assert grey[0].shape == (4, 1, 8, 8)
+    save(tmp_path / "cat" / "colour.png")
+    mixed, test, _ = image_folder.load(tmp_path, 8)
+    assert mixed[0].shape == (5, 3, 8, 8) and test[0].shape == (2, 3, 8, 8)
+    greys = [image for image in (*mixed[0], *test[0]) if (image[0] == image[1]).all() and (image[1] == image[2]).all()]
+    assert len(greys) == 6, "a grey picture is grey in colour, too"
+
+
+def test_files_that_are_no_pictures_are_left_out_and_said(tmp_path, capsys):
+    fill(tmp_path, 2)
+    (tmp_path / "cat" / "notes.txt").write_text("a cat")
+    (tmp_path / "cat" / ".DS_Store").write_text("hidden")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / "readme.md").write_text("beside the classes")
+    (tmp_path / "cat" / "a folder.png").mkdir()
+    (train, _), _, classes = image_folder.load(tmp_path, 8)
+    assert len(train) == 2 and classes == ["cat", "dog"]
+    out = capsys.readouterr().out
+    assert "left out: 1 files that are neither PNG nor JPEG" in out and "notes.txt" in out
+
+
+def broken(content):
+    def make(folder):
+        fill(folder, 2)
+        (folder / "cat" / "broken.png").write_bytes(content)
+
+    return make
+
+
+def truncated(folder):
+    path = save(fill(folder, 2) / "dog" / "cut.jpg", size=(200, 200))
+    path.write_bytes(path.read_bytes()[:-700])
+
+
+def bomb(folder):
+    Image.new("1", (10_000, 9000)).save(fill(folder, 2) / "cat" / "bomb.png")
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda folder: None, "holds no folders: put the pictures of each class"),
+        (lambda folder: save(folder / "1.png"), "holds no folders: put the pictures of each class"),
+        (lambda folder: fill(folder, 1), "0.png is the only picture of its class"),
+        (lambda folder: (fill(folder, 2) / "empty").mkdir(), "empty holds no PNG or JPEG"),
+        (lambda folder: fill(folder / "train", 2), "name them train and test"),
+        (lambda folder: fill(fill(folder / "train", 2).parent / "val", 2), "holds the folders train, val"),
+        (lambda folder: fill(folder, 2, classes=("train", "car")), "else rename that class"),
+        (lambda folder: fill(fill(folder / "train", 2).parent / "test", 1, ("cow",)), "the class cow has pictures to"),
+        (lambda folder: fill(folder, 2, classes=("a\nb",)), "whose name cannot be shown"),
+        (broken(b""), "broken.png cannot be read as PNG or JPEG"),
+        (broken(b"GIF89a" + bytes(100)), "broken.png cannot be read as PNG or JPEG"),
+        (truncated, "cut.jpg cannot be read as PNG or JPEG"),
+        (bomb, "bomb.png cannot be read as PNG or JPEG"),
+    ],
+)
+def test_what_cannot_serve_is_refused_in_one_line(tmp_path, make, message):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    make(folder)
+    with pytest.raises(UsageError) as error:
+        image_folder.load(folder, 8)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_reading_many_pictures_says_how_far_it_is_and_what_they_take(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(image_folder, "SAID_EVERY", -1)
+    image_folder.load(fill(tmp_path, 4), 64)
+    out = capsys.readouterr().out
+    assert "read 4 of 8 pictures (0 MiB in all), 0 s left" in out
+
+
+def test_300_mutated_pictures_are_read_or_refused_in_one_line(tmp_path):
+    rng, refused = random.Random(11), 0
+    modes = (("png", "RGB"), ("png", "P"), ("png", "LA"), ("jpg", "RGB"), ("jpg", "L"), ("png", "1"))
+    contents = [save(tmp_path / f"{mode}.{suffix}", mode, (37, 29)).read_bytes() for suffix, mode in modes]
+    path = tmp_path / "mutated.png"  # what counts is what is inside
+    for i in range(300):
+        content = bytearray(contents[i % len(contents)])
+        for _ in range(rng.choice([1, 2, 8])):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        if rng.random() < 0.3:
+            del content[rng.randrange(len(content)) :]
+        path.write_bytes(bytes(content))
+        try:
+            found = image_folder.read(path, 16)
+            assert found.shape in ((16, 16), (16, 16, 3)) and found.dtype == np.uint8
+        except UsageError as error:
+            refused += 1
+            assert "\n" not in str(error) and str(path) in str(error)
+    assert 50 < refused < 290
+
+
+# --- noise levels ---
+
+
+def test_of_ones_own_pictures_the_noise_levels_are_measured(tmp_path):
+    """Pixels that are 40 or 220: the standard deviation of floats in [-1, 1] is (220 - 40) / 127.5 / 2."""
+    for name in ("a", "b"):
+        for i in range(10):
+            array = np.full((8, 8), 40, np.uint8)
+            array[:, :4] = 220
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.fromarray(array).save(tmp_path / name / f"{i}.png")
+    images = load_images(str(tmp_path), size=8)
+    assert images.sigma_data == pytest.approx(90 / 127.5)
+    assert np.exp(images.p_mean) / images.sigma_data == pytest.approx(np.exp(EDM[0]) / EDM[1]), "the same beside pixels"
+    assert not images.mirrors and load_images("glyphs", count=100).sigma_data == 0.9
+
+
+# --- training ---
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """200 pictures in four sizes and four modes: a class has a bright, a middling or a dark square in the middle."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for label, name in enumerate(("bright", "dark", "日本 $x_$")):  # a name that a plot could take for mathematics
+        (folder / name).mkdir()
+        for i in range(66 + (label < 2)):
+            w, h = SIZES[i % 4]
+            image = Image.new("RGB", (w, h), tuple(int(c) for c in rng.integers(60, 120, 3)))
+            image.paste(
+                ((240, 230, 220), (10, 0, 20), (170, 160, 180))[label], (w // 3, h // 4, 2 * w // 3, 3 * h // 4)
+            )
+            mode, suffix = (("RGB", "jpg"), ("L", "png"), ("RGBA", "png"), ("P", "png"))[i // 4 % 4]
+            image = image.quantize(16) if mode == "P" else image.convert(mode)
+            image.save(folder / name / f"{i}.{suffix}")
+    return folder
+
+
+TINY = ("--preset", "tiny", "--layers", "3", "--steps", "30", "--device", "cpu")
+
+
+@pytest.mark.whole
+def test_a_vit_is_trained_on_a_folder(cli, pictures, tmp_path):
+    flags = (*TINY, "--learning-rate", "0.01", "--data", pictures, "--out", tmp_path / "run")
+    code, out, err = cli(*flags, main=train_vit.main)
+    assert code == 0 and "182 pictures to train on, 18 held out, 3 classes" in out, err
+    result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
+    assert result["metrics"]["accuracy"] > 0.5 and (tmp_path / "run" / "samples.png").stat().st_size > 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    assert config["depends_on"]["data_sha256"] == load_images(str(pictures)).sha256
+    code, out, err = cli("--eval-only", "--out", tmp_path / "run", main=train_vit.main)
+    assert code == 0 and f"{result['metrics']['accuracy']:.4f}" in out, err
+
+
+@pytest.mark.whole
+def test_a_dit_is_trained_on_a_folder_at_noise_levels_of_its_own(cli, pictures, tmp_path):
+    flags = (*TINY, "--image-size", "16", "--data", pictures, "--out", tmp_path / "run")
+    code, out, err = cli(*flags, main=train_dit.main)
+    images = load_images(str(pictures), size=16)
+    assert code == 0, err
+    why = "(measured on the training pixels)"
+    assert f"noise levels: p_mean {images.p_mean:.3g} {why}, sigma_data {images.sigma_data:.3g} {why}" in out
+    result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
+    assert 0 < result["metrics"]["edm_loss"] < 2 and "frechet_small" in result["metrics"]
+    assert (tmp_path / "run" / "samples.png").stat().st_size > 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    assert config["depends_on"]["sigma_data"] == images.sigma_data and config["keeps"]["shape"] == [3, 16, 16]
+    code, out, err = cli(*flags, "--p-mean", "0.4", "--sigma-data", "0.3", main=train_dit.main)
+    assert "noise levels: p_mean 0.4 (by flag), sigma_data 0.3 (by flag)" in out
+    assert code == 2 and "p_mean" in err and "sigma_data" in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("main", [train_dit.main, train_vit.main])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--image-size", "32"), "--image-size does nothing with --data glyphs"),
+        (("--data", "nowhere"), "nowhere is no folder: choose glyphs, cifar10, cifar100, mnist, fashion-mnist, or"),
+        (("--data", "", "--image-size", "16"), "--data is empty"),
+        (("--image-size", "12"), "patches of 8 pixels must divide"),
+    ],
+)
+def test_bad_flags_are_one_line_and_leave_no_folder(cli, pictures, tmp_path, main, flags, message):
+    data = () if "glyphs" in message or "--data" in flags else ("--data", pictures)
+    code, _, err = cli(*TINY, *data, *flags, "--out", tmp_path / "run", main=main)
+    assert code == 2 and message in err and err.count("\n") == 1, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_of_few_pictures_frechet_small_is_left_out(cli, tmp_path):
+    folder = fill(tmp_path / "pictures", 6)
+    code, out, err = cli(*TINY, "--steps", "2", "--data", folder, "--out", tmp_path / "run", main=train_dit.main)
+    assert code == 0 and "EDM loss" in out and "frechet_small" not in out, err
+
+
+def test_a_single_class_can_be_painted_but_not_told(cli, tmp_path):
+    folder = fill(tmp_path / "pictures", 6, classes=("cat",))
+    flags = (*TINY, "--steps", "2", "--data", folder, "--out", tmp_path / "run")
+    code, _, err = cli(*flags, main=train_vit.main)
+    assert code == 2 and "has a single class: there is nothing to learn" in err and err.count("\n") == 1, err
+    code, _, err = cli(*flags, main=train_dit.main)
+    assert code == 0, err
+
+
+def test_pillow_reads_from_bytes_what_it_reads_from_files(tmp_path):
+    """The fuzzing above would be worth little, if names or suffixes decided what is read."""
+    path = save(tmp_path / "a.jpg")
+    path.rename(tmp_path / "a.png")
+    with Image.open(io.BytesIO((tmp_path / "a.png").read_bytes())) as image:
+        assert image.format == "JPEG"
+    assert image_folder.read(tmp_path / "a.png", 8).shape == (8, 8, 3)
