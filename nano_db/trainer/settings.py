@@ -154,13 +154,11 @@ def read_settings(script, settings_class, presets, recipes=None, description=Non
         elif recipes:
             bundle |= recipes[given.get("recipe", settings_class.recipe)]
         whole = settings_class(**bundle)
-        fewer = shortened(whole, given.get("steps", whole.steps))
-        bundle |= (fewer := {name: value for name, value in fewer.items() if name not in given})
-        if fewer and is_first():
-            told = ", ".join(f"{name} {value} (of {getattr(whole, name)})" for name, value in fewer.items())
-            print(f"--steps {given['steps']} in place of the preset's {whole.steps}, and so {told}")
+        bundle |= shortened(whole, given.get("steps", whole.steps))
     settings = settings_class(**{**bundle, **given})
     validate(settings, given)
+    if not settings.eval_only and is_first():
+        say_what_is_shorter(whole, settings, given)
     if settings.dtype == "auto":  # of a new run; one that has begun on a CPU goes on in float32 on a GPU
         computes = settings.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         settings.dtype = "bfloat16" if computes else "float32"
@@ -204,6 +202,14 @@ def shortened(whole, steps):
         sizes = {name: getattr(whole, name, 0) for name in EVALUATED}  # 0: all, or none
         values |= {name: min(size, max(FEWEST, size // 10)) for name, size in sizes.items()}
     return {name: value for name, value in values.items() if value != getattr(whole, name, 0)}
+
+
+def say_what_is_shorter(whole, settings, given):
+    """Print which figures of the preset, `whole`, are others because the run has fewer steps."""
+    names = [name for name in shortened(whole, settings.steps) if name not in given]
+    if names:
+        told = ", ".join(f"{name} {getattr(settings, name)} (of {getattr(whole, name)})" for name in names)
+        print(f"--steps {settings.steps} in place of the preset's {whole.steps}, and so {told}")
 
 
 def flag_of(field):
