@@ -27,6 +27,7 @@ from nano_db.layers import Layer, NoiseEmbedding, rms_norm
 from nano_db.partition import make_partition, sampling_grid, split_layers
 from nano_db.schedule import LogNormal
 from nano_db.stack import PREDICT, assemble
+from nano_db.trainer.checkpoints import kept
 from nano_db.trainer.command import command
 from nano_db.trainer.report import picture, report
 from nano_db.trainer.run import Run, first_weights, make_optimizer, noise_identity
@@ -125,7 +126,9 @@ def prepare(settings):
     """What every block knows without being told: the images, and which noise levels are whose."""
     if settings.predict == "averaged" and settings.head != "denoising":
         raise UsageError("--predict averaged needs --head denoising: take --predict active")
-    images = load_images(settings.data, count=settings.glyphs, size=settings.image_size)
+    images = load_images(settings.data, count=settings.glyphs, size=settings.image_size, kept=kept(settings))
+    if images.missing:
+        raise UsageError(f"{images.missing}. A classifier can only be scored, on the images that it was trained on")
     if len(images.classes) < 2:
         raise UsageError(f"--data {settings.data} has a single class: there is nothing to learn")
     patch_positions(images.shape, settings.patch, settings.width)  # do they fit? Say so now, before there is a folder

@@ -124,7 +124,7 @@ def _opcodes(path, md5):
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}): unpack the archive again") from error
     if hashlib.md5(content).hexdigest() != md5:
-        raise UsageError(f"{path} has not the official file's md5 {md5[:16]}...: unpack the archive again")
+        raise UsageError(f"{path} is not the official file (its md5 is not {md5[:16]}...): unpack the archive again")
     return [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(content)]
 
 

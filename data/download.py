@@ -20,13 +20,12 @@ def fetch(url, path, checksum, size, algorithm="sha256"):
     """Return `path`, downloaded from `url` if it is not there yet; whichever way, its content has this checksum.
 
     algorithm: the checksum's, of those hashlib has. size: bytes expected; a longer answer is cut off. There are three
-    tries, and one that was cut short is taken up where it stood. Raises UsageError without network or with a wrong
-    checksum.
+    tries; each resumes where the last was cut short. Raises UsageError without network or with a wrong checksum.
     """
     path = Path(path)
     if path.exists():
         if not _is_sound(path, checksum, algorithm):
-            fault = f"{path} has not the expected {algorithm} {checksum[:16]}..."
+            fault = f"{path} is not the expected file (its {algorithm} is not {checksum[:16]}...)"
             raise UsageError(f"{fault}: delete it to download it again")
         return path
     part = path.with_name(f"{path.name}.part{os.getpid()}")
@@ -38,14 +37,15 @@ def fetch(url, path, checksum, size, algorithm="sha256"):
     try:
         for left in reversed(range(TRIES)):
             try:
-                _download(url, part, size)
+                if not _is_sound(part, checksum, algorithm):  # it is, if only the renaming has failed
+                    _download(url, part, size)
+                have = part.stat().st_size
                 if _is_sound(part, checksum, algorithm):
                     os.replace(part, path)
                     return path
-                have = part.stat().st_size
                 if have >= size:
                     part.write_bytes(b"")
-                    raise OSError(f"what came has not the expected {algorithm} {checksum[:16]}...")
+                    raise OSError(f"what came is another file: its {algorithm} is not {checksum[:16]}...")
                 raise OSError(f"it was cut short, after {have:,} of {size:,} bytes")
             except (OSError, http.client.HTTPException) as error:  # URLErrors and time-outs are OSErrors
                 reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error

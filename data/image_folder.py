@@ -3,8 +3,8 @@
     FOLDER/cat/1.png, FOLDER/cat/2.jpg, FOLDER/dog/...              a tenth of each class is held out
     FOLDER/train/cat/..., FOLDER/test/cat/..., FOLDER/train/dog/... or what is held out has a folder of its own
 
-PNG or JPEG, of any size: the short side is resized to `size` pixels, and the middle is cut out. Grey pictures have one
-channel if all of them are grey, else three. Where a picture is transparent it becomes white.
+PNG or JPEG, of any size: the short side is resized to `size` pixels, and the middle is cut out. There is one channel if
+all pictures are grey, else there are three. Where a picture is transparent it becomes white.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from nano_db.errors import UsageError, is_out_of_memory
 SUFFIXES = (".png", ".jpg", ".jpeg")
 HELD_OUT = 10  # one picture in so many
 SAID_EVERY = 5  # seconds
+LARGE = 100 * 2**20  # bytes, beyond which the memory is said before it is taken
 
 
 def load(folder, size):
@@ -95,7 +96,13 @@ def digest(path):
 
 def read_all(paths, size):
     """All pictures as one array (N, 1 or 3, size, size) of bytes, saying now and then how far it has come."""
-    images = np.empty((len(paths), 3, size, size), np.uint8)
+    try:
+        images = np.empty((len(paths), 3, size, size), np.uint8)
+    except MemoryError as error:
+        needed = f"{len(paths):,} pictures of {size} x {size} pixels take {3 * len(paths) * size**2 / 2**30:,.1f} GiB"
+        raise UsageError(f"out of memory: {needed}; choose a smaller --image-size") from error
+    if images.nbytes > LARGE:
+        print(f"reading {len(paths):,} pictures of {size} x {size} pixels: at most {images.nbytes / 2**20:,.0f} MiB")
     begun = said = time.monotonic()
     coloured = False
     for i, path in enumerate(paths):
@@ -105,34 +112,37 @@ def read_all(paths, size):
         if time.monotonic() - said > SAID_EVERY:
             said = time.monotonic()
             left = (said - begun) / (i + 1) * (len(paths) - i - 1)
-            memory = f"{images.nbytes / 2**20:.0f} MiB in all"
-            print(f"read {i + 1:,} of {len(paths):,} pictures ({memory}), {left:.0f} s left", flush=True)
+            print(f"read {i + 1:,} of {len(paths):,} pictures, {left:.0f} s left", flush=True)
     return images if coloured else np.ascontiguousarray(images[:, :1])
 
 
 def read(path, size):
-    """A picture as bytes: (size, size) if it is grey, else (size, size, 3)."""
+    """A picture as bytes: (size, size) if all of its pixels are grey, else (size, size, 3)."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # of 89 million pixels and more
             warnings.simplefilter("ignore", UserWarning)
             with Image.open(path, formats=("PNG", "JPEG")) as image:
                 image.draft(None, (2 * size, 2 * size))  # a large JPEG need not be decoded in full
-                upright = flat(ImageOps.exif_transpose(image))
-                return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC))
+                upright = to_rgb(ImageOps.exif_transpose(image))
+                pixels = np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC))
+        grey = (pixels == pixels[..., :1]).all()
+        return pixels[..., 0] if grey else pixels
     except Exception as error:  # damaged bytes raise nearly anything
         if is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"{path} cannot be read as PNG or JPEG ({reason}): repair it, or take it away") from error
+        name = str(path) if str(path).isprintable() else repr(str(path))
+        raise UsageError(f"{name} cannot be read as PNG or JPEG ({reason}): repair or remove it") from error
 
 
-def flat(image):
-    """A picture in mode "L" or "RGB", whatever it was."""
-    if image.mode.startswith("I"):  # 16 bits, of which 8 are kept
-        return Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).round().astype(np.uint8))
-    grey = image.mode in ("1", "L", "LA")
+def to_rgb(image):
+    """A picture in mode "RGB", whatever it was; white where it is transparent."""
+    if image.mode.startswith("I"):  # grey of 16 bits, of which 8 are kept
+        deep = np.array(image, np.float32)
+        deep[deep == image.info.get("transparency")] = 2**16 - 1
+        return Image.fromarray((deep / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("LA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L" if grey else "RGB")
+    return image.convert("RGB")

@@ -99,7 +99,7 @@ def load_images(name="glyphs", folder="data/cache", count=18_000, size=32, kept=
         train, test, classes = read_images(name, folder, count, size)
         sha256 = hashlib.sha256(b"".join(array.tobytes() for array in (*train, *test))).hexdigest()
         if kept.get("sha256", sha256) != sha256:
-            raise UsageError(f"--data {name} has not the images that the run was trained on (or they have changed)")
+            raise UsageError(f"--data {name}: not the images that the run was trained on (or they have changed)")
     except UsageError as error:
         if not kept.keys() >= {"sha256", "classes", "shape", "p_mean", "sigma_data"}:
             raise

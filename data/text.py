@@ -115,7 +115,7 @@ def load_text(name="pydocs", tokenizer="char", folder="data/cache", seq_len=1, e
     kept: of a run (trainer/checkpoints.kept), for its vocabulary. With its "sha256" the run is only to be used: where
     its text is not here, the Text can neither train nor score, and says why (`missing`).
 
-    Raises UsageError for an unknown name, a file that cannot be read, a text with a single character or with some that
+    Raises UsageError for an unknown name, a file that cannot be read, a text of a single token, or with characters that
     are not in a kept vocabulary, or in which fewer than `export` windows of seq_len tokens are held out, or none.
     """
     kept = kept or {}
@@ -130,19 +130,20 @@ def load_text(name="pydocs", tokenizer="char", folder="data/cache", seq_len=1, e
         tokens = GPT2Tokenizer() if tokenizer == "gpt2" else CharTokenizer(kept["vocabulary"])
         opening = torch.from_numpy(np.array(tokens.encode(kept["opening"]), np.int32))
         return Text(opening[:0], opening, tokens, math.nan, kept["sha256"], missing=str(error))
-    if text == text[0] * len(text):
-        raise UsageError(f"--data {name} consists of the character {text[0]!r}: there is nothing to learn")
     tokens = GPT2Tokenizer() if tokenizer == "gpt2" else CharTokenizer(kept.get("vocabulary") or text)
     smallest = np.uint8 if tokens.classes <= 256 else np.int32  # a text of 10^8 characters then takes 10^8 bytes
     try:
         parts = [torch.from_numpy(np.array(tokens.encode(part), smallest)) for part in (text[:cut], text[cut:])]
     except UsageError as error:  # not in the kept vocabulary
         unknown = str(error).replace("are not in the data", "the network to start from does not know")
-        raise UsageError(f"--data {name}: {unknown}; replace them, or train anew") from error
+        raise UsageError(f"--data {name}: {unknown}; replace them, or train from the beginning") from error
     train, heldout = parts
     for part, side in ((heldout, "held-out"), (train, "training")):
         if len(part) <= seq_len:
             raise UsageError(f"--data {name}: {len(part)} {side} tokens are too few for --seq-len {seq_len}")
+    if (train == train[0]).all() and (heldout == train[0]).all():
+        only = tokens.decode(train[:1].tolist())
+        raise UsageError(f"--data {name} consists of the token {only!r} alone: there is nothing to learn")
     if export > (windows := (len(heldout) - 1) // seq_len):
         raise UsageError(f"--export {export}: the held-out text has only {windows} windows of {seq_len} tokens")
     return Text(train, heldout, tokens, (len(text) - cut) / len(heldout), sha256)

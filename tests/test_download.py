@@ -3,6 +3,7 @@
 import hashlib
 import http.client
 import io
+import os
 import urllib.error
 import urllib.request
 
@@ -57,7 +58,7 @@ def test_a_file_is_downloaded_once_and_verified_each_time(tmp_path, server):
         assert fetch("https://x/y", path, SHA256, SIZE).read_bytes() == CONTENT
     assert asked == [None] and list(path.parent.iterdir()) == [path]
     path.write_bytes(b"tampered")
-    with pytest.raises(UsageError, match=r"y has not the expected sha256 .*: delete it to download it again"):
+    with pytest.raises(UsageError, match=r"y is not the expected file \(its sha256 .*: delete it to download it again"):
         fetch("https://x/y", path, SHA256, SIZE)
 
 
@@ -81,8 +82,8 @@ def test_a_server_that_cannot_begin_in_the_middle_begins_anew(tmp_path, server):
     [
         (lambda: Answer(CONTENT, cut=3000), "cut short, after 3,000 of 5,120 bytes"),
         (lambda: Answer(CONTENT, cut=0), "cut short, after 0 of 5,120 bytes"),
-        (lambda: Answer(CONTENT[::-1]), "what came has not the expected sha256"),
-        (lambda: Answer(CONTENT + b"more"), "what came has not the expected sha256"),
+        (lambda: Answer(CONTENT[::-1]), "what came is another file: its sha256"),
+        (lambda: Answer(CONTENT + b"more"), "what came is another file: its sha256"),
         (lambda: urllib.error.URLError("no route"), "no route"),
         (lambda: TimeoutError("timed out"), "timed out"),
         (lambda: http.client.RemoteDisconnected("Remote end closed"), "Remote end closed"),
@@ -95,6 +96,21 @@ def test_after_three_tries_one_line_says_why_and_nothing_is_left(tmp_path, serve
     assert reason in str(error.value) and f"put it at {tmp_path / 'y'}" in str(error.value)
     assert "\n" not in str(error.value) and "delete" not in str(error.value)
     assert len(asked) == 3 and capsys.readouterr().err.count("trying again") == 2 and not list(tmp_path.iterdir())
+
+
+def test_a_finished_download_that_a_virus_scanner_holds_is_not_downloaded_again(tmp_path, server, monkeypatch):
+    replace, tried = os.replace, []
+
+    def held(*paths):
+        tried.append(paths)
+        if len(tried) <= 2:
+            raise PermissionError(13, "Access is denied")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", held)
+    asked = server(Answer(CONTENT))
+    assert fetch("https://x/y", tmp_path / "y", SHA256, SIZE).read_bytes() == CONTENT
+    assert asked == [None] and len(tried) == 3
 
 
 def test_a_long_download_says_how_far_it_is(tmp_path, server, capsys, monkeypatch):

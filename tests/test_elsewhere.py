@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import same, tensors
+from test_image_folder import fill
 
 import train_dit
 import train_gpt
@@ -97,7 +98,7 @@ def test_a_dit_paints_without_its_images(cli, tmp_path, monkeypatch):
     assert cli(*QUICK, "--layers", "3", "--out", tmp_path / "vit", main=train_vit.main)[0] == 0
     monkeypatch.setattr(glyphs, "make", lambda fonts, count, seed: make(fonts, count, seed))
     code, _, err = cli("--eval-only", "--out", tmp_path / "vit", main=train_vit.main)
-    assert code == 2 and "data_sha256" in err and err.count("\n") == 1, "a classifier has nothing to do then"
+    assert code == 2 and "A classifier can only be scored" in err and err.count("\n") == 1, err
 
 
 @pytest.mark.parametrize(
@@ -213,6 +214,24 @@ def test_blocks_of_different_runs_and_unfinished_ones_are_refused(small, tmp_pat
     assert code == 2 and "block_1.pt is missing" in err and err.count("\n") == 1, err
 
 
+@pytest.mark.parametrize(
+    "classes, size, message",
+    [(3, 16, "2 classes there, 3 here"), (2, 24, "images of shape [3, 16, 16] there, [3, 24, 24] here"), (2, 16, "")],
+)
+def test_a_dit_is_trained_further_on_other_pictures_of_the_same_shape(cli, tmp_path, classes, size, message):
+    """As many classes of other names may take the place of the first."""
+    fill(tmp_path / "a", 4, classes=("cat", "dog"), colour=(200, 30, 60))
+    fill(tmp_path / "b", 4, classes=("x", "y", "z")[:classes], colour=(30, 30, 60))
+    flags = (*DIT, "--samples", "0", "--image-size", "16", "--data")
+    assert cli(*flags, tmp_path / "a", "--out", tmp_path / "run", main=train_dit.main)[0] == 0
+    further = ("--init-from", tmp_path / "run", "--image-size", size, "--out", tmp_path / "further")
+    code, out, err = cli(*flags, tmp_path / "b", *further, main=train_dit.main)
+    if message:
+        assert code == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "further").exists(), err
+    else:
+        assert code == 0 and "was trained otherwise: p_mean" in out, err
+
+
 # --- odd texts ---
 
 
@@ -244,7 +263,7 @@ def test_utf_16_is_named(tmp_path, encoding):
 def test_a_text_of_one_character_teaches_nothing(small, tmp_path):
     (tmp_path / "a.txt").write_text("a" * 1000)
     code, _, err = small("--data", tmp_path / "a.txt", "--out", tmp_path / "run")
-    assert code == 2 and "consists of the character 'a': there is nothing to learn" in err and err.count("\n") == 1, err
+    assert code == 2 and "the token 'a' alone: there is nothing to learn" in err and err.count("\n") == 1, err
 
 
 def test_a_large_vocabulary_says_its_memory_before_the_training(cli, tmp_path):
@@ -259,6 +278,22 @@ def test_a_large_vocabulary_says_its_memory_before_the_training(cli, tmp_path):
         assert code == 0 and said in out and out.index(said) < out.index("step 1/1"), err
 
 
+def test_a_text_of_one_byte_pair_teaches_nothing(tmp_path, monkeypatch):
+    class Words:
+        vocabulary, classes = "", 50257
+
+        def encode(self, text):
+            return [5] * (len(text) // 4)
+
+        def decode(self, tokens):
+            return " the" * len(tokens)
+
+    monkeypatch.setattr("data.text.GPT2Tokenizer", Words)
+    (tmp_path / "a.txt").write_text(" the" * 1000)
+    with pytest.raises(UsageError, match="consists of the token ' the' alone"):
+        load_text(str(tmp_path / "a.txt"), "gpt2", seq_len=8)
+
+
 def test_a_short_text_by_gpt2s_tokens_is_refused_in_one_line(tmp_path, monkeypatch):
     """The encoding is pretended: a token for every eight characters."""
 
@@ -266,7 +301,7 @@ def test_a_short_text_by_gpt2s_tokens_is_refused_in_one_line(tmp_path, monkeypat
         vocabulary, classes = "", 50257
 
         def encode(self, text):
-            return [len(text[i : i + 8]) for i in range(0, len(text), 8)]
+            return [ord(text[i]) for i in range(0, len(text), 8)]
 
     monkeypatch.setattr("data.text.GPT2Tokenizer", Eighths)
     (tmp_path / "a.txt").write_text(FOX * 20)  # 900 characters, 90 of which are held out

@@ -56,22 +56,26 @@ def test_the_short_side_is_resized_and_the_middle_is_cut_out(tmp_path, suffix, s
 def test_grey_palette_transparent_and_16_bit_pictures_are_what_they_look_like(tmp_path):
     colour = image_folder.read(save(tmp_path / "a.png"), 30)
     assert tuple(colour[0, 0]) == (200, 30, 60) and tuple(colour[15, 15]) == (255, 255, 255)
+    assert image_folder.read(save(tmp_path / "z.png", colour=(7, 7, 7)), 30).ndim == 2, "grey, though it has colours"
+    assert image_folder.read(save(tmp_path / "z.png", "P", colour=(7, 7, 7)), 30).ndim == 2
     grey = image_folder.read(save(tmp_path / "b.png", "L"), 30)
     assert grey.shape == (30, 30) and grey[15, 15] == 255
     assert np.array_equal(grey, np.asarray(Image.fromarray(colour).convert("L")))
     assert np.abs(image_folder.read(save(tmp_path / "c.png", "P"), 30).astype(int) - colour).max() <= 8
     black_white = image_folder.read(save(tmp_path / "d.png", "1"), 30)
     assert black_white.ndim == 2 and set(np.unique(black_white)) <= set(range(256)) and black_white[15, 15] == 255
-    for mode, hidden, shape in (("RGBA", (9, 9, 9, 0), (4, 4, 3)), ("LA", (9, 0), (4, 4))):
+    for mode, hidden in (("RGBA", (9, 8, 7, 0)), ("LA", (9, 0))):
         Image.new(mode, (4, 4), hidden).save(tmp_path / "e.png")
-        found = image_folder.read(tmp_path / "e.png", 4)
-        assert found.shape == shape and (found == 255).all(), "transparent is white"
+        assert (image_folder.read(tmp_path / "e.png", 4) == 255).all(), "transparent is white"
     palette = Image.new("RGB", (4, 4), (9, 9, 9)).quantize(4)
     palette.save(tmp_path / "f.png", transparency=palette.getpixel((0, 0)))
     assert (image_folder.read(tmp_path / "f.png", 4) == 255).all()
     deep = np.repeat(np.arange(0, 65536, 257, dtype=np.uint16)[:256, None], 256, 1)
     Image.fromarray(deep).save(tmp_path / "g.png")
     assert np.array_equal(image_folder.read(tmp_path / "g.png", 256), np.repeat(np.arange(256)[:, None], 256, 1))
+    deep[:100] = 4321
+    Image.fromarray(deep).save(tmp_path / "g.png", transparency=4321)
+    assert (image_folder.read(tmp_path / "g.png", 256)[:100] == 255).all()
     cmyk = image_folder.read(save(tmp_path / "h.jpg", "CMYK", quality=95), 30)
     assert cmyk.shape == (30, 30, 3) and np.abs(cmyk.astype(int) - colour).mean() < 12
 
@@ -171,6 +175,7 @@ def bomb(folder):
         (broken(b""), "broken.png cannot be read as PNG or JPEG"),
         (broken(b"GIF89a" + bytes(100)), "broken.png cannot be read as PNG or JPEG"),
         (truncated, "cut.jpg cannot be read as PNG or JPEG"),
+        (lambda folder: (fill(folder, 2) / "cat" / "a\nb.png").write_bytes(b""), "a\\nb.png' cannot be read"),
         (bomb, "bomb.png cannot be read as PNG or JPEG"),
     ],
 )
@@ -186,8 +191,20 @@ def test_what_cannot_serve_is_refused_in_one_line(tmp_path, make, message):
 def test_reading_many_pictures_says_how_far_it_is_and_what_they_take(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(image_folder, "SAID_EVERY", -1)
     image_folder.load(fill(tmp_path, 4), 64)
-    out = capsys.readouterr().out
-    assert "read 4 of 8 pictures (0 MiB in all), 0 s left" in out
+    assert "read 4 of 8 pictures, 0 s left" in capsys.readouterr().out
+    monkeypatch.setattr(image_folder, "LARGE", 10_000)
+    image_folder.load(tmp_path, 512)
+    assert "reading 8 pictures of 512 x 512 pixels: at most 6 MiB" in capsys.readouterr().out
+
+
+def test_more_than_the_memory_holds_is_one_line_that_names_the_flag(tmp_path, monkeypatch):
+    def empty(*_):
+        raise MemoryError
+
+    fill(tmp_path, 4)
+    monkeypatch.setattr(image_folder.np, "empty", empty)
+    with pytest.raises(UsageError, match=r"8 pictures of 1000 x 1000 pixels take 0\.0 GiB; choose a smaller --image"):
+        image_folder.load(tmp_path, 1000)
 
 
 def test_300_mutated_pictures_are_read_or_refused_in_one_line(tmp_path):

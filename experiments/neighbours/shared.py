@@ -113,7 +113,7 @@ def report(args, images, metrics, networks, memory, seconds):
 
 
 def start(main):
-    """trainer.run.command, where an interruption leaves nothing behind."""
+    """trainer.command.command, where an interruption leaves nothing behind."""
 
     def guarded():
         try:

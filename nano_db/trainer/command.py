@@ -39,7 +39,7 @@ def command(main):
     """Run a script's main: a UsageError is one line on stderr and exit code 2, an interruption one line and 130."""
     with ExitStack() as stack:
         for redirect, stream in ((redirect_stdout, sys.stdout), (redirect_stderr, sys.stderr)):
-            if stream is not None:  # as it is where a window's program has none
+            if stream is not None:  # a program without a console, such as pythonw, has none
                 screen = Screen(stream)
                 stack.enter_context(redirect(screen))
                 stack.callback(screen.flush)

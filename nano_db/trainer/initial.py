@@ -14,6 +14,8 @@ from nano_db.errors import UsageError
 from nano_db.layers import open_gates
 from nano_db.trainer.checkpoints import differences, explained, read_block, read_config
 
+MAY_DIFFER = ("noise", "overlap", "partition", "p_mean", "sigma_data", "schedule")  # a network adapts; but it is said
+
 
 def initial_weights(settings, b=0):
     """(weights, sha256, state) of network b of the run to start from: averaged weights if there are any; and all of its
@@ -30,12 +32,12 @@ def initial_weights(settings, b=0):
     return weights, sha256.hexdigest(), state
 
 
-def initial_checksums(settings, script, keeps):
+def initial_checksums(settings, script, keeps, fixed):
     """The checksums of the networks to start from, as a text with spaces between: of as many as this run has, or of one
     to be cut. A run that has begun has them in its config.json, and the networks may be gone.
 
-    keeps: see Run. Raises UsageError unless it is a finished run of the same script, version and network, whose data
-    has the same vocabulary, or images of this shape and as many classes.
+    keeps: see Run. fixed: what a block's file must agree with. Raises UsageError unless it is a finished run of the same
+    script, version and network, whose data has the same vocabulary, or images of this shape and as many classes.
     """
     if (Path(settings.out) / "config.json").exists():
         config = read_config(settings.out)
@@ -51,6 +53,8 @@ def initial_checksums(settings, script, keeps):
     if different:
         needs = f"needs a run of the same script, version and network ({'; '.join(different)})"
         raise UsageError(f"--init-from {settings.init_from} does not fit: it {needs}")
+    if others := differences(there, {name: fixed[name] for name in MAY_DIFFER if name in fixed and name in there}):
+        print(f"--init-from {settings.init_from} was trained otherwise: {'; '.join(others)}")
     for b in range(1 if cut else count):
         _, sha256, state = initial_weights(settings, b)
         if state["settings"] != there:
@@ -76,12 +80,15 @@ def needed(settings, script, cut):
 
 def other_data(there, here):
     """In words, where data differs in what shapes a network. there, here: what runs keep of their data (Run)."""
-    shapes = {"vocabulary": str, "shape": list, "classes": len}  # other classes may take the place of as many
-    return [
-        f"another {name} there" if name in there else f"no {name} kept there"
-        for name, shape in shapes.items()
-        if name in here and (name not in there or shape(there[name]) != shape(here[name]))
-    ]
+    different = []
+    if there.get("vocabulary") != here.get("vocabulary"):
+        different.append("another vocabulary there")
+    if there.get("shape") != here.get("shape"):
+        different.append(f"images of shape {there.get('shape')} there, {here.get('shape')} here")
+    classes = [len(keeps.get("classes", ())) for keeps in (there, here)]  # others may take the place of as many
+    if classes[0] != classes[1]:
+        different.append(f"{classes[0]} classes there, {classes[1]} here")
+    return different
 
 
 def layers_of(network, own, first):

@@ -105,11 +105,12 @@ class Run:
         self.autocast, self.count, self.keeps, self.split = autocast(settings), networks(settings), keeps or {}, []
         if hasattr(settings, "layers") and not settings.baseline:  # refuses before there is a folder
             self.split = split_layers(settings.layers, settings.blocks, getattr(settings, "layer_split", ""))
-        if settings.init_from:
-            depends_on["init_from_sha256"] = initial.initial_checksums(settings, script, self.keeps)
         fixed = {f.name: getattr(settings, f.name) for f in fields(settings) if not f.metadata["resumable"]}
         # What a block's file must agree with:
         self.fixed = {**fixed, "script": script, "version": __version__, **depends_on}
+        if settings.init_from:
+            depends_on["init_from_sha256"] = initial.initial_checksums(settings, script, self.keeps, self.fixed)
+            self.fixed |= depends_on
         self.paths = [self.folder / f"block_{b}.pt" for b in range(self.count)]
         only, self.worker, self.group = getattr(settings, "only", ""), Worker(), Group()
         self.mine = chosen_blocks(only, self.count) if only else list(range(self.count))
