@@ -29,7 +29,7 @@ from nano_db.stack import Ensemble
 from nano_db.trainer.checkpoints import kept
 from nano_db.trainer.command import command
 from nano_db.trainer.frechet import FEATURES, FrechetSmall
-from nano_db.trainer.report import can_score, picture, refuse_old_images, report
+from nano_db.trainer.report import can_score, picture, refuse_inside, refuse_old_images, report
 from nano_db.trainer.run import OneAtATime, Run, first_weights, make_optimizer, noise_identity
 from nano_db.trainer.settings import Blocks, Training, method, network, output, read_settings, training
 
@@ -135,12 +135,17 @@ def frechet_count(settings, images):
 
 def prepare(settings):
     """What every block knows without being told: the images, and which noise levels are whose."""
+    if settings.data not in NAMES:
+        refuse_inside(settings)
     images = load_images(settings.data, count=settings.glyphs, size=settings.image_size, kept=kept(settings))
     patch_positions(images.shape, settings.patch, settings.width)  # do they fit? Say so now, before there is a folder
     count = frechet_count(settings, images)
     if count and not images.missing and not FEATURES < count <= len(images.train) // 2:
         limits = f"more than {FEATURES}, and at most half of the {len(images.train)} training images"
         raise UsageError(f"--frechet-images {settings.frechet_images}: the distance needs {limits}")
+    if count < settings.frechet_images and not images.missing:
+        few = f"half of {len(images.train)} training pictures are too few"
+        print(f"frechet_small is {f'of {count} pictures' if count else 'left out'}: {few}")
     p_mean, sigma_data = noise_levels(settings, images)
     whys = ["by flag" if given else images.why for given in (settings.p_mean is not None, settings.sigma_data)]
     print(f"noise levels: p_mean {p_mean:.3g} ({whys[0]}), sigma_data {sigma_data:.3g} ({whys[1]})")

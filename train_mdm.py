@@ -2,7 +2,7 @@
 
     python train_mdm.py --blocks 3                           # no network needed
     python train_mdm.py --baseline                           # the same network, one for all shares
-    python train_mdm.py --eval-only --fill "The ???? of" --gap "?"     # find characters of a text
+    python train_mdm.py --eval-only --fill "The ???? of" --gap "?"     # fill the gaps of a text
 
 Here noise is masking (masking.py): at time t each letter is unmasked with probability alpha(t). Each block is a small
 transformer that looks both ways and predicts masked letters. It trains alone, on its own interval of alpha. Unlike in a
@@ -45,7 +45,7 @@ class Settings(Blocks, Training):
     sampling_steps: int = output(128, "steps from all masked to none", at_least=1, needs="samples export")
     temperature: float = output(0.6, "of the samples; below 1 is more cautious", at_least=0.01, needs="samples export")
     fill: str = output("", "a text whose gaps the samples are to fill", once=True, needs="samples")
-    gap: str = output(GAP, "the sign that marks a character to be found in --fill", once=True, needs="fill")
+    gap: str = output(GAP, "the character that marks a gap in --fill", once=True, needs="fill")
 
 
 PRESETS = {

@@ -3,8 +3,8 @@
     python train_vit.py                                    # glyphs, drawn on the spot: no network needed
     python train_vit.py --baseline                         # the same network, end to end
     python train_vit.py --recipe paper --out out/vit-paper # the paper's own choices
-    python train_vit.py --data cifar10                     # photographs (downloaded)
-    python train_vit.py --data FOLDER                      # your own, a subfolder per class
+    python train_vit.py --data cifar10 --out out/cifar     # photographs (downloaded)
+    python train_vit.py --data FOLDER --out out/mine       # your own, a subfolder per class
 
 The target is the image's class, as a point on the unit sphere with noise added (heads.py). In the paper's recipe the
 noisy label takes the place of a ViT's [CLS] token. In ours the network is a plain ViT, and a small head sees what it
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from data.images import NAMES, load_images
+from data.images import NAMES, load_images, to_floats
 from nano_db.block import DiffusionBlock, EndToEnd
 from nano_db.classify import classify, score_images
 from nano_db.errors import UsageError
@@ -29,7 +29,7 @@ from nano_db.schedule import LogNormal
 from nano_db.stack import PREDICT, assemble
 from nano_db.trainer.checkpoints import kept
 from nano_db.trainer.command import command
-from nano_db.trainer.report import picture, report
+from nano_db.trainer.report import picture, refuse_inside, report
 from nano_db.trainer.run import Run, first_weights, make_optimizer, noise_identity
 from nano_db.trainer.settings import Blocks, Discrete, Training, method, network, output, read_settings, training
 
@@ -124,6 +124,8 @@ class ViT(nn.Module):
 
 def prepare(settings):
     """What every block knows without being told: the images, and which noise levels are whose."""
+    if settings.data not in NAMES:
+        refuse_inside(settings)
     if settings.predict == "averaged" and settings.head != "denoising":
         raise UsageError("--predict averaged needs --head denoising: take --predict active")
     images = load_images(settings.data, count=settings.glyphs, size=settings.image_size, kept=kept(settings))
@@ -155,7 +157,7 @@ def batch(size, settings, images, partition):
 
 def sample(networks, count, settings, images, partition):
     """Classify `count` images, by which the report measures what a sample costs."""
-    x, _ = next(images.test_batches(count, count, settings.device))
+    x = to_floats(images.test[torch.arange(count) % len(images.test)]).to(settings.device)
     sigmas = sampling_grid(partition, settings.sampling_steps_per_block * partition.blocks)
     return classify(assemble(networks, partition, settings.predict), x, sigmas)
 

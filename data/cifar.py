@@ -123,7 +123,7 @@ def _opcodes(path, md5):
         content = path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}): unpack the archive again") from error
-    if hashlib.md5(content).hexdigest() != md5:
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
         raise UsageError(f"{path} is not the official file (its md5 is not {md5[:16]}...): unpack the archive again")
     return [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(content)]
 

@@ -13,7 +13,7 @@ from nano_db.errors import UsageError
 
 TRIES, PAUSE = 3, 2  # and seconds between two of them
 CHUNK = 2**20  # bytes
-SAID_EVERY = 5  # seconds
+REPORT_EVERY = 5  # seconds
 
 
 def fetch(url, path, checksum, size, algorithm="sha256"):
@@ -23,8 +23,8 @@ def fetch(url, path, checksum, size, algorithm="sha256"):
     tries; each resumes where the last was cut short. Raises UsageError without network or with a wrong checksum.
     """
     path = Path(path)
-    if path.exists():
-        if not _is_sound(path, checksum, algorithm):
+    if os.path.exists(path):
+        if path.is_dir() or not _is_sound(path, checksum, algorithm):
             fault = f"{path} is not the expected file (its {algorithm} is not {checksum[:16]}...)"
             raise UsageError(f"{fault}: delete it to download it again")
         return path
@@ -48,7 +48,10 @@ def fetch(url, path, checksum, size, algorithm="sha256"):
                     raise OSError(f"what came is another file: its {algorithm} is not {checksum[:16]}...")
                 raise OSError(f"it was cut short, after {have:,} of {size:,} bytes")
             except (OSError, http.client.HTTPException) as error:  # URLErrors and time-outs are OSErrors
-                reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+                if getattr(error, "code", 0) == 416:  # there is no more of it, and what there is is not sound
+                    part.write_bytes(b"")
+                reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
+                reason = reason or type(error).__name__
             if left:
                 print(f"download of {path.name} failed ({reason}): trying again", file=sys.stderr)
                 time.sleep(PAUSE)
@@ -65,18 +68,18 @@ def _download(url, part, size):
         if not getattr(answer, "url", url).startswith("https://"):  # also where a redirection led
             raise OSError("not https")
         partial = getattr(answer, "status", 200) == 206
-        have, said = have if partial else 0, time.monotonic()
+        have, reported = have if partial else 0, time.monotonic()
         with open(part, "ab" if partial else "wb") as file:
             while chunk := answer.read(min(CHUNK, size + 1 - have)):  # a byte too many shows that it is another file
                 file.write(chunk)
                 have += len(chunk)
-                if time.monotonic() - said > SAID_EVERY:
-                    said = time.monotonic()
+                if time.monotonic() - reported > REPORT_EVERY:
+                    reported = time.monotonic()
                     print(f"{part.stem}: {have / 1e6:.0f} of {size / 1e6:.0f} MB", file=sys.stderr)
 
 
 def _is_sound(path, checksum, algorithm):
-    found = hashlib.new(algorithm)
+    found = hashlib.new(algorithm, usedforsecurity=False)
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
             found.update(chunk)

@@ -10,6 +10,7 @@ all pictures are grey, else there are three. Where a picture is transparent it b
 import hashlib
 import os
 import time
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -20,7 +21,10 @@ from nano_db.errors import UsageError, is_out_of_memory
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 HELD_OUT = 10  # one picture in so many
-SAID_EVERY = 5  # seconds
+REPORT_EVERY = 5  # seconds
+ORIENTATION = 0x0112  # the EXIF tag, and what turns a picture upright by its value
+TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+UPRIGHT = {value: Image.Transpose[name] for value, name in enumerate(TURNS, start=2)}
 LARGE = 100 * 2**20  # bytes, beyond which the memory is said before it is taken
 
 
@@ -36,43 +40,61 @@ def load(folder, size):
         if sorted(sides) == ["test", "train"]:
             train, test = classes_of(sides["train"]), classes_of(sides["test"])
         elif "train" in sides or "test" in sides:
-            found = f"{folder} holds the folders {', '.join(sides)}"
-            raise UsageError(f"{found}: if they are no classes, name them train and test; else rename that class")
+            found = f"{folder} holds the folders {', '.join(path.name for path in sides.values())}"
+            advice = "leave train and test alone, if they are no classes, or else rename the class"
+            raise UsageError(f"{found}: {advice}")
         else:
             train, test = held_out(classes_of(folder), folder)
     except OSError as error:
         raise UsageError(f"{folder} cannot be read ({error.strerror})") from error
-    for name in test:
-        if name not in train:
-            raise UsageError(f"{folder}: the class {name} has pictures to test on and none to train on")
+    if unknown := [name for name in test if name not in train]:
+        raise UsageError(f"{folder}: the class {unknown[0]} has pictures to test on and none to train on")
+    if untested := [name for name in train if name not in test]:
+        print(f"without pictures to test on: {', '.join(untested)}")
     classes = list(train)
-    paths = [[(path, classes.index(name)) for name, paths in side.items() for path in paths] for side in (train, test)]
-    images = read_all([path for side in paths for path, _ in side], size)
-    labels = np.array([label for side in paths for _, label in side], np.int64)
-    cut = len(paths[0])
-    print(f"{folder}: {cut:,} pictures to train on, {len(paths[1]):,} held out, {len(classes)} classes")
+    number = {name: label for label, name in enumerate(classes)}
+    labelled = [(path, number[name]) for side in (train, test) for name, paths in side.items() for path in paths]
+    cut = sum(map(len, train.values()))
+    print(f"{folder}: {cut:,} pictures to train on, {len(labelled) - cut:,} held out, {len(classes)} classes")
+    images, labels = read_all([path for path, _ in labelled], size), np.array([n for _, n in labelled], np.int64)
     return (images[:cut], labels[:cut]), (images[cut:], labels[cut:]), classes
 
 
 def folders_in(folder):
-    return [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    """Its subfolders by name (Path itself sorts in another order on Windows), without those that systems make."""
+    folders = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "." and path.name != "__MACOSX"]
+    return sorted(folders, key=lambda path: path.name)
+
+
+def files_in(folder):
+    """All files in a folder and its subfolders, but for hidden ones, and for what is no file (a pipe would wait)."""
+    for inside, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if name[0] != "."]
+        yield from (path for name in names if name[0] != "." and (path := Path(inside, name)).is_file())
+
+
+def refuse(error):
+    raise error
 
 
 def classes_of(folder):
     """{class name: paths of its pictures, by name}, of a folder with a subfolder for each class."""
-    found, others = {}, []
+    found = {}
+    others = [path for path in folder.iterdir() if path.is_file() and path.name[0] != "."]
     for path in folders_in(folder):
-        if not path.name.isprintable():
-            raise UsageError(f"{folder} holds a folder whose name cannot be shown, {path.name!r}: rename it")
-        files = [Path(inside, name) for inside, _, names in os.walk(path) for name in names if name[0] != "."]
-        found[path.name] = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in path.name):
+            raise UsageError(f"{folder}: the name {path.name!r} contains unprintable characters: rename that folder")
+        files = sorted(files_in(path), key=lambda file: file.as_posix())
+        found[path.name] = [file for file in files if file.suffix.lower() in SUFFIXES]
         others += [file for file in files if file.suffix.lower() not in SUFFIXES]
     if not found:
         raise UsageError(f"{folder} holds no folders: put the pictures of each class into a folder with its name")
     if empty := [name for name, paths in found.items() if not paths]:
-        raise UsageError(f"{folder / empty[0]} holds no PNG or JPEG: a class needs pictures")
+        count = sum(1 for path in others if path.is_relative_to(folder / empty[0]))
+        advice = f"convert the {count} other files" if count else "a class needs pictures"
+        raise UsageError(f"{folder / empty[0]} holds no PNG or JPEG: {advice}")
     if others:
-        print(f"left out: {len(others)} files that are neither PNG nor JPEG, such as {others[0]}")
+        print(f"left out, as no PNG or JPEG in the folder of a class: {len(others)}, such as {others[0]}")
     return found
 
 
@@ -84,9 +106,9 @@ def held_out(classes, folder):
     for name, paths in classes.items():
         if len(paths) < 2:
             raise UsageError(f"{paths[0]} is the only picture of its class: one more is needed, to hold it out")
-        order = sorted(paths, key=lambda path: digest(path.relative_to(folder)))
-        count = max(1, len(paths) // HELD_OUT)
-        test[name], train[name] = sorted(order[:count]), sorted(order[count:])
+        chosen = set(sorted(paths, key=lambda path: digest(path.relative_to(folder)))[: max(1, len(paths) // HELD_OUT)])
+        test[name] = [path for path in paths if path in chosen]
+        train[name] = [path for path in paths if path not in chosen]
     return train, test
 
 
@@ -103,15 +125,15 @@ def read_all(paths, size):
         raise UsageError(f"out of memory: {needed}; choose a smaller --image-size") from error
     if images.nbytes > LARGE:
         print(f"reading {len(paths):,} pictures of {size} x {size} pixels: at most {images.nbytes / 2**20:,.0f} MiB")
-    begun = said = time.monotonic()
+    begun = reported = time.monotonic()
     coloured = False
     for i, path in enumerate(paths):
         pixels = read(path, size)  # (size, size) or (size, size, 3)
         coloured |= pixels.ndim == 3
         images[i] = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels
-        if time.monotonic() - said > SAID_EVERY:
-            said = time.monotonic()
-            left = (said - begun) / (i + 1) * (len(paths) - i - 1)
+        if time.monotonic() - reported > REPORT_EVERY:
+            reported = time.monotonic()
+            left = (reported - begun) / (i + 1) * (len(paths) - i - 1)
             print(f"read {i + 1:,} of {len(paths):,} pictures, {left:.0f} s left", flush=True)
     return images if coloured else np.ascontiguousarray(images[:, :1])
 
@@ -124,14 +146,15 @@ def read(path, size):
             warnings.simplefilter("ignore", UserWarning)
             with Image.open(path, formats=("PNG", "JPEG")) as image:
                 image.draft(None, (2 * size, 2 * size))  # a large JPEG need not be decoded in full
-                upright = to_rgb(ImageOps.exif_transpose(image))
+                turned = UPRIGHT.get(image.getexif().get(ORIENTATION))
+                upright = to_rgb(image) if turned is None else to_rgb(image).transpose(turned)
                 pixels = np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC))
         grey = (pixels == pixels[..., :1]).all()
         return pixels[..., 0] if grey else pixels
     except Exception as error:  # damaged bytes raise nearly anything
         if is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         name = str(path) if str(path).isprintable() else repr(str(path))
         raise UsageError(f"{name} cannot be read as PNG or JPEG ({reason}): repair or remove it") from error
 

@@ -29,7 +29,7 @@ class CharTokenizer:
         if len(unknown):
             names = " ".join(repr(chr(code)) for code in unknown[:10])
             more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-            raise UsageError(f"the text has characters that are not in the data: {names}{more}")
+            raise UsageError(f"characters that are not in the vocabulary of the training text: {names}{more}")
         return np.searchsorted(self._codes, codes)
 
     def decode(self, tokens):
@@ -125,8 +125,10 @@ def load_text(name="pydocs", tokenizer="char", folder="data/cache", seq_len=1, e
             raise UsageError(f"--data {name} is not the text that the run was trained on (or has changed since)")
     except UsageError as error:
         able = kept.keys() >= {"sha256", "opening", "vocabulary"} and (kept["vocabulary"] or tokenizer == "gpt2")
-        if export or not able:
+        if not able:
             raise
+        if export:
+            raise UsageError(f"--export needs the text that the run was trained on: {error}") from error
         tokens = GPT2Tokenizer() if tokenizer == "gpt2" else CharTokenizer(kept["vocabulary"])
         opening = torch.from_numpy(np.array(tokens.encode(kept["opening"]), np.int32))
         return Text(opening[:0], opening, tokens, math.nan, kept["sha256"], missing=str(error))
@@ -135,8 +137,7 @@ def load_text(name="pydocs", tokenizer="char", folder="data/cache", seq_len=1, e
     try:
         parts = [torch.from_numpy(np.array(tokens.encode(part), smallest)) for part in (text[:cut], text[cut:])]
     except UsageError as error:  # not in the kept vocabulary
-        unknown = str(error).replace("are not in the data", "the network to start from does not know")
-        raise UsageError(f"--data {name}: {unknown}; replace them, or train from the beginning") from error
+        raise UsageError(f"--data {name} has {error}. Replace them, or train without --init-from") from error
     train, heldout = parts
     for part, side in ((heldout, "held-out"), (train, "training")):
         if len(part) <= seq_len:
@@ -144,6 +145,8 @@ def load_text(name="pydocs", tokenizer="char", folder="data/cache", seq_len=1, e
     if (train == train[0]).all() and (heldout == train[0]).all():
         only = tokens.decode(train[:1].tolist())
         raise UsageError(f"--data {name} consists of the token {only!r} alone: there is nothing to learn")
+    if name not in TEXTS:
+        print(f"{name}: {len(text):,} characters, {tokens.classes:,} different tokens, the last tenth is held out")
     if export > (windows := (len(heldout) - 1) // seq_len):
         raise UsageError(f"--export {export}: the held-out text has only {windows} windows of {seq_len} tokens")
     return Text(train, heldout, tokens, (len(text) - cut) / len(heldout), sha256)
@@ -172,6 +175,8 @@ def _read_file(name):
         text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no path at all
         reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, UnicodeDecodeError):
+            raise UsageError(f"--data {name} is not UTF-8: save it as UTF-8 ({reason})") from error
         raise UsageError(f"--data {name}: choose {', '.join(TEXTS)}, or the path of a UTF-8 text ({reason})") from error
     if not text:
         raise UsageError(f"--data {name} is empty")

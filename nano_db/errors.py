@@ -18,13 +18,16 @@ def is_out_of_memory(error):
 
 
 def compiler_fault(error):
-    """What torch.compile lacks on this machine, in words; "" for an error that is none of torch.compile's."""
-    said = str(error)
-    ours = any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__)  # importing it takes seconds
-    if not (ours or (isinstance(error, RuntimeError) and "torch.compile" in said)):
+    """What torch.compile lacks on this machine, in words; "" for any other error."""
+    message, first = str(error), str(error).partition("\n")[0]
+    if isinstance(error, RuntimeError) and "torch.compile is not supported" in message:
+        return first
+    if not any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):  # importing it takes seconds
         return ""
-    if "CxxCompiler" in said or "Compiler:" in said:
+    if "InvalidCxxCompiler" in message or "Compiler:" in message:
         return "there is no C++ compiler: install one (g++, clang++, on Windows cl), or name it in CXX"
-    if "triton" in said.lower():
-        return f"Triton is missing, or does not serve this GPU ({said.partition(chr(10))[0]})"
-    return f"torch.compile cannot compile this network here ({said.partition(chr(10))[0]})"
+    if "CppCompileError" in message:
+        return "the C++ compiler fails, most likely for want of Python's header files (package python3-dev)"
+    if "triton" in message.lower():
+        return f"Triton is missing, or does not support this GPU ({first})"
+    return ""

@@ -70,7 +70,7 @@ def test_bits_per_character_count_characters_not_tokens(tmp_path):
 
 @pytest.mark.parametrize(
     "content, message",
-    [(b"", "is empty"), (b"short", "too few"), (b"caf\xe9" * 1000, "'utf-8' codec"), (None, "No such file")],
+    [(b"", "is empty"), (b"short", "too few"), (b"caf\xe9" * 1000, "save it as UTF-8"), (None, "No such file")],
 )
 def test_texts_that_cannot_serve_are_refused(tmp_path, content, message):
     path = tmp_path / "t.txt"

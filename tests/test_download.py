@@ -113,8 +113,15 @@ def test_a_finished_download_that_a_virus_scanner_holds_is_not_downloaded_again(
     assert asked == [None] and len(tried) == 3
 
 
+def test_what_ends_before_its_announced_length_is_downloaded_from_the_start_again(tmp_path, server):
+    nothing_more = urllib.error.HTTPError("https://x/y", 416, "Range Not Satisfiable", {}, None)
+    asked = server(Answer(CONTENT[::-1], cut=3000), nothing_more, Answer(CONTENT))
+    assert fetch("https://x/y", tmp_path / "y", SHA256, SIZE).read_bytes() == CONTENT
+    assert asked == [None, "bytes=3000-", None]
+
+
 def test_a_long_download_says_how_far_it_is(tmp_path, server, capsys, monkeypatch):
-    monkeypatch.setattr(download, "SAID_EVERY", -1)
+    monkeypatch.setattr(download, "REPORT_EVERY", -1)
     server(Answer(CONTENT))
     fetch("https://x/archive.tar.gz", tmp_path / "archive.tar.gz", SHA256, SIZE)
     assert "archive.tar.gz: 0 of 0 MB" in capsys.readouterr().err

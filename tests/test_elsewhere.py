@@ -8,6 +8,7 @@ import torch
 from conftest import same, tensors
 from test_image_folder import fill
 
+import data.text
 import train_dit
 import train_gpt
 import train_looped
@@ -72,14 +73,14 @@ def test_a_prompt_is_continued_and_a_gap_filled_without_the_text(cli, tmp_path):
         code, _, err = cli("--eval-only", "--out", run, flags[0], "Ü▁", main=main)
         assert code == 2 and "'Ü'" in err and err.count("\n") == 1, err
         code, _, err = cli("--eval-only", "--out", run, "--export", "2", main=main)
-        assert code == 2 and "No such file" in err and err.count("\n") == 1, "nothing can be exported"
+        assert code == 2 and "--export needs the text" in err and err.count("\n") == 1, err
         (tmp_path / "away").rename(text)
 
 
 def test_the_manual_of_another_python_is_another_text(cli, tmp_path, monkeypatch):
     run = tmp_path / "run"
     assert cli(*QUICK, "--layers", "4", "--only", "0,1,2,3", "--samples", "0", "--out", run)[0] == 0
-    monkeypatch.setitem(load_text.__globals__["TEXTS"], "pydocs", lambda folder: FOX * 80)
+    monkeypatch.setitem(data.text.TEXTS, "pydocs", lambda folder: FOX * 80)
     code, out, err = cli("--eval-only", "--out", run)
     assert code == 0 and "--data pydocs is not the text that the run was trained on" in out, err
     code, _, err = cli(*QUICK, "--layers", "4", "--out", run)
@@ -105,7 +106,8 @@ def test_a_dit_paints_without_its_images(cli, tmp_path, monkeypatch):
     "keeps",
     [
         {"vocabulary": "", "opening": "the"}, {"vocabulary": 3}, {"vocabulary": "ab\ud800", "opening": "a"},
-        {"vocabulary": "abc", "opening": "xyz"}, {"vocabulary": "abc"}, {"what": 1}, [], {},
+        {"vocabulary": "abc", "opening": "xyz"}, {"vocabulary": "abc"}, {"what": 1}, [], {}, {"shape": [3]},
+        {"p_mean": float("nan")}, {"sigma_data": 0.0},
     ],
 )  # fmt: skip
 def test_a_vocabulary_that_is_damaged_is_one_line(cli, text_file, tmp_path, keeps):
@@ -147,12 +149,14 @@ def test_characters_that_the_network_does_not_know_are_one_line(small, tmp_path)
     assert small("--blocks", "2", "--samples", "0", "--out", source)[0] == 0
     mine.write_text("Ähnliche Füchse. " * 120, encoding="utf-8")
     code, _, err = small("--blocks", "2", "--init-from", source, "--data", mine, "--out", tmp_path / "run")
-    assert code == 2 and f"--data {mine}" in err and "does not know: 'F' 'Ä' 'ü'" in err and err.count("\n") == 1, err
+    assert code == 2 and f"--data {mine} has characters" in err and "'F' 'Ä' 'ü'" in err and err.count("\n") == 1, err
     assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_is_trained_further_with_a_new_schedule(small, tmp_path):
     assert small("--out", tmp_path / "run")[0] == 0
+    code, _, err = small("--steps", "20", "--init-from", tmp_path / "run", "--out", tmp_path / "run")
+    assert code == 2 and "is --out itself: give the new run another --out" in err and err.count("\n") == 1, err
     code, _, err = small("--steps", "20", "--out", tmp_path / "run")
     assert code == 2 and f"to train it further, add --init-from {tmp_path / 'run'}" in err and err.count("\n") == 1, err
     code, out, err = small("--steps", "20", "--init-from", tmp_path / "run", "--out", tmp_path / "longer")
@@ -185,12 +189,33 @@ def test_the_other_scripts_are_trained_further_too(cli, text_file, tmp_path, nam
         (("--baseline",), "baseline False there, True here"),
         (("--blocks", "2", "--head", "posterior", "--predict", "active"), "head 'denoising' there, 'posterior' here"),
         (("--blocks", "2", "--width", "32"), "width 16 there, 32 here"),
+        (("--blocks", "2", "--seed", "1"), "seed 0 there, 1 here"),
     ],
 )
 def test_other_networks_are_refused_in_one_line(small, tmp_path, flags, message):
     assert small("--blocks", "2", "--samples", "0", "--out", tmp_path / "source")[0] == 0
     code, _, err = small(*flags, "--init-from", tmp_path / "source", "--out", tmp_path / "run")
     assert code == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "run").exists(), err
+
+
+def test_an_ensemble_goes_on_as_the_same_ensemble(small, tmp_path):
+    """Of another number of members some would be copies, and the mean no control."""
+    two = ("--baseline", "--layers", "2", "--samples", "0", "--ensemble")
+    assert small(*two, "2", "--out", tmp_path / "two")[0] == 0
+    cut = ("--layers", "2", "--blocks", "2")
+    for more, message in (((*two, "3"), "ensemble 2 there, 3 here"), (cut, "ensemble 2 there, 1 here")):
+        code, _, err = small(*more, "--init-from", tmp_path / "two", "--out", tmp_path / "more")
+        assert code == 2 and message in err and err.count("\n") == 1, err
+
+
+def test_a_run_that_starts_from_another_draws_other_batches(small, tmp_path, monkeypatch):
+    drawn, batch = [], train_gpt.batch
+    monkeypatch.setattr(train_gpt, "batch", lambda *given: drawn.append(batch(*given)[0]) or (drawn[-1], drawn[-1]))
+    flags = ("--blocks", "1", "--samples", "0")
+    assert small(*flags, "--out", tmp_path / "a")[0] == 0
+    first, drawn[:] = drawn[:12], []
+    assert small(*flags, "--init-from", tmp_path / "a", "--out", tmp_path / "b")[0] == 0
+    assert len(first) == 12 and not any(torch.equal(a, b) for a in first for b in drawn[:12])
 
 
 def test_blocks_of_different_runs_and_unfinished_ones_are_refused(small, tmp_path):
@@ -232,6 +257,28 @@ def test_a_dit_is_trained_further_on_other_pictures_of_the_same_shape(cli, tmp_p
         assert code == 0 and "was trained otherwise: p_mean" in out, err
 
 
+@pytest.mark.parametrize("damage", [5, "", "zz", "ab cd ef"])
+def test_a_damaged_checksum_is_one_line(small, tmp_path, damage):
+    assert small("--blocks", "2", "--samples", "0", "--out", tmp_path / "a")[0] == 0
+    further = ("--blocks", "2", "--samples", "0", "--init-from", tmp_path / "a", "--out", tmp_path / "b")
+    assert small(*further)[0] == 0
+    path = tmp_path / "b" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["depends_on"]["init_from_sha256"] = damage
+    path.write_text(json.dumps(config))
+    code, _, err = small(*further)
+    assert code == 2 and "config.json is damaged" in err and err.count("\n") == 1, err
+
+
+def test_an_unfinished_run_says_so_when_it_is_evaluated(small, cli, tmp_path):
+    for b in "01":
+        assert small("--blocks", "2", "--only", b, "--samples", "0", "--out", tmp_path / "run")[0] == 0
+    path = tmp_path / "run" / "block_1.pt"
+    torch.save({**torch.load(path, weights_only=True), "step": 5}, path)
+    code, out, err = cli("--eval-only", "--out", tmp_path / "run")
+    assert code == 0 and "after 5 to 12 steps of each network (of 12: it is not finished):" in out, err
+
+
 # --- odd texts ---
 
 
@@ -271,10 +318,10 @@ def test_a_large_vocabulary_says_its_memory_before_the_training(cli, tmp_path):
     (tmp_path / "a.txt").write_text("".join(chr(0x4E00 + i) for i in range(20_000)) * 2, encoding="utf-8")
     flags = (*QUICK, "--layers", "2", "--blocks", "1", "--samples", "0", "--steps", "1", "--eval-windows", "1")
     for name in ("gpt", "mdm"):
-        flags = (*flags, "--data", tmp_path / "a.txt", "--out", tmp_path / name)
-        code, out, err = cli(*flags, main=TEXTS[name][0])
+        code, out, err = cli(*flags, "--data", tmp_path / "a.txt", "--out", tmp_path / name, main=TEXTS[name][0])
         said = "20,000 different tokens: embedding and output projection of each network take "
-        said += f"{2 * 20_000 * 24 * 16 / 2**20:.0f} MiB"
+        tables, logits = 2 * 20_000 * 24 * 16 / 2**20, 8 * 16 * 20_000 * 4 / 2**20
+        said += f"{tables:.0f} MiB in training, the logits of a batch {logits:.0f} MiB"
         assert code == 0 and said in out and out.index(said) < out.index("step 1/1"), err
 
 

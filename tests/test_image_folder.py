@@ -1,8 +1,9 @@
 """Pictures of one's own: what is read from a folder, and what is refused."""
 
-import io
 import json
+import os
 import random
+from pathlib import PosixPath
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import train_vit
 from data import image_folder
 from data.images import EDM, load_images
 from nano_db.errors import UsageError
+from nano_db.partition import make_partition
 
 SIZES = ((40, 56), (64, 48), (33, 33), (90, 31))  # width, height
 
@@ -136,11 +138,14 @@ def test_files_that_are_no_pictures_are_left_out_and_said(tmp_path, capsys):
     (tmp_path / "cat" / ".DS_Store").write_text("hidden")
     (tmp_path / ".cache").mkdir()
     (tmp_path / "readme.md").write_text("beside the classes")
+    save(tmp_path / "beside.png")
+    save(tmp_path / "cat" / ".ipynb_checkpoints" / "0-checkpoint.png")
+    (tmp_path / "__MACOSX" / "cat").mkdir(parents=True)
     (tmp_path / "cat" / "a folder.png").mkdir()
-    (train, _), _, classes = image_folder.load(tmp_path, 8)
-    assert len(train) == 2 and classes == ["cat", "dog"]
+    (train, _), (test, _), classes = image_folder.load(tmp_path, 8)
+    assert len(train) == len(test) == 2 and classes == ["cat", "dog"]
     out = capsys.readouterr().out
-    assert "left out: 1 files that are neither PNG nor JPEG" in out and "notes.txt" in out
+    assert "left out, as no PNG or JPEG in the folder of a class: 3, such as" in out
 
 
 def broken(content):
@@ -167,11 +172,12 @@ def bomb(folder):
         (lambda folder: save(folder / "1.png"), "holds no folders: put the pictures of each class"),
         (lambda folder: fill(folder, 1), "0.png is the only picture of its class"),
         (lambda folder: (fill(folder, 2) / "empty").mkdir(), "empty holds no PNG or JPEG"),
-        (lambda folder: fill(folder / "train", 2), "name them train and test"),
+        (lambda folder: save(fill(folder, 2) / "cow" / "1.webp"), "cow holds no PNG or JPEG: convert the"),
+        (lambda folder: fill(folder / "train", 2), "leave train and test alone"),
         (lambda folder: fill(fill(folder / "train", 2).parent / "val", 2), "holds the folders train, val"),
-        (lambda folder: fill(folder, 2, classes=("train", "car")), "else rename that class"),
+        (lambda folder: fill(folder, 2, classes=("train", "car")), "or else rename the class"),
         (lambda folder: fill(fill(folder / "train", 2).parent / "test", 1, ("cow",)), "the class cow has pictures to"),
-        (lambda folder: fill(folder, 2, classes=("a\nb",)), "whose name cannot be shown"),
+        (lambda folder: fill(folder, 2, classes=("a\nb",)), "'a\\nb' contains unprintable characters"),
         (broken(b""), "broken.png cannot be read as PNG or JPEG"),
         (broken(b"GIF89a" + bytes(100)), "broken.png cannot be read as PNG or JPEG"),
         (truncated, "cut.jpg cannot be read as PNG or JPEG"),
@@ -188,8 +194,21 @@ def test_what_cannot_serve_is_refused_in_one_line(tmp_path, make, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_no_picture(tmp_path):
+    os.mkfifo(fill(tmp_path, 2) / "cat" / "pipe.png")
+    assert len(image_folder.load(tmp_path, 8)[0][0]) == 2
+
+
+def test_a_class_without_pictures_to_test_on_is_said(tmp_path, capsys):
+    fill(tmp_path / "train", 2)
+    fill(tmp_path / "test", 1, classes=("dog",))
+    image_folder.load(tmp_path, 8)
+    assert "without pictures to test on: cat" in capsys.readouterr().out
+
+
 def test_reading_many_pictures_says_how_far_it_is_and_what_they_take(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(image_folder, "SAID_EVERY", -1)
+    monkeypatch.setattr(image_folder, "REPORT_EVERY", -1)
     image_folder.load(fill(tmp_path, 4), 64)
     assert "read 4 of 8 pictures, 0 s left" in capsys.readouterr().out
     monkeypatch.setattr(image_folder, "LARGE", 10_000)
@@ -225,7 +244,7 @@ def test_300_mutated_pictures_are_read_or_refused_in_one_line(tmp_path):
         except UsageError as error:
             refused += 1
             assert "\n" not in str(error) and str(path) in str(error)
-    assert 50 < refused < 290
+    assert 0 < refused < 300
 
 
 # --- noise levels ---
@@ -240,8 +259,8 @@ def test_of_ones_own_pictures_the_noise_levels_are_measured(tmp_path):
             (tmp_path / name).mkdir(exist_ok=True)
             Image.fromarray(array).save(tmp_path / name / f"{i}.png")
     images = load_images(str(tmp_path), size=8)
-    assert images.sigma_data == pytest.approx(90 / 127.5)
-    assert np.exp(images.p_mean) / images.sigma_data == pytest.approx(np.exp(EDM[0]) / EDM[1]), "the same beside pixels"
+    assert images.sigma_data == pytest.approx(90 / 127.5, abs=1e-5)
+    assert np.exp(images.p_mean) / images.sigma_data == pytest.approx(np.exp(EDM[0]) / EDM[1], rel=1e-4)
     assert not images.mirrors and load_images("glyphs", count=100).sigma_data == 0.9
 
 
@@ -317,10 +336,28 @@ def test_bad_flags_are_one_line_and_leave_no_folder(cli, pictures, tmp_path, mai
     assert not (tmp_path / "run").exists()
 
 
-def test_of_few_pictures_frechet_small_is_left_out(cli, tmp_path):
+def test_of_few_pictures_frechet_small_is_left_out_and_said(cli, tmp_path):
     folder = fill(tmp_path / "pictures", 6)
     code, out, err = cli(*TINY, "--steps", "2", "--data", folder, "--out", tmp_path / "run", main=train_dit.main)
-    assert code == 0 and "EDM loss" in out and "frechet_small" not in out, err
+    assert code == 0 and "EDM loss" in out and out.count("frechet_small") == 1, err
+    assert "frechet_small is left out: half of 10 training pictures are too few" in out
+
+
+@pytest.mark.parametrize("main", [train_dit.main, train_vit.main])
+def test_a_run_inside_its_data_is_refused(cli, tmp_path, monkeypatch, main):
+    """What it paints would become a class."""
+    monkeypatch.chdir(fill(tmp_path, 4))
+    for flags in (("--data", "."), ("--data", tmp_path, "--out", tmp_path / "cat" / "run")):
+        code, _, err = cli(*TINY, *flags, main=main)
+        assert code == 2 and "lies inside --data" in err and err.count("\n") == 1, err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("main", [train_dit.main, train_vit.main])
+def test_names_that_are_too_long_for_the_system_are_one_line(cli, pictures, tmp_path, main):
+    for flags in (("--data", "a" * 300), ("--data", pictures, "--init-from", "a" * 300)):
+        code, _, err = cli(*TINY, *flags, "--out", tmp_path / "run", main=main)
+        assert code == 2 and err.count("\n") == 1, err
 
 
 def test_a_single_class_can_be_painted_but_not_told(cli, tmp_path):
@@ -332,10 +369,43 @@ def test_a_single_class_can_be_painted_but_not_told(cli, tmp_path):
     assert code == 0, err
 
 
-def test_pillow_reads_from_bytes_what_it_reads_from_files(tmp_path):
-    """The fuzzing above would be worth little, if names or suffixes decided what is read."""
-    path = save(tmp_path / "a.jpg")
-    path.rename(tmp_path / "a.png")
-    with Image.open(io.BytesIO((tmp_path / "a.png").read_bytes())) as image:
-        assert image.format == "JPEG"
+def test_what_counts_is_what_is_in_a_file_and_not_its_suffix(tmp_path):
+    save(tmp_path / "a.jpg").rename(tmp_path / "a.png")
     assert image_folder.read(tmp_path / "a.png", 8).shape == (8, 8, 3)
+
+
+def test_classes_and_pictures_are_in_the_same_order_on_every_system(tmp_path, monkeypatch):
+    """Paths of Windows sort without regard to capitals."""
+    for name in ("Zebra", "apple", "Ape"):
+        for picture in ("b", "C", "a"):
+            save(tmp_path / name / f"{picture}.png")
+    monkeypatch.setattr(PosixPath, "__lt__", lambda a, b: str(a).lower() < str(b).lower())
+    classes = image_folder.classes_of(tmp_path)
+    assert list(classes) == ["Ape", "Zebra", "apple"]
+    assert [path.name for path in classes["apple"]] == ["C.png", "a.png", "b.png"]
+    sides = image_folder.held_out(classes, tmp_path)
+    assert all([path.name for path in side["apple"]] == sorted(path.name for path in side["apple"]) for side in sides)
+
+
+def test_of_fewer_than_sixteen_held_out_pictures_sixteen_are_classified_for_the_cost(tmp_path):
+    settings = train_vit.Settings(layers=1, blocks=1, width=8, heads=2, patch=8, device="cpu")
+    images = load_images(str(fill(tmp_path, 4)), size=16)
+    partition = make_partition(train_vit.NOISE["nano"], 1)
+    block = train_vit.build(0, settings, images, partition).eval()
+    assert len(images.test) == 2 and len(train_vit.sample([block], 16, settings, images, partition)) == 16
+
+
+def test_odd_exif_is_no_reason_to_refuse_a_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "a camera"
+    save(tmp_path / "a.jpg", exif=exif)
+    content = (tmp_path / "a.jpg").read_bytes()
+    at = content.index(b"a camera")
+    read = 0
+    for i in range(20, at):  # the head of EXIF
+        (tmp_path / "a.jpg").write_bytes(content[:i] + b"\xff" + content[i + 1 :])
+        try:
+            read += image_folder.read(tmp_path / "a.jpg", 8).shape == (8, 8, 3)
+        except UsageError as error:
+            assert "\n" not in str(error)
+    assert read > (at - 20) // 2

@@ -5,8 +5,7 @@ import sys
 
 import pytest
 from conftest import ROOT
-
-import nano_db
+from test_rooms import imports
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no reader of TOML")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -20,10 +19,15 @@ def test_every_package_and_script_is_installed():
     assert all((folder / "__init__.py").exists() for folder in folders)
 
 
-def test_what_is_installed_with_it_is_what_the_readme_and_the_requirements_say():
+def test_what_is_imported_is_required():
+    """All packages that are neither Python's own nor ours."""
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    needed = {re.match(r"\w+", line)[0] for line in lines if line and not line.startswith("#")}
+    required = {re.match(r"\w+", line)[0] for line in lines if line and not line.startswith("#")}
     assert PROJECT["tool"]["setuptools"]["dynamic"]["dependencies"]["file"] == ["requirements.txt"]
-    (said,) = re.findall(r"^Packages: (.*?)\.(?: |$)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert {name.split()[0].lower() for name in said.split(", ")} == needed
-    assert PROJECT["project"]["version"] == nano_db.__version__ and sys.version_info >= (3, 10)
+    imported = {name.split(".")[0] for path in ROOT.glob("train_*.py") for name in imports(path)}
+    for folder in ("nano_db", "data", "experiments"):
+        imported |= {name.split(".")[0] for path in (ROOT / folder).rglob("*.py") for name in imports(path)}
+    ours = {"nano_db", "data", "experiments", *PROJECT["tool"]["setuptools"]["py-modules"]}
+    others = {"PIL": "pillow", **dict.fromkeys(("nbformat", "IPython", "nbconvert", "ipywidgets"), "jupyter")}
+    outside = {others.get(name, name) for name in imported - ours - sys.stdlib_module_names}
+    assert outside <= required and {"torch", "numpy", "pillow"} <= outside

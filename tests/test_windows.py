@@ -31,7 +31,7 @@ sys.exit(pytest.main(["--collect-only", "-q", "-q", "-m", "", "-p", "no:cachepro
 @pytest.mark.skipif(os.name == "nt", reason="here the modules are missing already")
 def test_all_tests_are_collected_without_what_only_posix_has():
     done = subprocess.run([sys.executable, "-c", COLLECT], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "rror" not in done.stdout.replace("error", ""), done.stdout[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.mark.parametrize("times", [2, 99])
@@ -63,7 +63,8 @@ def test_a_file_that_a_virus_scanner_holds_for_a_moment_is_replaced_after_it(tmp
 def test_without_locks_a_run_trains_and_warns(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(checkpoints, "fcntl", None)
     assert train(make_run(tmp_path)) == [0, 1, 2]
-    assert "warning: no locks here (Windows has no flock)" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.count("warning: no locks here (Windows has no flock)") == 3 and "trains block 2" in err
 
 
 def test_blocks_in_a_folder_with_foreign_letters_are_read(tmp_path, monkeypatch):

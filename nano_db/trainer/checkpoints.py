@@ -11,6 +11,7 @@ that stands there is whole. Every file is verified before it is read, and no cod
 """
 
 import json
+import math
 import os
 import platform
 import secrets
@@ -141,8 +142,10 @@ def read_config(folder, flag="--out"):
         require(all(isinstance(config[name], kind) for name, kind in CONFIG.items()))
         keeps = config.setdefault("keeps", {})
         require(all(isinstance(value, KEEPS[name]) for name, value in keeps.items()))
-        require(all(isinstance(name, str) for name in keeps.get("classes", [])))
+        require(all(isinstance(name, str) for name in keeps.get("classes", [""])) and keeps.get("classes", [""]))
         require(all(isinstance(side, int) and 0 < side < 2**15 for side in keeps.get("shape", [])))
+        require(len(keeps.get("shape", "CHW")) == 3)
+        require(math.isfinite(keeps.get("p_mean", 0.0)) and 0 < keeps.get("sigma_data", 1.0) < math.inf)
         json.dumps(keeps, ensure_ascii=False).encode()  # UnicodeError: it has halves of characters
     return config
 
@@ -156,7 +159,7 @@ def kept(settings):
         return {**config["keeps"], "sha256": config["depends_on"].get("data_sha256")}
     if not settings.init_from:
         return {}
-    if (Path(settings.out) / "config.json").exists():  # it has begun, and the network may be gone
+    if os.path.exists(Path(settings.out) / "config.json"):  # it has begun, and the network may be gone
         return read_config(settings.out)["keeps"]
     return read_config(settings.init_from, "--init-from")["keeps"]
 
@@ -190,8 +193,9 @@ def lock(path, purpose, wait=False):
             held = f"{purpose} is held by {file.read(200).strip() or 'another process'} (it holds {path})"
             raise UsageError(f"{held}: wait for its end, or stop it, then run again") from None
         except OSError as error:  # Windows, and some cluster file systems
-            warning = f"warning: no locks here ({error.strerror}): see to it that no other process trains {purpose}"
-            print(warning, file=sys.stderr)
+            if not wait:  # else it is a matter of a moment
+                advice = f"see to it that no other process trains {purpose}"
+                print(f"warning: no locks here ({error.strerror}): {advice}", file=sys.stderr)
         with suppress(OSError):  # on a full disk the owner remains unnamed
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode())

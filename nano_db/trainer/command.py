@@ -9,12 +9,12 @@ from nano_db.errors import UsageError, compiler_fault, is_out_of_memory
 
 
 class Screen:
-    """stdout or stderr as a stream that never raises. Letters that a terminal's encoding lacks become escapes such as
+    """stdout or stderr as a stream that never raises. Characters that its encoding lacks become escapes such as
     \\u65e5. When nobody reads any longer (a closed pipe, a full disk), the rest is dropped, and the command goes on.
     """
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream, self.gone = stream, False
 
     def __getattr__(self, name):  # encoding, isatty, ...
         return getattr(self.stream, name)
@@ -28,11 +28,16 @@ class Screen:
         self._try(self.stream.flush)
 
     def _try(self, work, *args):
+        if self.gone:
+            return
         try:
             work(*args)
+        except BlockingIOError:  # the reader is slow: this piece is lost
+            pass
         except (OSError, ValueError):  # ValueError: it has been closed
-            with suppress(OSError, ValueError):  # what is still in its buffer goes nowhere
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            self.gone = True
+            with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())  # where its buffer goes when Python ends
 
 
 def command(main):
@@ -54,7 +59,8 @@ def command(main):
             if not isinstance(error, UsageError):
                 raise
             path = Path(sys.argv[0])  # of a package it is __main__.py
-            print(f"{path.parent.name if path.stem == '__main__' else path.name}: error: {error}", file=sys.stderr)
+            name, line = path.parent.name if path.stem == "__main__" else path.name, " ".join(str(error).splitlines())
+            print(f"{name}: error: {line}", file=sys.stderr)  # one line, though a file's name may have two
             sys.exit(2)
         except KeyboardInterrupt:
             print("\nstopped; what was reached is saved, and the same command goes on from there", file=sys.stderr)

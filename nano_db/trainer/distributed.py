@@ -136,7 +136,7 @@ def join():
         store, rank, world_size = next(dist.rendezvous("env://"))
     except (ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
-        advice = "start with torchrun, or unset WORLD_SIZE (on Windows set USE_LIBUV=0 before)"
+        advice = "set USE_LIBUV=0 before torchrun" if "libuv" in reason else "start with torchrun, or unset WORLD_SIZE"
         raise UsageError(f"WORLD_SIZE is set, but {reason}: {advice}") from error
     if torch.cuda.is_available():
         local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", rank))

@@ -1,10 +1,11 @@
 """--init-from: a run that starts from the weights of another.
 
-Of a run by the same method with as many networks each network goes on from its own. An end-to-end network can also be
-cut: its layers are dealt out to the blocks.
+With the same method and number of networks, each network continues from its own weights. An end-to-end network can also
+be cut: its layers are dealt out to the blocks.
 """
 
 import hashlib
+import os
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -12,7 +13,8 @@ from pathlib import Path
 from nano_db import __version__
 from nano_db.errors import UsageError
 from nano_db.layers import open_gates
-from nano_db.trainer.checkpoints import differences, explained, read_block, read_config
+from nano_db.trainer.checkpoints import differences, explained, read_block, read_config, require
+from nano_db.trainer.settings import Discrete
 
 MAY_DIFFER = ("noise", "overlap", "partition", "p_mean", "sigma_data", "schedule")  # a network adapts; but it is said
 
@@ -22,7 +24,7 @@ def initial_weights(settings, b=0):
     file.
     """
     path, sha256 = Path(settings.init_from) / f"block_{b}.pt", hashlib.sha256()
-    if not path.exists():
+    if not os.path.exists(path):
         raise UsageError(f"--init-from: {path} is missing, and a block that has not begun needs it")
     state = read_block(path)
     weights = state["ema"] or state["weights"]
@@ -36,24 +38,33 @@ def initial_checksums(settings, script, keeps, fixed):
     """The checksums of the networks to start from, as a text with spaces between: of as many as this run has, or of one
     to be cut. A run that has begun has them in its config.json, and the networks may be gone.
 
-    keeps: see Run. fixed: what a block's file must agree with. Raises UsageError unless it is a finished run of the same
-    script, version and network, whose data has the same vocabulary, or images of this shape and as many classes.
+    keeps: see Run. fixed: what a block's file must agree with. Raises UsageError unless it is a finished run of
+    the same script, version and network, whose data has the same vocabulary, or images of this shape and as many
+    classes.
     """
-    if (Path(settings.out) / "config.json").exists():
+    counted, checksums = "ensemble" if settings.baseline else "blocks", []
+    count = getattr(settings, counted, 1)
+    if os.path.exists(Path(settings.out) / "config.json"):
+        if os.path.realpath(settings.out) == os.path.realpath(settings.init_from):
+            raise UsageError(f"--init-from {settings.init_from} is --out itself: give the new run another --out")
         config = read_config(settings.out)
         if config["settings"].get("init_from") == settings.init_from:
-            return config["depends_on"].get("init_from_sha256", "")
-    there, checksums = initial_weights(settings)[2]["settings"], []
-    counted = "ensemble" if settings.baseline else "blocks"
-    count = getattr(settings, counted, 1)
-    whole = there.get("baseline") == settings.baseline and there.get(counted, 1) == count
-    cut = not whole and hasattr(settings, "layers") and there.get("baseline") is True
+            with explained(f"{settings.out}/config.json is damaged: move the folder away, or choose another --out"):
+                found = config["depends_on"]["init_from_sha256"]
+                require(len(found.split()) in (1, count) and int(found[:8], 16) >= 0)
+            return found
+    config = read_config(settings.init_from, "--init-from")
+    there = initial_weights(settings)[2]["settings"]
+    cut = there.get("baseline") is True and not settings.baseline and hasattr(settings, "layers")
     different = differences(there, needed(settings, script, cut))
-    different += other_data(read_config(settings.init_from, "--init-from")["keeps"], keeps)
+    different += other_data(config["keeps"], keeps)
     if different:
+        different = differences(config["settings"], {"preset": settings.preset}) + different
         needs = f"needs a run of the same script, version and network ({'; '.join(different)})"
         raise UsageError(f"--init-from {settings.init_from} does not fit: it {needs}")
-    if others := differences(there, {name: fixed[name] for name in MAY_DIFFER if name in fixed and name in there}):
+    others = differences(there, {name: fixed[name] for name in MAY_DIFFER if name in fixed and name in there})
+    others += differences(config["keeps"], {name: keeps[name] for name in ("classes",) if name in keeps})
+    if others:
         print(f"--init-from {settings.init_from} was trained otherwise: {'; '.join(others)}")
     for b in range(1 if cut else count):
         _, sha256, state = initial_weights(settings, b)
@@ -67,15 +78,18 @@ def initial_checksums(settings, script, keeps, fixed):
 
 
 def needed(settings, script, cut):
-    """The settings in which the networks to start from must agree: those that shape them. cut: of one network, whose
-    layers are dealt out, how blocks share them need not.
+    """The settings in which the networks to start from must agree: those that shape them, and the seed where it makes
+    the target embeddings. cut: how blocks share the layers of one network need not agree.
     """
-    names = {"tokenizer"} if cut or settings.baseline else {"tokenizer", "blocks", "head"}
-    here = {"script": script, "version": __version__} | ({} if cut else {"baseline": settings.baseline})
+    names = {"tokenizer", "baseline"}
+    names |= {"ensemble"} if settings.baseline else {"blocks", "head"}
+    names |= {"seed"} if isinstance(settings, Discrete) and not settings.baseline else set()
+    here = {"script": script, "version": __version__}
     for f in fields(settings):
-        if f.name in names or (f.metadata["group"] == "network" and not (cut and f.metadata["of"])):
+        shapes = f.metadata["group"] == "network" and not (cut and f.metadata["of"])
+        if shapes or (f.name in names and not cut) or f.name == "tokenizer":
             here[f.name] = getattr(settings, f.name)
-    return here
+    return here | ({"ensemble": 1} if cut else {})
 
 
 def other_data(there, here):

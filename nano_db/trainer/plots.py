@@ -47,6 +47,11 @@ def draw_curves(folder, metric, shares=()):
     save_figure(figure, Path(folder) / "curves.png")
 
 
+def short(name, length):
+    """The name of a class, cut where a title has no room for more."""
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
 def draw_classification(path, images, log_p, labels, metrics, hardest):
     """samples.png of a classifier: the test images that surprise it most, and for blocks its accuracy along the walk.
 
@@ -55,7 +60,7 @@ def draw_classification(path, images, log_p, labels, metrics, hardest):
     surprise, guesses = -log_p.gather(1, labels[:, None])[:, 0], log_p.argmax(-1)
     chosen = surprise.topk(min(hardest, len(labels))).indices
     tiles = [image / 127.5 - 1 for image in images.test[chosen].float()]
-    titles = [f"{images.classes[labels[i]]} -> {images.classes[guesses[i]]}" for i in chosen]
+    titles = [f"{short(images.classes[labels[i]], 9)} -> {short(images.classes[guesses[i]], 9)}" for i in chosen]
     walks = "accuracy_walk" in metrics
     figure, axes = plt.subplots(1, 1 + walks, figsize=(5 + 5 * walks, 4.8), layout="constrained", squeeze=False)
     left, right = axes[0, 0], axes[0, -1]
@@ -79,7 +84,7 @@ def draw_images(path, states, partition, classes, sigma_data, walks=3, columns=1
     colour of the block.
     """
     owners = [partition.route(sigma) for sigma in (partition.edges[0], *(state.sigma for state in states[:-1]))]
-    names = [classes[i % len(classes)] for i in range(len(states[-1].z))]
+    names = [short(classes[i % len(classes)], 14) for i in range(len(states[-1].z))]
     chosen = np.linspace(0, len(states) - 1, min(columns, len(states))).round().astype(int)
     colours = [block_colours(max(owners) + 1)[owners[k]] for k in chosen]
     tiles = []

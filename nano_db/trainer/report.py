@@ -3,6 +3,7 @@ model.
 """
 
 import json
+import os
 import statistics
 import time
 from dataclasses import asdict, replace
@@ -121,7 +122,7 @@ def print_costs(costs):
 def can_score(data):
     """Whether held-out data is here. If not, it says why: an evaluation alone may sample without it."""
     if data.missing:
-        print(f"not scored, only sampled: {data.missing}")
+        print(f"not scored, only sampled: {data.missing}. If it lies elsewhere now, give --data")
     return not data.missing
 
 
@@ -175,6 +176,12 @@ def picture(run):
 def is_taken(path):
     """Whether there is a file, or a folder that holds anything."""
     return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
+def refuse_inside(settings):
+    """Raise UsageError where the run's folder would be a part of its data, a folder of pictures."""
+    if os.path.realpath(settings.out).startswith(os.path.join(os.path.realpath(settings.data), "")):
+        raise UsageError(f"--out {settings.out} lies inside --data {settings.data}: its pictures would become data")
 
 
 def refuse_old_images(folder):

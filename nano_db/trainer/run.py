@@ -111,6 +111,8 @@ class Run:
         if settings.init_from:
             depends_on["init_from_sha256"] = initial.initial_checksums(settings, script, self.keeps, self.fixed)
             self.fixed |= depends_on
+        # A run that starts from another must not draw the same batches and noise again in the same order:
+        self.stream = int(self.fixed.get("init_from_sha256", "0")[:8], 16)
         self.paths = [self.folder / f"block_{b}.pt" for b in range(self.count)]
         only, self.worker, self.group = getattr(settings, "only", ""), Worker(), Group()
         self.mine = chosen_blocks(only, self.count) if only else list(range(self.count))
@@ -166,7 +168,7 @@ class Run:
         module.train()
         with group.connected(b, settings.device, at.step) if group.size > 1 else nullcontext(), stop_requests() as stop:
             while at.step < self.step_to_reach and not at.stopped:
-                seed_from(settings.seed, b, at.step, group.rank)
+                seed_from(settings.seed, b, at.step, group.rank, self.stream)
                 for parameters in optimizer.param_groups:
                     parameters["lr"] = learning_rate(at.step, settings)
                 yield at.step
@@ -193,17 +195,19 @@ class Run:
         self.worker.wait_for_all()
         if self.worker.rank:
             return False
-        steps = [self.step_of(b) for b in range(self.count)]  # looked at once: others may be training these blocks
-        unfinished = [b for b, step in enumerate(steps) if step < self.settings.steps]
+        settings, steps = self.settings, [self.step_of(b) for b in range(self.count)]  # once: others may be training
+        unfinished = [b for b, step in enumerate(steps) if step < settings.steps]
         to_train = f"still to train: blocks {', '.join(map(str, unfinished))} of {self.folder}"
-        if self.settings.eval_only and 0 in steps:
+        if settings.eval_only and 0 in steps:
             raise UsageError(f"{to_train}; an evaluation needs all of them")
         if unfinished and not self.alone:
             print(to_train)
             return False
         if self.trained or self.last_round:
-            print(f"after {min(steps)} steps" + (" of each network:" if self.count > 1 else ":"))
-            self.finished = not (unfinished or self.settings.eval_only)
+            reached = " to ".join(map(str, sorted({min(steps), max(steps)})))
+            ends = f" (of {settings.steps}: it is not finished)" if settings.eval_only and unfinished else ""
+            print(f"after {reached} steps" + (" of each network" if self.count > 1 else "") + ends + ":")
+            self.finished = not (unfinished or settings.eval_only)
             return True
         return False
 
@@ -266,8 +270,10 @@ class Run:
         if different := checkpoints.differences(there, self.fixed):
             preset = checkpoints.differences(there, {"preset": self.settings.preset})  # by itself no reason to refuse
             holds = f"{self.folder} holds a run of other settings ({'; '.join(preset + different)})"
-            longer = there.get("steps") != self.settings.steps
+            longer = there.get("steps", 0) < self.settings.steps
             more = f" (to train it further, add --init-from {self.folder})" if longer else ""
+            if there.get("data_sha256") != self.fixed["data_sha256"]:
+                more += f" (this one needs the data that it began with, --data {there.get('data')})"
             raise UsageError(f"{holds}: choose another --out{more}, or delete that folder")
 
     def _restore(self, b, module, optimizer):
@@ -319,10 +325,10 @@ class Run:
         """Give block b, which has no file yet, the weights to start from: a network's own, or its layers of one."""
         settings, checksums = self.settings, self.fixed["init_from_sha256"].split()
         source = b if len(checksums) > 1 else 0
-        weights, sha256, _ = initial.initial_weights(settings, source)
+        weights, sha256, state = initial.initial_weights(settings, source)
         if sha256 != checksums[source]:
             raise UsageError(f"--init-from {settings.init_from}: its weights are not those with which this run began")
-        if len(checksums) == 1:  # all layers for a baseline, else those that the block takes
+        if state["settings"]["baseline"] and not settings.baseline:
             weights = initial.layers_of(weights, module.state_dict(), sum(self.split[:b]))
         with checkpoints.explained(f"--init-from {settings.init_from}: block {source} does not fit this network"):
             module.load_state_dict(weights)

@@ -263,7 +263,7 @@ def validate(settings, given):
             other = f"with --{needed[0]} 0" if number else f"without --{needed[0]}"
         if f.name in given and other:
             raise UsageError(f"{flag} does nothing {other}: drop it")
-    if settings.warmup > settings.steps:
+    if settings.warmup > settings.steps and not settings.eval_only:
         never = f"is longer than --steps {settings.steps}: the learning rate would never reach its peak"
         raise UsageError(f"--warmup {settings.warmup} {never}")
     if "rounds" in given and settings.rounds > settings.steps:
