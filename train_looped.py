@@ -31,8 +31,7 @@ from nano_db.schedule import LogNormal
 from nano_db.stack import assemble
 from nano_db.trainer.checkpoints import kept
 from nano_db.trainer.command import command
-from nano_db.trainer.memory import note_vocabulary
-from nano_db.trainer.report import can_score, continue_prompt, export_texts, keep_samples, report
+from nano_db.trainer.report import can_score, continue_prompt, export_texts, keep_samples, note_vocabulary, report
 from nano_db.trainer.run import Run, first_weights, make_optimizer, noise_identity
 from nano_db.trainer.settings import Discrete, Training, method, network, output, read_settings, training
 

@@ -23,8 +23,7 @@ from nano_db.partition import split_layers
 from nano_db.stack import Ensemble
 from nano_db.trainer.checkpoints import kept
 from nano_db.trainer.command import command
-from nano_db.trainer.memory import note_vocabulary
-from nano_db.trainer.report import can_score, export_texts, keep_samples, report
+from nano_db.trainer.report import can_score, export_texts, keep_samples, note_vocabulary, report
 from nano_db.trainer.run import Run, first_weights, make_optimizer
 from nano_db.trainer.settings import Blocks, Training, method, network, output, read_settings, training
 

@@ -77,10 +77,12 @@ def test_a_benchmark_prints_ratios_and_costs_and_leaves_no_file(benchmark_of, te
     monkeypatch.setattr(
         train_gpt, "generate", lambda *a: rounded.append(torch.is_autocast_enabled("cpu")) or generate(*a)
     )
-    flags = ("--data", text_file, "--dtype", "bfloat16", "--out", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    before = {*tmp_path.iterdir()}
+    flags = ("--data", text_file, "--dtype", "bfloat16")
     out = benchmark_of("gpt", "--pairs", 2, *SMALL, *flags)
     assert rounded and all(rounded), "samples are computed as in training"
-    assert out.count("ratio in pairs") == 2 and not (tmp_path / "run").exists()
+    assert out.count("ratio in pairs") == 2 and {*tmp_path.iterdir()} == before
     lines = [line.split() for line in out.splitlines()]
     total = next(line for line in lines if line and line[0] == "total")
     assert total[-1] == "(1.000)" and 0 < float(total[1]) < float(total[4])
@@ -105,3 +107,9 @@ def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmark", "gpt", "--preset", "tiny", "--device", "cpu"])
     with pytest.raises(UsageError, match="start it without torchrun"):
         benchmark.main()
+
+
+@pytest.mark.parametrize("flag", ["--out=there", "--eval-only", "--init-from=there"])
+def test_flags_of_a_run_are_refused_where_there_is_none(flag):
+    with pytest.raises(UsageError, match="does nothing here, where no run is made or read"):
+        benchmark.script_and_settings("gpt", ["--preset", "tiny", flag])

@@ -17,7 +17,17 @@ import train_mdm
 import train_vit
 from nano_db.errors import UsageError
 from nano_db.trainer.run import learning_rate
-from nano_db.trainer.settings import RENAMED, Discrete, Training, method, network, output, read_settings, training
+from nano_db.trainer.settings import (
+    RENAMED,
+    Discrete,
+    Training,
+    method,
+    network,
+    output,
+    read_settings,
+    shortened,
+    training,
+)
 
 in_all_scripts = pytest.mark.parametrize(
     "script", [train_dit, train_gpt, train_looped, train_mdm, train_vit], ids=attrgetter("__name__")
@@ -288,6 +298,25 @@ def test_a_shorter_run_warms_up_in_proportion_and_reaches_the_peak(script, prese
     out = capsys.readouterr().out
     assert (f"--steps {short.steps} in place of the preset's" in out) == (share < 1)
     assert (f"warmup {short.warmup} (of {whole.warmup})" in out) == (share < 1)
+
+
+@pytest.mark.parametrize(
+    "steps, expected",
+    [
+        (2000, {}),
+        (1000, dict(warmup=50, rounds=2)),
+        (400, dict(warmup=20, rounds=1)),
+        (200, dict(warmup=10, rounds=1)),
+        (199, dict(warmup=10, rounds=1, eval_windows=100)),
+        (50, dict(warmup=2, rounds=1, eval_windows=100)),
+        (1, dict(warmup=0, rounds=1, eval_windows=100)),
+    ],
+)
+def test_what_a_gpt_of_fewer_steps_has_otherwise(steps, expected):
+    whole = train_gpt.Settings(steps=2000, warmup=100, rounds=4, eval_windows=256)
+    assert shortened(whole, steps) == expected
+    everything = train_vit.Settings(steps=2000, warmup=100, test_images=0)
+    assert "test_images" not in shortened(everything, steps), "0 is all, and stays"
 
 
 def test_flags_win_over_what_fewer_steps_would_make_of_a_preset(read, capsys):

@@ -42,17 +42,9 @@ def initial_checksums(settings, script, keeps, fixed):
     the same script, version and network, whose data has the same vocabulary, or images of this shape and as many
     classes.
     """
-    counted, checksums = "ensemble" if settings.baseline else "blocks", []
-    count = getattr(settings, counted, 1)
-    if os.path.exists(Path(settings.out) / "config.json"):
-        if os.path.realpath(settings.out) == os.path.realpath(settings.init_from):
-            raise UsageError(f"--init-from {settings.init_from} is --out itself: give the new run another --out")
-        config = read_config(settings.out)
-        if config["settings"].get("init_from") == settings.init_from:
-            with explained(f"{settings.out}/config.json is damaged: move the folder away, or choose another --out"):
-                found = config["depends_on"]["init_from_sha256"]
-                require(len(found.split()) in (1, count) and int(found[:8], 16) >= 0)
-            return found
+    count, checksums = getattr(settings, "ensemble" if settings.baseline else "blocks", 1), []
+    if found := stored_checksums(settings, count):
+        return found
     config = read_config(settings.init_from, "--init-from")
     there = initial_weights(settings)[2]["settings"]
     cut = there.get("baseline") is True and not settings.baseline and hasattr(settings, "layers")
@@ -75,6 +67,21 @@ def initial_checksums(settings, script, keeps, fixed):
             raise UsageError(f"--init-from {settings.init_from} is not finished: {reached}")
         checksums.append(sha256)
     return " ".join(checksums)
+
+
+def stored_checksums(settings, count):
+    """Those that a run which has begun has in its config.json; "" for a new run. count: of its networks."""
+    if not os.path.exists(Path(settings.out) / "config.json"):
+        return ""
+    if os.path.realpath(settings.out) == os.path.realpath(settings.init_from):
+        raise UsageError(f"--init-from {settings.init_from} is --out itself: give the new run another --out")
+    config = read_config(settings.out)
+    if config["settings"].get("init_from") != settings.init_from:  # Run will refuse it, and say so
+        return ""
+    with explained(f"{settings.out}/config.json is damaged: move the folder away, or choose another --out"):
+        found = config["depends_on"]["init_from_sha256"]
+        require(len(found.split()) in (1, count) and int(found[:8], 16) >= 0)
+    return found
 
 
 def needed(settings, script, cut):

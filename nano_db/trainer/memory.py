@@ -31,18 +31,6 @@ def training_bytes(module, batch, optimizer, context=nullcontext()):  # noqa: B0
     return count
 
 
-LARGE_VOCABULARY = 2000
-
-
-def note_vocabulary(classes, settings):
-    """Before a training, say what a large vocabulary costs in memory, of which a beginner would not think."""
-    if classes >= LARGE_VOCABULARY and not settings.eval_only:
-        weights = 16 * 2 * classes * settings.width  # with gradients and AdamW's averages, in float32
-        logits = 4 * settings.batch_size * settings.seq_len * classes
-        about = f"embedding and output projection of each network take {weights / 2**20:,.0f} MiB in training"
-        print(f"{classes:,} different tokens: {about}, the logits of a batch {logits / 2**20:,.0f} MiB")
-
-
 def allocator_peak(module, batch, optimizer, context=nullcontext()):  # noqa: B008
     """Take one more training step on CUDA. Returns the most bytes that the allocator held during it: besides the parts
     above there are temporaries, and whatever else is on the device. At the first step AdamW has no averages yet.

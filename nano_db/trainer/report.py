@@ -17,6 +17,8 @@ from nano_db.trainer.checkpoints import write_json, write_text
 from nano_db.trainer.memory import allocator_peak, training_bytes
 from nano_db.trainer.run import VERSIONS, autocast, first_weights, make_optimizer, networks
 
+LARGE_VOCABULARY = 2000  # tokens, of which a beginner would not think that they take memory
+
 
 def report(run, metrics, metric, build, batch, sample, *shared):
     """Write result.json and curves.png, print what training and a sample cost, and name the run's files.
@@ -117,6 +119,15 @@ def print_costs(costs):
 
 
 # --- texts and pictures ---
+
+
+def note_vocabulary(classes, settings):
+    """Before a training, say what a large vocabulary costs in memory, of which a beginner would not think."""
+    if classes >= LARGE_VOCABULARY and not settings.eval_only:
+        weights = 16 * 2 * classes * settings.width  # with gradients and AdamW's averages, in float32
+        logits = 4 * settings.batch_size * settings.seq_len * classes
+        about = f"embedding and output projection of each network take {weights / 2**20:,.0f} MiB in training"
+        print(f"{classes:,} different tokens: {about}, the logits of a batch {logits / 2**20:,.0f} MiB")
 
 
 def can_score(data):
