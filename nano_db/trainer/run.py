@@ -30,7 +30,8 @@ from nano_db.partition import split_layers
 from nano_db.trainer import checkpoints, initial
 from nano_db.trainer.distributed import Group, Worker, is_one_of_several, join
 
-FIRST_WEIGHTS = (0, 0, 1)  # (seed, b, 0, 0, 1) seeds the first weights of block b, (seed, b, step, rank, stream) its steps
+# (seed, b, 0, 0, 1) seeds the first weights of block b, and (seed, b, step, rank, stream) its steps.
+FIRST_WEIGHTS = (0, 0, 1)
 VERSIONS = dict(nano_db=__version__, python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
 
 
