@@ -87,6 +87,7 @@ def test_the_manual_of_another_python_is_another_text(cli, tmp_path, monkeypatch
     assert code == 2 and "data_sha256" in err and err.count("\n") == 1, "but training needs it"
 
 
+@pytest.mark.slow
 def test_a_dit_paints_without_its_images(cli, tmp_path, monkeypatch):
     run = tmp_path / "run"
     assert cli(*DIT, "--out", run, main=train_dit.main)[0] == 0

@@ -37,6 +37,7 @@ def test_the_distance_where_covariances_do_not_commute():
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_worse_images_are_further_away_and_the_measure_is_seeded():
     images = load_images("glyphs", count=720)
     frechet, again = (FrechetSmall(images, 200, steps=60) for _ in range(2))

@@ -516,6 +516,7 @@ def test_a_plain_gpt_looks_only_back():
     assert torch.equal(network(x)[:, :5], network(changed)[:, :5]) and not torch.equal(network(x), network(changed))
 
 
+@pytest.mark.slow
 def test_two_sides_are_timed_and_their_work_is_counted(monkeypatch):
     monkeypatch.setattr(speed, "SECONDS", {"cpu": 0})
     script, settings, _ = configure("gpt", "tiny", *CPU)
@@ -786,6 +787,7 @@ def test_more_minutes_train_more(options, monkeypatch):
 # --- the whole ---
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cli")
 def test_a_script_that_is_broken_costs_only_its_own(tmp_path, monkeypatch):
     def build(*args):

@@ -260,6 +260,7 @@ def test_blocks_start_from_the_network_that_was_trained_before_them(few, tmp_pat
     assert code == 0 and "2/2 vit-started-s0: done" in out, err
 
 
+@pytest.mark.slow
 def test_a_neighbours_run_is_kept_like_a_scripts(few, tmp_path):
     flags = ("--steps", "2", "--warmup", "1", "--batch-size", "8", "--glyphs", "180", "--device", "cpu")
     neighbour = Experiment("greedy", "neighbours-glyphs", "greedy", "greedy", flags, 1, "features")
