@@ -435,6 +435,7 @@ def test_the_bound_is_compared(tmp_path, monkeypatch, name):
     assert checked(this, works.bound_difference)["said"].endswith("bfloat16 changes nothing")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cli")
 def test_a_script_that_cannot_finish_a_run_is_found(tmp_path, monkeypatch):
     assert judged(works.finished_elsewhere, tmp_path / "a")["passed"] is True
@@ -479,6 +480,7 @@ def test_without_bfloat16_the_rest_is_checked(options, monkeypatch):
     assert not any("bound" in record["check"] for record in rest) and len(rest) == 2 * 5 + 2 + 2
 
 
+@pytest.mark.slow
 def test_a_script_that_cannot_be_prepared_costs_only_its_own(options, monkeypatch):
     def prepare(settings):
         raise ValueError("no data")
@@ -493,6 +495,7 @@ def test_a_script_that_cannot_be_prepared_costs_only_its_own(options, monkeypatc
     assert [r["passed"] for r in found] == [True] * 4 + [False] and found[-1]["said"] == "ValueError: no data"
 
 
+@pytest.mark.slow
 def test_a_compiled_network_that_stays_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)  # compiling itself: in the slow test
     this, kept, build = case(tmp_path), [], train_gpt.build
