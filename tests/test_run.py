@@ -261,6 +261,14 @@ def test_the_first_weights_and_the_steps_draw_from_streams_of_their_own(tmp_path
     assert len(steps) == 24 and not any(torch.isin(first, draw).any() for draw in steps)
 
 
+def test_a_step_is_seeded_by_seed_block_step_and_rank_and_by_nothing_else(tmp_path, monkeypatch):
+    """A further number would change the draws of all runs, even if it were 0."""
+    seen = []
+    monkeypatch.setattr("nano_db.trainer.run.seed_from", lambda *numbers: seen.append(numbers))
+    train(make_run(tmp_path, only="1", steps=3, seed=7))
+    assert seen == [(7, 1, 0, 0, 1), (7, 1, 0, 0), (7, 1, 1, 0), (7, 1, 2, 0)]
+
+
 def test_each_member_of_a_group_draws_a_batch_of_its_own(tmp_path):
     draws = []
     for rank in (0, 1, 0):

@@ -30,7 +30,7 @@ from nano_db.partition import split_layers
 from nano_db.trainer import checkpoints, initial
 from nano_db.trainer.distributed import Group, Worker, is_one_of_several, join
 
-# (seed, b, 0, 0, 1) seeds the first weights of block b, and (seed, b, step, rank, stream) its steps.
+# (seed, b, 0, 0, 1) seeds the first weights of block b, and (seed, b, step, rank, *stream) its steps.
 FIRST_WEIGHTS = (0, 0, 1)
 VERSIONS = dict(nano_db=__version__, python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
 
@@ -113,7 +113,7 @@ class Run:
             depends_on["init_from_sha256"] = initial.initial_checksums(settings, script, self.keeps, self.fixed)
             self.fixed |= depends_on
         # A run that starts from another must not draw the same batches and noise again in the same order:
-        self.stream = int(self.fixed.get("init_from_sha256", "0")[:8], 16)
+        self.stream = [int(self.fixed["init_from_sha256"][:8], 16)] if settings.init_from else []
         self.paths = [self.folder / f"block_{b}.pt" for b in range(self.count)]
         only, self.worker, self.group = getattr(settings, "only", ""), Worker(), Group()
         self.mine = chosen_blocks(only, self.count) if only else list(range(self.count))
@@ -169,7 +169,7 @@ class Run:
         module.train()
         with group.connected(b, settings.device, at.step) if group.size > 1 else nullcontext(), stop_requests() as stop:
             while at.step < self.step_to_reach and not at.stopped:
-                seed_from(settings.seed, b, at.step, group.rank, self.stream)
+                seed_from(settings.seed, b, at.step, group.rank, *self.stream)
                 for parameters in optimizer.param_groups:
                     parameters["lr"] = learning_rate(at.step, settings)
                 yield at.step

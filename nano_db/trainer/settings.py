@@ -49,8 +49,9 @@ def option(
 
 
 def one_round(settings):
-    """What leaves a run with a single round."""
-    return "--only" if getattr(settings, "only", "") else is_one_of_several() and "torchrun"
+    """What leaves a run with a single round, where more were asked for."""
+    lone = "--only" if getattr(settings, "only", "") else is_one_of_several() and "torchrun"
+    return settings.rounds > 1 and lone
 
 
 method, network, training, output = (partial(option, group) for group in ("method", "network", "training", "output"))
