@@ -109,11 +109,11 @@ def load_images(name="glyphs", folder="data/cache", count=18_000, size=32, kept=
         nothing, labels = torch.empty(0, *kept["shape"], dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
         about = {name: kept[name] for name in ("classes", "sha256", "p_mean", "sigma_data")}
         return Images(nothing, labels, nothing, labels, mirrors=False, why="the run's", missing=str(error), **about)
-    constants = noise_levels(name, train[0])
+    constants = edm_constants(name, train[0])
     return Images(*map(torch.from_numpy, (*train, *test)), classes, name in MIRRORED, sha256, *constants)
 
 
-def noise_levels(name, images):
+def edm_constants(name, images):
     """(p_mean, sigma_data, why) for a network that paints these images. Where nobody has tried which are best,
     sigma_data is measured, and p_mean is EDM's, moved along: noise is much or little only beside the pixels.
     """

@@ -160,10 +160,12 @@ def read_text(name, folder):
             f"(or one of {', '.join(TEXTS)})"
         )
     text = TEXTS[name](folder) if name in TEXTS else _read_file(name)
-    if name != "text8":
-        return text, len(text) * 9 // 10, hashlib.sha256(text.encode()).hexdigest()
-    text, cut = text[: text8.TRAIN + text8.VALIDATION], text8.TRAIN
-    return text, cut, hashlib.sha256(text.encode() + f"cut at {cut}".encode()).hexdigest()  # no file is cut there
+    cut = text8.TRAIN if name == "text8" else len(text) * 9 // 10
+    text = text[: text8.TRAIN + text8.VALIDATION] if name == "text8" else text
+    sha256 = hashlib.sha256(text.encode())
+    if name == "text8":  # a file of these very characters would be cut elsewhere
+        sha256.update(f"cut at {cut}".encode())
+    return text, cut, sha256.hexdigest()
 
 
 def _read_file(name):

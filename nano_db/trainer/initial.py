@@ -10,7 +10,6 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from nano_db import __version__
 from nano_db.errors import UsageError
 from nano_db.layers import open_gates
 from nano_db.trainer.checkpoints import differences, explained, read_block, read_config, require
@@ -34,21 +33,20 @@ def initial_weights(settings, b=0):
     return weights, sha256.hexdigest(), state
 
 
-def initial_checksums(settings, script, keeps, fixed):
+def initial_checksums(settings, count, keeps, fixed):
     """The checksums of the networks to start from, as a text with spaces between: of as many as this run has, or of one
     to be cut. A run that has begun has them in its config.json, and the networks may be gone.
 
-    keeps: see Run. fixed: what a block's file must agree with. Raises UsageError unless it is a finished run of
-    the same script, version and network, whose data has the same vocabulary, or images of this shape and as many
-    classes.
+    count, keeps, fixed: the Run's. Raises UsageError unless it is a finished run of the same script, version and
+    network, whose data has the same vocabulary, or images of this shape and as many classes.
     """
-    count, checksums = getattr(settings, "ensemble" if settings.baseline else "blocks", 1), []
     if found := stored_checksums(settings, count):
         return found
     config = read_config(settings.init_from, "--init-from")
-    there = initial_weights(settings)[2]["settings"]
+    networks = [facts(settings, 0)]
+    _, there, _ = networks[0]
     cut = there.get("baseline") is True and not settings.baseline and hasattr(settings, "layers")
-    different = differences(there, needed(settings, script, cut))
+    different = differences(there, needed(settings, fixed, cut))
     different += other_data(config["keeps"], keeps)
     if different:
         different = differences(config["settings"], {"preset": settings.preset}) + different
@@ -58,15 +56,20 @@ def initial_checksums(settings, script, keeps, fixed):
     others += differences(config["keeps"], {name: keeps[name] for name in ("classes",) if name in keeps})
     if others:
         print(f"--init-from {settings.init_from} was trained otherwise: {'; '.join(others)}")
-    for b in range(1 if cut else count):
-        _, sha256, state = initial_weights(settings, b)
-        if state["settings"] != there:
+    networks += [facts(settings, b) for b in range(1, 1 if cut else count)]
+    for b, (_, own, step) in enumerate(networks):
+        if own != there:
             raise UsageError(f"--init-from {settings.init_from}: its block_{b}.pt and block_0.pt are of different runs")
-        if state["step"] != there.get("steps"):
-            reached = f"block {b} is at step {state['step']} of {there.get('steps')}"
+        if step != there.get("steps"):
+            reached = f"block {b} is at step {step} of {there.get('steps')}"
             raise UsageError(f"--init-from {settings.init_from} is not finished: {reached}")
-        checksums.append(sha256)
-    return " ".join(checksums)
+    return " ".join(sha256 for sha256, _, _ in networks)
+
+
+def facts(settings, b):
+    """(sha256, settings, step) of network b of the run to start from, whose weights need not stay in memory."""
+    _, sha256, state = initial_weights(settings, b)
+    return sha256, state["settings"], state["step"]
 
 
 def stored_checksums(settings, count):
@@ -84,19 +87,16 @@ def stored_checksums(settings, count):
     return found
 
 
-def needed(settings, script, cut):
-    """The settings in which the networks to start from must agree: those that shape them, and the seed where it makes
-    the target embeddings. cut: how blocks share the layers of one network need not agree.
+def needed(settings, fixed, cut):
+    """What of `fixed` the networks to start from must agree with: what shapes them, and the seed where it makes the
+    target embeddings. cut: how blocks share the layers of one network need not agree.
     """
     names = {"tokenizer", "baseline"}
     names |= {"ensemble"} if settings.baseline else {"blocks", "head"}
     names |= {"seed"} if isinstance(settings, Discrete) and not settings.baseline else set()
-    here = {"script": script, "version": __version__}
-    for f in fields(settings):
-        shapes = f.metadata["group"] == "network" and not (cut and f.metadata["of"])
-        if shapes or (f.name in names and not cut) or f.name == "tokenizer":
-            here[f.name] = getattr(settings, f.name)
-    return here | ({"ensemble": 1} if cut else {})
+    shapes = {f.name for f in fields(settings) if f.metadata["group"] == "network" and not (cut and f.metadata["of"])}
+    names = shapes | {"script", "version"} | ({"tokenizer"} if cut else names)
+    return {name: fixed[name] for name in fixed if name in names} | ({"ensemble": 1} if cut else {})
 
 
 def other_data(there, here):

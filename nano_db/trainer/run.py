@@ -110,7 +110,7 @@ class Run:
         # What a block's file must agree with:
         self.fixed = {**fixed, "script": script, "version": __version__, **depends_on}
         if settings.init_from:
-            depends_on["init_from_sha256"] = initial.initial_checksums(settings, script, self.keeps, self.fixed)
+            depends_on["init_from_sha256"] = initial.initial_checksums(settings, self.count, self.keeps, self.fixed)
             self.fixed |= depends_on
         # A run that starts from another must not draw the same batches and noise again in the same order:
         self.stream = [int(self.fixed["init_from_sha256"][:8], 16)] if settings.init_from else []
