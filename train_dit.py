@@ -67,7 +67,7 @@ class Settings(Blocks, Training):
     )
     sampling_steps: int = output(50, "Euler steps from noise to image", at_least=1, idle=samples_nothing)
     guidance: float = output(2.0, "classifier-free guidance; 1: none", at_least=0, idle=samples_nothing)
-    test_images: int = output(1000, "held-out images to evaluate the loss on; 0: all", at_least=0)
+    test_images: int = output(500, "test images to evaluate on (and for validation); 0: all", at_least=0)
     samples: int = output(39, "images to sample for samples.png", at_least=0)
     export: int = output(0, "images to sample into the folder `images` of --out, one PNG each", at_least=0, once=True)
     frechet_images: int = output(500, "images to sample for frechet_small; 0: none", at_least=0)
@@ -76,7 +76,7 @@ class Settings(Blocks, Training):
 
 PRESETS = {
     "tiny": dict(blocks=3, layers=12, width=16, heads=2, patch=8, batch_size=16, steps=40, warmup=5, glyphs=400,
-                 overlap=0.05, sampling_steps=12, test_images=32, frechet_images=66, frechet_steps=20),
+                 overlap=0.05, sampling_steps=12, test_images=16, frechet_images=66, frechet_steps=20),
     "laptop": dict(blocks=3, layers=6, batch_size=32, steps=2000, warmup=100, overlap=0.05, ema=0.995,
                    learning_rate=3e-3),
     "gpu": dict(blocks=3, layers=12, width=384, heads=6, patch=2, batch_size=256, steps=20_000, warmup=1000,
@@ -206,10 +206,12 @@ def sample_images(stack, count, settings):
 def score(run, stack, images):
     """The held-out EDM loss and frechet_small, as metrics."""
     settings, (_, sigma_data) = run.settings, noise_levels(run.settings, images)
-    batches = list(images.test_batches(TOGETHER, settings.test_images, settings.device))
+    batches = list(images.test_batches(TOGETHER, 2 * settings.test_images, settings.device))  # to choose by, to report
     with run.autocast:  # as in training
         metrics = edm_loss(stack, batches, sigma_data, seed=settings.seed)
-    print(f"EDM loss {metrics['edm_loss']:.4f}, by block", *(f"{p:.4f}" for p in metrics["edm_loss_by_block"]))
+    by_block = " ".join(f"{part:.4f}" for part in metrics["edm_loss_by_block"])
+    validation = metrics["validation_edm_loss"]
+    print(f"EDM loss {metrics['edm_loss']:.4f}, by block {by_block}; on the validation half {validation:.4f}")
     if count := frechet_count(settings, images):
         frechet = FrechetSmall(images, count, settings.frechet_steps, settings.device)
         with run.autocast:  # of the blocks, and not of the classifier that judges them

@@ -35,7 +35,7 @@ from nano_db.trainer.settings import Blocks, Discrete, Training, method, network
 @dataclass
 class Settings(Discrete, Blocks, Training):
     # Others (blocks, layers, steps, noise, ...) and what an option takes (of, needs, once, ...): trainer/settings.py.
-    data: str = training("pydocs", "text: pydocs, shakespeare, text8, or the path of a UTF-8 file")
+    data: str = training("python", "text: python, pydocs, shakespeare, text8, or the path of a UTF-8 file")
     tokenizer: str = training("char", "characters, or GPT-2's byte pairs", choices=("char", "gpt2"))
     seq_len: int = network(128, "tokens of context", at_least=2)
     width: int = network(128, "features of a token", at_least=2)
@@ -44,7 +44,7 @@ class Settings(Discrete, Blocks, Training):
     head: str = method("denoising", "output head (heads.py)", choices=tuple(HEADS), of="blocks")
     predict: str = method("averaged", "the active block, or all so far", PREDICT, of="blocks", resumable=True)
     sampling_steps_per_block: int = method(4, "Euler steps of each block, per token", flag=False, resumable=True)
-    eval_windows: int = output(0, "held-out windows to evaluate on; 0: all", at_least=0)
+    eval_windows: int = output(256, "windows of test text to evaluate on (and of validation text); 0: all", at_least=0)
     export: int = output(0, "held-out texts to continue after their first quarter (texts.jsonl)", at_least=0, once=True)
     prompt: str = output("", "what samples continue (default: the first held-out tokens)", once=True, needs="samples")
     temperature: float = output(0.8, "of the samples; below 1 is more cautious", at_least=0.01, needs="samples export")
@@ -53,7 +53,7 @@ class Settings(Discrete, Blocks, Training):
 
 PRESETS = {
     "tiny": dict(layers=12, width=24, heads=2, seq_len=16, batch_size=8, steps=40, warmup=5, sample_length=40,
-                 eval_windows=32),
+                 eval_windows=16, data="pydocs"),
     "laptop": dict(layers=8, width=128, heads=4, seq_len=128, batch_size=16, steps=2000, warmup=100, rounds=4,
                    eval_windows=256),
     "gpu": dict(layers=12, width=384, heads=6, seq_len=256, batch_size=64, steps=3000, warmup=150, rounds=4,
@@ -164,7 +164,9 @@ def sample(networks, count, settings, text, partition):
 def score(model, text, settings):
     """Bits per character of held-out text, and each block's share of the nats, as metrics."""
     metrics = score_text(model, text, settings.seq_len, settings.eval_windows, settings.seed, settings.device)
-    print(f"{metrics['bits_per_char']:.4f} bits per character", "" if settings.baseline else "(upper bound)")
+    kind = "" if settings.baseline else " (upper bound)"
+    validation = metrics["validation_bits_per_char"]
+    print(f"{metrics['bits_per_char']:.4f} bits per character{kind}; on the validation half {validation:.4f}")
     print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
     return metrics
 

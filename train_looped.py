@@ -40,7 +40,7 @@ K_VALUES = (1, 2, 4, 8, 16, 32, 64)  # sampling steps, or recurrences, at which 
 
 @dataclass
 class Settings(Discrete, Training):
-    data: str = training("pydocs", "text: pydocs, shakespeare, text8, or the path of a UTF-8 file")
+    data: str = training("python", "text: python, pydocs, shakespeare, text8, or the path of a UTF-8 file")
     tokenizer: str = training("char", "characters, or GPT-2's byte pairs", choices=("char", "gpt2"))
     seq_len: int = network(128, "tokens of context", at_least=2)
     prelude: int = network(2, "layers before the core", at_least=0)
@@ -52,7 +52,7 @@ class Settings(Discrete, Training):
     recurrences: int = method(0, "of the core in training; 0: a random number (Huginn's)", at_least=0, of="baseline")
     mean_recurrence: float = method(32.0, "mean of the Poisson rate of further recurrences", flag=False)
     backprop_depth: int = method(8, "last recurrences that keep a graph", at_least=1, of="baseline")
-    eval_windows: int = output(0, "held-out windows to evaluate on; 0: all", at_least=0)
+    eval_windows: int = output(256, "windows of test text to evaluate on (and of validation text); 0: all", at_least=0)
     export: int = output(0, "held-out texts to continue after their first quarter (texts.jsonl)", at_least=0, once=True)
     sampling_steps: int = output(16, "K: Euler steps per token; for the baseline, recurrences", at_least=1)
     prompt: str = output("", "what samples continue (default: the first held-out tokens)", once=True, needs="samples")
@@ -62,7 +62,7 @@ class Settings(Discrete, Training):
 
 PRESETS = {
     "tiny": dict(prelude=1, core=2, coda=1, width=24, heads=2, seq_len=16, batch_size=8, steps=40, warmup=5,
-                 sample_length=20, eval_windows=16, sampling_steps=4),
+                 sample_length=20, eval_windows=8, sampling_steps=4, data="pydocs"),
     "tiny-baseline": dict(steps=10, sampling_steps=8),
     "laptop": dict(seq_len=64, batch_size=16, steps=4000, warmup=200, rounds=2, eval_windows=256),
     "laptop-baseline": dict(steps=500, warmup=25, sampling_steps=32),  # about the same seconds
@@ -197,7 +197,8 @@ def quality_by_sampling_steps(model, text, settings):
     with K recurrences of the baseline (exact).
     """
     bits, generator = {}, torch.Generator().manual_seed(settings.seed)
-    batches = list(text.heldout_batches(EVALUATION_BATCH, settings.seq_len, settings.device, 4 * EVALUATION_BATCH))
+    windows = 4 * EVALUATION_BATCH
+    batches = list(text.heldout_batches(EVALUATION_BATCH, settings.seq_len, settings.device, windows, "test"))
     for k in K_VALUES:
         nats = 0.0
         for x, y in batches:
@@ -258,7 +259,8 @@ def score(model, text, settings):
     metrics["bits_per_char_by_sampling_steps"] = by_steps = quality_by_sampling_steps(model, text, settings)
     metrics["layer_evaluations"] = layers = layer_evaluations(settings)
     kind = f"after {settings.sampling_steps} recurrences" if settings.baseline else "(upper bound)"
-    print(f"{metrics['bits_per_char']:.4f} bits per character {kind}")
+    validation = metrics["validation_bits_per_char"]
+    print(f"{metrics['bits_per_char']:.4f} bits per character {kind}; on the validation half {validation:.4f}")
     print("bits per character by K:", *(f"{k}: {bits:.4f}" for k, bits in by_steps.items()))
     print(f"layers evaluated per step: {layers['forward']:g} forward, {layers['backward']:g} backward")
     return metrics

@@ -32,14 +32,14 @@ GAP = "▁"  # a masked character, in --fill and in samples.txt
 
 @dataclass
 class Settings(Blocks, Training):
-    data: str = training("pydocs", "text: pydocs, shakespeare, text8, or the path of a UTF-8 file")
+    data: str = training("python", "text: python, pydocs, shakespeare, text8, or the path of a UTF-8 file")
     seq_len: int = network(128, "characters of a text", at_least=2)
     width: int = network(128, "features of a character", at_least=2)
     heads: int = network(4, "attention heads", flag=False)
     dropout: float = training(0.0, "on both residual branches", flag=False)
     layer_split: str = network("", "layers of each block, most masked first, like 3,6,3 (default: even)", of="blocks")
     schedule: str = method("linear", "unmasked share alpha(t)", choices=("linear", "cosine"))
-    eval_windows: int = output(0, "held-out windows to evaluate on; 0: all", at_least=0)
+    eval_windows: int = output(256, "windows of test text to evaluate on (and of validation text); 0: all", at_least=0)
     export: int = output(0, "held-out texts to continue after their first quarter (texts.jsonl)", at_least=0, once=True)
     sampling_steps: int = output(128, "steps from all masked to none", at_least=1, needs="samples export")
     temperature: float = output(0.6, "of the samples; below 1 is more cautious", at_least=0.01, needs="samples export")
@@ -49,7 +49,7 @@ class Settings(Blocks, Training):
 
 PRESETS = {
     "tiny": dict(blocks=3, layers=12, width=24, heads=2, seq_len=16, batch_size=8, steps=40, warmup=5,
-                 sampling_steps=12, eval_windows=32, overlap=0.05),
+                 sampling_steps=12, eval_windows=16, overlap=0.05, data="pydocs"),
     "laptop": dict(blocks=3, layers=6, seq_len=128, batch_size=16, steps=3500, warmup=175, overlap=0.05, ema=0.995,
                    rounds=2, learning_rate=3e-3, eval_windows=256),
     "gpu": dict(blocks=3, layers=12, width=384, heads=6, seq_len=256, batch_size=64, steps=5000, warmup=250,
@@ -160,12 +160,15 @@ def fill(blocks, text, settings):
 
 def score(blocks, text, settings):
     """The upper bound on the negative log-likelihood of held-out text, as metrics."""
-    windows = text.heldout_batches(32, settings.seq_len, settings.device, settings.eval_windows)
-    generator = torch.Generator().manual_seed(settings.seed)
-    nats = score_masked(blocks, (x for x, _ in windows), ceil(48 / len(blocks)), generator)
-    total, shares = float(nats.sum()), nats.tolist()
+    nats = {}
+    for half in ("validation", "test"):
+        windows = text.heldout_batches(32, settings.seq_len, settings.device, settings.eval_windows, half)
+        generator = torch.Generator().manual_seed(settings.seed)
+        nats[half] = score_masked(blocks, (x for x, _ in windows), ceil(48 / len(blocks)), generator)
+    total, shares = float(nats["test"].sum()), nats["test"].tolist()
     metrics = {"bits_per_char": text.bits_per_character(total), "nats_per_token": total, "nats_per_block": shares}
-    print(f"{metrics['bits_per_char']:.4f} bits per character (upper bound)")
+    metrics["validation_bits_per_char"] = validation = text.bits_per_character(float(nats["validation"].sum()))
+    print(f"{metrics['bits_per_char']:.4f} bits per character (upper bound); on the validation half {validation:.4f}")
     print("nats by block:", *(f"{share:.4f}" for share in shares))
     return metrics
 

@@ -61,7 +61,7 @@ class Settings(Discrete, Blocks, Training):
     sampling_steps_per_block: int = method(1, "Euler steps of each block", flag=False, resumable=True)
     walks: int = output(8, "walks from noise to average", flag=False)
     samples: int = output(25, "hardest test images to show in samples.png; 0: no picture", at_least=0)
-    test_images: int = output(0, "test images to evaluate on; 0: all", at_least=0)
+    test_images: int = output(0, "test images to evaluate on (and for validation); 0: all", at_least=0)
 
 
 PRESETS = {
@@ -166,7 +166,7 @@ def evaluate(run, networks, images, partition):
     """The accuracies, as metrics; and samples.png."""
     settings, model = run.settings, assemble(networks, partition, run.settings.predict)
     sigmas = sampling_grid(partition, settings.sampling_steps_per_block * partition.blocks)
-    batches = images.test_batches(256, settings.test_images, settings.device)
+    batches = images.test_batches(256, 2 * settings.test_images, settings.device)  # to choose by, and to report
     with run.autocast:  # as in training
         metrics, log_p, labels = score_images(model, batches, sigmas, settings.walks, settings.seed)
     for name, shares in metrics.items():

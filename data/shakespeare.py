@@ -10,5 +10,6 @@ SIZE = 1_115_394  # bytes, and characters
 
 
 def text(folder):
-    """The text, from `folder`/tinyshakespeare.txt, downloaded there if it is missing."""
-    return fetch(URL, Path(folder) / "tinyshakespeare.txt", SHA256, SIZE).read_text(encoding="utf-8")
+    """(the text, how many characters train), from `folder`/tinyshakespeare.txt, downloaded there if it is missing."""
+    path = fetch(URL, Path(folder) / "tinyshakespeare.txt", SHA256, SIZE)
+    return path.read_text(encoding="utf-8"), SIZE * 9 // 10

@@ -9,31 +9,41 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import pydocs, shakespeare, text8
+from data import pydocs, python_source, shakespeare, text8
 from nano_db.errors import UsageError
 
-TEXTS = {"pydocs": pydocs.text, "shakespeare": shakespeare.text, "text8": text8.text}
+TEXTS = {  # each returns (text, how many characters of it train)
+    "python": python_source.text, "pydocs": pydocs.text, "shakespeare": shakespeare.text, "text8": text8.text
+}  # fmt: skip
 
 
 class CharTokenizer:
     """One token per character. `vocabulary`: all characters of a text, ascending."""
 
     def __init__(self, text):
-        self._codes = np.unique(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32))
-        self.vocabulary, self.classes = "".join(map(chr, self._codes)), len(self._codes)
+        self.vocabulary = "".join(sorted(set(text)))
+        self.classes = len(self.vocabulary)
+        codes = codes_of(self.vocabulary)
+        self._tokens = np.full(int(codes.max()) + 2, -1, np.int32)  # by code; the last is for larger ones
+        self._tokens[codes] = np.arange(self.classes)
 
     def encode(self, text):
         """Tokens of `text`, an array of whole numbers. Raises UsageError for characters that are not in the data."""
-        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-        unknown = np.setdiff1d(codes, self._codes)
-        if len(unknown):
-            names = " ".join(repr(chr(code)) for code in unknown[:10])
+        tokens = self._tokens[np.minimum(codes_of(text), len(self._tokens) - 1)]
+        if (tokens < 0).any():
+            unknown = sorted(set(text) - set(self.vocabulary))
+            names = " ".join(map(repr, unknown[:10]))
             more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
             raise UsageError(f"characters that are not in the vocabulary of the training text: {names}{more}")
-        return np.searchsorted(self._codes, codes)
+        return tokens
 
     def decode(self, tokens):
-        return "".join(chr(self._codes[token]) for token in tokens)
+        return "".join(self.vocabulary[token] for token in tokens)
+
+
+def codes_of(text):
+    """The Unicode code points of a text, uint32."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
 class GPT2Tokenizer:
@@ -61,9 +71,10 @@ class GPT2Tokenizer:
 
 @dataclass
 class Text:
-    """train, heldout: tokens, in the smallest integers that hold them. characters_per_token: of the held-out text.
-    sha256: of the whole text (of text8 also of where it is cut). missing: why there is nothing to train or score on,
-    where a run is to write without the text that it was trained on; then heldout is only that text's opening.
+    """train, heldout: tokens, in the smallest integers that hold them. Settings may be chosen by the first half of the
+    held-out tokens; the second is what scores are reported of. characters_per_token: of the held-out text. sha256: of
+    the whole text, and of where it is cut, unless that is after nine tenths. missing: why there is nothing to train or
+    score on, where a run is to write without the text that it was trained on; then heldout is only its opening.
     """
 
     train: torch.Tensor
@@ -94,13 +105,19 @@ class Text:
         windows = self.train[starts + torch.arange(seq_len + 1, device=device)].long()
         return windows[:, :-1], windows[:, 1:]
 
-    def heldout_batches(self, batch_size, seq_len, device="cpu", windows=0):
-        """The held-out text in windows that do not overlap, each token predicted once; a shorter rest is left out.
-        windows: how many, 0 for all.
+    def half(self, name):
+        """Half of the held-out tokens: "validation", to choose settings by, or "test", to report."""
+        middle = len(self.heldout) // 2
+        return {"validation": self.heldout[:middle], "test": self.heldout[middle:]}[name]
+
+    def heldout_batches(self, batch_size, seq_len, device="cpu", windows=0, half=None):
+        """The held-out text, or a half of it, in windows that do not overlap, each token predicted once; a shorter rest
+        is left out. windows: how many, 0 for all.
         """
-        count = (len(self.heldout) - 1) // seq_len
+        tokens = self.half(half) if half else self.heldout
+        count = (len(tokens) - 1) // seq_len
         count = min(windows or count, count)
-        x, y = (self.heldout[i : i + count * seq_len].view(count, seq_len) for i in (0, 1))
+        x, y = (tokens[i : i + count * seq_len].view(count, seq_len) for i in (0, 1))
         for i in range(0, count, batch_size):
             yield x[i : i + batch_size].long().to(device), y[i : i + batch_size].long().to(device)
 
@@ -108,8 +125,8 @@ class Text:
         return nats_per_token / math.log(2) / self.characters_per_token
 
 
-def load_text(name="pydocs", tokenizer="char", folder="data/cache", seq_len=1, export=0, kept=None):
-    """A Text. name: one of TEXTS, or the path of a UTF-8 file. The first 90% of the characters train, the rest is
+def load_text(name="python", tokenizer="char", folder="data/cache", seq_len=1, export=0, kept=None):
+    """A Text. name: one of TEXTS, or the path of a UTF-8 file, of whose characters the first 90% train, and the rest is
     held out.
 
     kept: of a run (trainer/checkpoints.kept), for its vocabulary. With its "sha256" the run is only to be used: where
@@ -139,8 +156,8 @@ def load_text(name="pydocs", tokenizer="char", folder="data/cache", seq_len=1, e
     except UsageError as error:  # not in the kept vocabulary
         raise UsageError(f"--data {name} has {error}. Replace them, or train without --init-from") from error
     train, heldout = parts
-    for part, side in ((heldout, "held-out"), (train, "training")):
-        if len(part) <= seq_len:
+    for part, side, windows in ((heldout, "held-out", 2), (train, "training", 1)):  # two: for validation, and to report
+        if len(part) < windows * (seq_len + 1):
             raise UsageError(f"--data {name}: {len(part)} {side} tokens are too few for --seq-len {seq_len}")
     if (train == train[0]).all() and (heldout == train[0]).all():
         only = tokens.decode(train[:1].tolist())
@@ -159,17 +176,15 @@ def read_text(name, folder):
             "--preset paper needs --data: the path of a UTF-8 text, such as the paper's LM1B or OpenWebText "
             f"(or one of {', '.join(TEXTS)})"
         )
-    text = TEXTS[name](folder) if name in TEXTS else _read_file(name)
-    cut = text8.TRAIN if name == "text8" else len(text) * 9 // 10
-    text = text[: text8.TRAIN + text8.VALIDATION] if name == "text8" else text
+    text, cut = TEXTS[name](folder) if name in TEXTS else _read_file(name)
     sha256 = hashlib.sha256(text.encode())
-    if name == "text8":  # a file of these very characters would be cut elsewhere
+    if cut != len(text) * 9 // 10:  # a file of these very characters would be cut elsewhere
         sha256.update(f"cut at {cut}".encode())
     return text, cut, sha256.hexdigest()
 
 
 def _read_file(name):
-    """The text of a file, without a byte-order mark, and with every line end as "\\n"."""
+    """(the text of a file, without a byte-order mark, and with every line end as "\\n"; how many characters train)."""
     try:
         content = Path(name).read_bytes()
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -182,4 +197,4 @@ def _read_file(name):
         raise UsageError(f"--data {name}: choose {', '.join(TEXTS)}, or the path of a UTF-8 text ({reason})") from error
     if not text:
         raise UsageError(f"--data {name} is empty")
-    return text
+    return text, len(text) * 9 // 10

@@ -16,7 +16,9 @@ TRAIN, VALIDATION = 90_000_000, 5_000_000  # characters: the usual split. The la
 
 
 def text(folder):
-    """The text, from `folder`/text8 or `folder`/text8.zip; the archive is downloaded if neither is there."""
+    """(the first 95% of the text, how many characters train), from `folder`/text8 or `folder`/text8.zip; the archive is
+    downloaded if neither is there.
+    """
     source = Path(folder) / "text8"
     try:
         if source.exists():
@@ -29,4 +31,4 @@ def text(folder):
         raise UsageError(f"{source} cannot be read ({error.strerror})") from error
     if len(content) != SIZE or hashlib.md5(content).hexdigest() != MD5:
         raise UsageError(f"{source} is not text8 (its checksum differs): delete it to download it again")
-    return content.decode("latin-1")
+    return content[: TRAIN + VALIDATION].decode("latin-1"), TRAIN

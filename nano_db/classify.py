@@ -7,6 +7,7 @@ so the walk may start from z = 0, where there is no noise to mislead it, or many
 import torch
 
 from nano_db.heads import mean_embedding
+from nano_db.images import TEST, VALIDATION
 from nano_db.sampler import euler_walk
 from nano_db.stack import Ensemble
 
@@ -38,17 +39,18 @@ def classify(stack, x, sigmas=None):
 
 @torch.no_grad()
 def score_images(stack, batches, sigmas=None, walks=8, seed=0):
-    """Shares of test images classified correctly. batches: yields (x, labels).
+    """Shares of held-out images classified correctly. batches: yields (x, labels).
     For an Ensemble: accuracy. For blocks: accuracy_walk, of one walk from noise (the paper's way),
     accuracy_mean_of_walks, accuracy_noise_free (also as `accuracy`); of the first and the last also after each block.
+    All of these are of the images to report (images.TEST); validation_accuracy is of those to choose settings by.
 
     Returns (metrics, log_p (N, V) behind `accuracy`, labels (N,)), both on the CPU.
     """
     generator, right, all_log_p, all_labels = torch.Generator().manual_seed(seed), {}, [], []
 
     def count(name, answers, labels):
-        hits = torch.tensor([float((log_p.argmax(-1) == labels).sum()) for log_p in answers])
-        right[name] = right.get(name, 0) + hits
+        hits = torch.stack([log_p.argmax(-1) == labels for log_p in answers])  # (answers, B)
+        right.setdefault(name, []).append(hits.cpu().double())
 
     for x, labels in batches:
         if isinstance(stack, Ensemble):
@@ -67,10 +69,12 @@ def score_images(stack, batches, sigmas=None, walks=8, seed=0):
         all_log_p.append(log_p.float().cpu())
         all_labels.append(labels.cpu())
     log_p, labels = torch.cat(all_log_p), torch.cat(all_labels)
-    shares = {name: (hits / len(labels)).tolist() for name, hits in right.items()}
+    hits = {name: torch.cat(parts, dim=1) for name, parts in right.items()}  # (answers, N)
+    shares = {name: found[:, TEST].mean(1).tolist() for name, found in hits.items()}
     metrics = {name: after[-1] for name, after in shares.items()}
+    best = "accuracy" if isinstance(stack, Ensemble) else "accuracy_noise_free"
+    metrics |= {"accuracy": metrics[best], "validation_accuracy": float(hits[best][-1, VALIDATION].mean())}
     if not isinstance(stack, Ensemble):
-        metrics["accuracy"] = metrics["accuracy_noise_free"]
         for name in ("walk", "noise_free"):
             metrics[f"accuracy_{name}_after_each_block"] = shares[f"accuracy_{name}"]
     return metrics, log_p, labels

@@ -12,6 +12,7 @@ from nano_db.sampler import euler_walk
 from nano_db.schedule import edm_weight
 
 TOGETHER = 250  # images that pass through a block at a time
+VALIDATION, TEST = slice(0, None, 2), slice(1, None, 2)  # of held-out images: to choose settings by, and to report
 
 
 def patchify(images, patch):
@@ -77,19 +78,22 @@ class ImageStack:
 
 @torch.no_grad()
 def edm_loss(stack, batches, sigma_data, levels=24, seed=0):
-    """Held-out E[w(sigma) * |D - y|^2], mean over pixels, sigma from p_noise; without guidance.
+    """E[w(sigma) * |D - y|^2] of held-out images, mean over pixels, sigma from p_noise; without guidance.
 
     batches: a list of (images, labels). p_noise is represented by the middles of `levels` intervals of equal
     probability. The noise added is the same at each call, so that two networks see the same noisy images.
-    Returns {"edm_loss": the whole, "edm_loss_by_block": each block's part of it, which add up}.
+    Returns, of the images to report, {"edm_loss": the whole, "edm_loss_by_block": each block's part of it, which add
+    up}; and of those to choose settings by {"validation_edm_loss": the whole}.
     """
-    parts, total = torch.zeros(stack.partition.blocks, dtype=torch.float64), sum(len(y) for y, _ in batches)
+    parts = torch.zeros(stack.partition.blocks, sum(len(y) for y, _ in batches), dtype=torch.float64)
     for level in reversed(range(levels)):  # noisiest first, as the blocks stand
         sigma = float(stack.partition.noise.inverse_cdf((level + 0.5) / levels))
-        generator, error = torch.Generator().manual_seed(seed * levels + level), 0.0
+        generator, errors = torch.Generator().manual_seed(seed * levels + level), []
         for y, labels in batches:
             z = y + sigma * torch.randn(y.shape, generator=generator).to(y.device)
-            error += len(y) * float((stack.denoiser(labels)(z, sigma) - y).square().mean())
+            errors.append((stack.denoiser(labels)(z, sigma) - y).square().flatten(1).mean(1).cpu().double())
         weight = float(edm_weight(torch.tensor(sigma, dtype=torch.float64), sigma_data))
-        parts[stack.partition.route(sigma)] += weight * error / total / levels
-    return {"edm_loss": float(parts.sum()), "edm_loss_by_block": parts.tolist()}
+        parts[stack.partition.route(sigma)] += weight / levels * torch.cat(errors)
+    test, validation = parts[:, TEST].mean(1), parts[:, VALIDATION].mean(1)
+    metrics = {"edm_loss": float(test.sum()), "edm_loss_by_block": test.tolist()}
+    return metrics | {"validation_edm_loss": float(validation.sum())}

@@ -72,14 +72,18 @@ def test_under_bfloat16_autocast_a_walk_with_exact_answers_is_the_same():
 
 def test_the_metrics_are_shares_of_images_named_right():
     stack, sigmas = stack_of(2), equal_probability_grid(NOISE, 8)
-    batches = [(torch.zeros(6, 1), torch.tensor([1, 1, 1, 0, 2, 3])), (torch.zeros(2, 1), torch.tensor([1, 0]))]
+    """Of the images at odd places: those at even places are for choosing settings by."""
+    test, validation = torch.tensor([1, 1, 1, 0, 2, 3, 1, 0]), torch.tensor([1, 0, 2, 0, 2, 3, 0, 0])
+    both = torch.stack([validation, test], dim=1).flatten()
+    batches = [(torch.zeros(12, 1), both[:12]), (torch.zeros(4, 1), both[12:])]
     metrics, log_p, labels = score_images(stack, batches, sigmas, walks=200)
     assert metrics["accuracy"] == metrics["accuracy_noise_free"] == pytest.approx(4 / 8)
     assert metrics["accuracy_noise_free_after_each_block"] == pytest.approx([4 / 8, 4 / 8])
     assert metrics["accuracy_mean_of_walks"] == pytest.approx(4 / 8), "the mean of many draws is p(y | x) again"
     assert len(metrics["accuracy_walk_after_each_block"]) == 2
     assert metrics["accuracy_walk_after_each_block"][-1] == metrics["accuracy_walk"]
-    assert log_p.shape == (8, 4) and labels.tolist() == [1, 1, 1, 0, 2, 3, 1, 0]
+    assert metrics["validation_accuracy"] == pytest.approx(1 / 8)
+    assert log_p.shape == (16, 4) and torch.equal(labels, both)
 
 
 def test_end_to_end_networks_answer_at_once():
@@ -88,7 +92,7 @@ def test_end_to_end_networks_answer_at_once():
     ensemble, x = Ensemble([EndToEnd(Knows(), head)] * 2), torch.zeros(4, 1)
     torch.testing.assert_close(classify(ensemble, x).exp(), PRIOR.expand(4, 4))
     metrics, log_p, _ = score_images(ensemble, [(x, torch.tensor([1, 1, 1, 0]))])
-    assert metrics == {"accuracy": pytest.approx(3 / 4)} and torch.equal(log_p, classify(ensemble, x))
+    assert metrics == {"accuracy": 1 / 2, "validation_accuracy": 1.0} and torch.equal(log_p, classify(ensemble, x))
 
 
 def test_trunks_are_evaluated_once_for_all_walks():

@@ -82,7 +82,7 @@ def test_a_prompt_is_continued_and_a_gap_filled_without_the_text(cli, tmp_path):
 def test_the_manual_of_another_python_is_another_text(cli, tmp_path, monkeypatch):
     run = tmp_path / "run"
     assert cli(*QUICK, "--layers", "4", "--only", "0,1,2,3", "--samples", "0", "--out", run)[0] == 0
-    monkeypatch.setitem(data.text.TEXTS, "pydocs", lambda folder: FOX * 80)
+    monkeypatch.setitem(data.text.TEXTS, "pydocs", lambda folder: (FOX * 80, len(FOX) * 72))
     code, out, err = cli("--eval-only", "--out", run)
     assert code == 0 and "--data pydocs is not the text that the run was trained on" in out, err
     code, _, err = cli(*QUICK, "--layers", "4", "--out", run)
@@ -355,6 +355,8 @@ def test_a_short_text_by_gpt2s_tokens_is_refused_in_one_line(tmp_path, monkeypat
 
     monkeypatch.setattr("data.text.GPT2Tokenizer", Eighths)
     (tmp_path / "a.txt").write_text(FOX * 20)  # 900 characters, 90 of which are held out
-    assert len(load_text(str(tmp_path / "a.txt"), "gpt2", seq_len=11).heldout) == 12
-    with pytest.raises(UsageError, match="12 held-out tokens are too few for --seq-len 12"):
-        load_text(str(tmp_path / "a.txt"), "gpt2", seq_len=12)
+    assert len(load_text(str(tmp_path / "a.txt"), "gpt2", seq_len=5).heldout) == 12
+    with pytest.raises(UsageError, match="12 held-out tokens are too few for --seq-len 6"):
+        load_text(
+            str(tmp_path / "a.txt"), "gpt2", seq_len=6
+        )  # with what follows them, 7 for validation and 7 to report

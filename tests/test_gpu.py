@@ -645,7 +645,7 @@ def test_photographs_that_are_not_here_are_replaced_by_glyphs_and_their_noise(mo
     assert settings.data == "glyphs" and settings.width == train_dit.PRESETS["gpu"]["width"]
     assert settings.p_mean is settings.sigma_data is None, "the data says"
     assert configure("vit", "gpu", *CPU)[1].pooling == "token" != train_vit.PRESETS["gpu"]["pooling"]
-    assert configure("mdm", "gpu", *CPU)[1].data == "pydocs"
+    assert configure("mdm", "gpu", *CPU)[1].data == "python"
     monkeypatch.setattr(cifar, "is_here", lambda name: True)
     _, settings, _ = configure("dit", "gpu", *CPU)
     assert settings.data == "cifar10"

@@ -96,6 +96,15 @@ def test_the_edm_loss_of_an_exact_denoiser_is_known_and_adds_up(stack):
     assert sum(found["edm_loss_by_block"]) == pytest.approx(found["edm_loss"])
     torch.testing.assert_close(torch.tensor(found["edm_loss_by_block"]), torch.full((3,), 1 / 3), rtol=0.03, atol=0)
     assert edm_loss(stack, batches, sigma_data=0.5) == found, "the noise is fixed"
+    assert found["validation_edm_loss"] == pytest.approx(1.0, rel=0.02)
+
+
+def test_the_edm_loss_is_reported_of_images_at_odd_places(stack):
+    """Those at even places are for choosing settings by: here they are far off, and nothing of it is reported."""
+    y = MEANS[torch.arange(2000) % 2] + 0.5 * torch.randn(2000, *SHAPE, generator=torch.Generator().manual_seed(1))
+    y[::2] += 10.0
+    found = edm_loss(stack, [(y, torch.arange(2000) % 2)], sigma_data=0.5)
+    assert found["edm_loss"] == pytest.approx(1.0, rel=0.05) and found["validation_edm_loss"] > 100
 
 
 def test_a_mean_of_denoisers_errs_less_than_they_do():

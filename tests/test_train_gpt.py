@@ -112,15 +112,18 @@ def test_the_cache_of_the_baseline_agrees_too(sequence):
 
 
 def test_the_score_is_the_mean_over_the_windows_asked_for(tmp_path):
-    (tmp_path / "text").write_text("abcdefghijk" * 60)
+    letters = torch.randint(11, (660,), generator=torch.Generator().manual_seed(0))
+    (tmp_path / "text").write_text("".join("abcdefghijk"[letter] for letter in letters))
     text, baseline = load_text(str(tmp_path / "text"), seq_len=T), make_baseline()
-    for windows, count in [(1, 1), (3, 3), (0, len(text.heldout) // T)]:
-        batches = text.heldout_batches(1, T)
-        log_p = [(baseline(x).detach().log_softmax(-1)[0], y[0]) for x, y in batches][:count]
-        nats = [float(-answer[torch.arange(T), y].mean()) for answer, y in log_p]
+    for windows, count in [(1, 1), (2, 2), (0, len(text.heldout) // 2 // T)]:
         found = score_text(Ensemble([baseline]), text, T, windows)
-        assert len(nats) == count and found["nats_per_token"] == pytest.approx(sum(nats) / count)
+        for half, metric in (("validation", "validation_bits_per_char"), ("test", "bits_per_char")):
+            batches = text.heldout_batches(1, T, half=half)
+            log_p = [(baseline(x).detach().log_softmax(-1)[0], y[0]) for x, y in batches][:count]
+            nats = [float(-answer[torch.arange(T), y].mean()) for answer, y in log_p]
+            assert len(nats) == count and found[metric] == pytest.approx(sum(nats) / count / math.log(2))
         assert found["bits_per_char"] == pytest.approx(found["nats_per_token"] / math.log(2))
+        assert found["bits_per_char"] != found["validation_bits_per_char"]
 
 
 def test_the_bound_of_a_head_that_does_not_look_at_z_is_its_exact_cross_entropy():
@@ -286,7 +289,7 @@ def test_blocks_are_combined_though_the_same_data_and_network_lay_elsewhere(smal
 
 def test_one_window_is_evaluated_where_one_is_asked_for(small, tmp_path, heldout_windows):
     code, _, err = small("--out", tmp_path / "run", "--eval-windows", "1", "--rounds", "2")
-    assert code == 0 and heldout_windows == [1, 1], err
+    assert code == 0 and heldout_windows == 2 * [1, 1], "of either half, after each round: " + err
 
 
 def test_after_a_start_that_failed_the_folder_is_to_be_deleted(small, tmp_path):
