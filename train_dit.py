@@ -102,7 +102,8 @@ class DiT(nn.Module):
         self.label_embedding = nn.Embedding(classes + 1, width)
         nn.init.normal_(self.label_embedding.weight, std=0.02)
         self.noise_embedding = NoiseEmbedding(width)
-        self.layers = nn.ModuleList(Layer(width, settings.heads, width, settings.dropout) for _ in range(layers))
+        layer = width, settings.heads, width, settings.dropout
+        self.layers = nn.ModuleList(Layer(*layer, depth=layers) for _ in range(layers))
         self.modulation = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, pixels)
         for layer in (self.modulation, self.output):  # at the start F = 0, and D = c_skip * z

@@ -90,7 +90,8 @@ class GPT(nn.Module):
         if shows_z:
             self.noise_embedding = NoiseEmbedding(cond_width)
             self.from_z = nn.Linear(width, width, bias=False)
-        self.layers = nn.ModuleList(Layer(width, settings.heads, cond_width, settings.dropout) for _ in range(layers))
+        layer = width, settings.heads, cond_width, settings.dropout
+        self.layers = nn.ModuleList(Layer(*layer, depth=layers) for _ in range(layers))
 
     def forward(self, x, z=None, c_noise=None, cache=None):
         """x (B, T) tokens; of two streams also z (B, T, width), scaled noisy targets, and c_noise (B,). cache: what

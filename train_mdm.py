@@ -69,7 +69,8 @@ class Unmasker(nn.Module):
         self.embedding = nn.Embedding(classes + 1, width)  # the last one is the mask
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.time_embedding = NoiseEmbedding(cond_width)
-        self.layers = nn.ModuleList(Layer(width, settings.heads, cond_width, settings.dropout) for _ in range(layers))
+        layer = width, settings.heads, cond_width, settings.dropout
+        self.layers = nn.ModuleList(Layer(*layer, depth=layers) for _ in range(layers))
         self.lm_head = nn.Linear(width, classes, bias=False)
         nn.init.normal_(self.lm_head.weight, std=0.02)
 

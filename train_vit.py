@@ -106,7 +106,8 @@ class ViT(nn.Module):
         if shows_z:
             self.from_z = nn.Linear(width, width, bias=False)
             self.noise_embedding = NoiseEmbedding(cond_width)
-        self.layers = nn.ModuleList(Layer(width, settings.heads, cond_width, settings.dropout) for _ in range(layers))
+        layer = width, settings.heads, cond_width, settings.dropout
+        self.layers = nn.ModuleList(Layer(*layer, depth=layers) for _ in range(layers))
 
     def forward(self, x, z=None, c_noise=None):
         """x (B, C, H, W) images; where it is shown them, z (B, width) scaled noisy labels and c_noise (B,)."""

@@ -90,13 +90,18 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """h <- h + attention(norm(h)); h <- h + mlp(norm(h)). With cond_width, both branches are modulated (adaLN-Zero).
+    """h <- h + attention(norm(h)) * scale; h <- h + mlp(norm(h)) * scale. With cond_width, both branches are modulated
+    (adaLN-Zero).
 
+    depth: layers of the network, L. Then scale = 1 / sqrt(2 L), so that the sum of the 2 L branches has the same size
+    in networks of any depth, and deep ones learn as fast as shallow ones. GPT-2 (Radford et al. 2019) scales the first
+    weights so. Here these are zero, and the factor stays, as in depth-muP (Yang et al. 2023, arXiv 2310.02244).
     sandwich: normalise each sum, too (Geiping et al. 2025), which keeps a layer stable that is applied again and again.
     """
 
-    def __init__(self, width, heads, cond_width=0, dropout=0.0, sandwich=False):
+    def __init__(self, width, heads, cond_width=0, dropout=0.0, sandwich=False, depth=0):
         super().__init__()
+        self.scale = (2 * depth) ** -0.5 if depth else 1.0
         self.recomputes = False  # True: keep only the inputs for the backward pass
         self.norm_sum = rms_norm if sandwich else nn.Identity()
         self.attention = Attention(width, heads)
@@ -122,11 +127,13 @@ class Layer(nn.Module):
     def add_branches(self, h, rotary, cond, mask, causal, cache):
         attend = (rotary, mask, causal, cache)
         if self.modulation is None:
-            h = self.norm_sum(h + self.dropout(self.attention(rms_norm(h), *attend)))
-            return self.norm_sum(h + self.dropout(self.mlp(rms_norm(h))))
+            h = self.norm_sum(torch.add(h, self.dropout(self.attention(rms_norm(h), *attend)), alpha=self.scale))
+            return self.norm_sum(torch.add(h, self.dropout(self.mlp(rms_norm(h))), alpha=self.scale))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(cond))[:, None].chunk(6, dim=-1)
-        h = self.norm_sum(h + gate_a * self.dropout(self.attention(rms_norm(h) * (1 + scale_a) + shift_a, *attend)))
-        return self.norm_sum(h + gate_m * self.dropout(self.mlp(rms_norm(h) * (1 + scale_m) + shift_m)))
+        branch = self.dropout(self.attention(rms_norm(h) * (1 + scale_a) + shift_a, *attend))
+        h = self.norm_sum(torch.addcmul(h, gate_a, branch, value=self.scale))
+        branch = self.dropout(self.mlp(rms_norm(h) * (1 + scale_m) + shift_m))
+        return self.norm_sum(torch.addcmul(h, gate_m, branch, value=self.scale))
 
 
 def open_gates(bias):

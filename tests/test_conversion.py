@@ -48,7 +48,7 @@ def test_a_block_of_pixels_begins_as_the_network_without_its_other_layers(first,
     cut = copy.deepcopy(network)
     cut.network.layers = network.network.layers[first : first + count]
     x, z = torch.arange(5), torch.randn(5, 1, 32, 32)
-    assert torch.equal(block(x, z, 0.5), cut(x, z, 0.5))
+    torch.testing.assert_close(block(x, z, 0.5), cut(x, z, 0.5))
     assert torch.equal(block(x, z, 0.5), network(x, z, 0.5)) == (count == 4)
 
 
@@ -151,7 +151,10 @@ def test_blocks_begin_with_the_networks_averaged_layers_and_each_trains_alone(di
         for name, tensor in begun[b].items():
             if name.startswith("network.layers"):
                 _, _, layer, rest = name.split(".", 3)
-                assert torch.equal(tensor, average[f"network.layers.{int(layer) + first}.{rest}"])
+                expected = average[f"network.layers.{int(layer) + first}.{rest}"]
+                if rest in ("attention.out.weight", "mlp.2.weight"):  # layers of fewer divide these by less
+                    expected = (count / 4) ** 0.5 * expected
+                torch.testing.assert_close(tensor, expected)
             else:
                 assert torch.equal(tensor, average[name])
         assert sum(name.endswith("attention.qkv.weight") for name in begun[b]) == count

@@ -102,6 +102,17 @@ def test_with_open_gates_a_new_modulated_layer_is_the_unmodulated_one():
     torch.testing.assert_close(layer(h, cond=torch.randn(2, 5)), plain(h))
 
 
+@pytest.mark.parametrize("make", [Layer, lambda *sizes, **more: Layer(*sizes, cond_width=5, **more)])
+@pytest.mark.parametrize("depth", [1, 2, 12])
+def test_branches_are_divided_by_the_root_of_how_many_there_are(make, depth):
+    """The same as a layer without the factor, whose output projections are that much smaller."""
+    scaled, plain = (filled(make(WIDTH, HEADS, **more)) for more in (dict(depth=depth), {}))
+    for weight in (plain.attention.out.weight, plain.mlp[2].weight):
+        weight.data /= (2 * depth) ** 0.5
+    h, cond = torch.randn(2, T, WIDTH), torch.randn(2, 5)
+    torch.testing.assert_close(scaled(h, cond=cond), plain(h, cond=cond))
+
+
 # --- norms and attention ---
 
 

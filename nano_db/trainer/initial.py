@@ -116,14 +116,22 @@ def layers_of(network, own, first):
     """`own`, the first weights of a block, with those of the trained `network` from its layer number `first` on, and of
     what surrounds them. Both are state_dicts. What the network does not have, or has in another shape, stays as it is:
     a denoising head, say. But a layer that is modulated only in the block gets open gates, for behind gates that are
-    zero the layers would do nothing.
+    zero the layers would do nothing. And as fewer layers divide their branches by less (layers.Layer), what writes to
+    the residual stream is divided here by the rest.
     """
-    begun = {}
+    begun, rescale = {}, (depth_of(own) / depth_of(network)) ** 0.5
     for name, weight in own.items():
         there = re.sub(r"^network\.layers\.(\d+)", lambda found: f"network.layers.{first + int(found[1])}", name)
         fits = there in network and network[there].shape == weight.shape
         begun[name] = network[there] if fits else weight
+        if fits and re.fullmatch(r"network\.layers\.\d+\.(attention\.out|mlp\.2)\.weight", there):
+            begun[name] = rescale * network[there]
         layer = re.fullmatch(r"(network\.layers\.\d+)\.modulation\.bias", there)
         if layer and there not in network and f"{layer[1]}.attention.qkv.weight" in network:
             begun[name] = open_gates(weight)
     return begun
+
+
+def depth_of(weights):
+    """How many layers the network has whose state_dict this is; at least 1."""
+    return len({found[1] for name in weights if (found := re.match(r"network\.layers\.(\d+)\.", name))}) or 1
