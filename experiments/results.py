@@ -1,26 +1,27 @@
-"""The tables of results, by one command: `python -m experiments.results --scale cpu --jobs 2`
+"""The tables of results, by one command: `python -m experiments.results --jobs 2`
 
-It runs the scripts for every experiment of the scale (tables.py) that has no file yet. What comes out goes into
-results/<scale>: one JSON file per run with its exact command, versions and machine, and summary.md. You can
+It runs the commands of the tables (tables.py) that have no file yet, on the CPU, with one thread each. What comes out
+goes into results/<scale>: one JSON file per run with its exact command, versions and machine, and summary.md. You can
 interrupt it at any time; run the same command again to resume. A run that fails does not stop the others.
 """
 
+import importlib
 import os
 import platform
 import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from experiments.compare import read_result
 from experiments.summary import depth_panels, fill, groups, read_records, summary
 from experiments.tables import SCALES
 from nano_db.errors import UsageError
-from nano_db.trainer.checkpoints import read_config, write_json, write_text
+from nano_db.trainer.checkpoints import read_config, read_metrics, write_json, write_text
 from nano_db.trainer.command import command
+from nano_db.trainer.report import costs_of
 from nano_db.trainer.run import stop_requests
 from nano_db.trainer.settings import Parser
 
@@ -68,37 +69,45 @@ def start(experiment, seed, out):
     folder = (out / experiment.file(seed)).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     line = [sys.executable, *experiment.command(seed, folder.parents[1]), "--out", str(folder)]
-    threads = {"OMP_NUM_THREADS": "1"} if experiment.given("--device") == "cpu" else {}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with open(f"{folder}.log", "w", encoding="utf-8") as log:
         # A session of its own: Ctrl-C comes only to us, and we tell each run once.
         where = {"cwd": ROOT, "stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
-        return subprocess.Popen(line, env=os.environ | threads, **where)
+        return subprocess.Popen(line, env=environment, **where)
 
 
 def keep_record(experiment, seed, out, folder, jobs):
     """Write the JSON file of a run that has ended."""
     run = out / experiment.file(seed)
     result = read_result(run)
-    depends_on = result if "data_sha256" in result else read_config(run)["depends_on"]  # neighbours have no config.json
+    depends_on = read_config(run)["depends_on"]
     about = Path("/proc/cpuinfo").read_text(encoding="utf-8") if sys.platform == "linux" else ""
     names = re.findall(r"model name\s*: (.*)", about)
-    machine = {"cpu": (names or [platform.machine()])[0], "cores": os.cpu_count(), "jobs at a time": jobs}
-    if result["device"] == "cpu":
-        machine["threads of a job"] = 1
-    else:
-        machine["gpu"] = torch.cuda.get_device_name() if result["device"] == "cuda" else result["device"]
+    machine = {"cpu": (names or [platform.machine()])[0], "cores": os.cpu_count()}
+    machine |= {"jobs at a time": jobs, "threads of a job": 1}
     record = {"experiment": experiment.name, "seed": seed, "command": experiment.command_line(seed), "machine": machine}
     record |= {name: depends_on[name] for name in ("data_sha256", "init_from_sha256") if depends_on.get(name)}
     record["settings"] = {name: value for name, value in result["settings"].items() if name not in ("out", "init_from")}
-    elsewhere = ("settings", "command", "data_sha256")
-    record["result"] = {name: value for name, value in result.items() if name not in elsewhere}
+    record["result"] = {name: value for name, value in result.items() if name != "settings"}
+    record["result"]["checkpointed_bytes"] = checkpointed_bytes(experiment.script, result["settings"])
+    if result["settings"]["rounds"] > 1:  # the curve
+        rounds = read_metrics(run, "evaluation")
+        record["evaluations"] = [{name: v for name, v in r.items() if isinstance(v, int | float)} for r in rounds]
     write_json(folder / f"{experiment.file(seed)}.json", record)
+
+
+def checkpointed_bytes(name, settings):
+    """What the memory of a run's training, by part, would be with checkpointed activations: counted."""
+    script = importlib.import_module(f"train_{name}")
+    settings = replace(script.Settings(**settings), checkpoint_activations=True)
+    shared = script.prepare(settings)
+    return costs_of(settings, script.build, script.batch, script.sample, *shared)["memory_bytes"]
 
 
 def main():
     parser = Parser(prog="python -m experiments.results", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--scale", choices=tuple(SCALES), default="cpu", help="how large (default cpu)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1; on CPUs no more than cores)")
+    parser.add_argument("--scale", choices=tuple(SCALES), default="laptop", help="the preset (default laptop)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1; at most as many as cores)")
     parser.add_argument("--only", metavar="TABLE,...", help="only these tables (default: all of the scale)")
     parser.add_argument("--out", type=Path, default="out/results", help="where the runs are kept (default out/results)")
     parser.add_argument("--results", type=Path, default="results", help="where the tables are kept (default results)")
@@ -124,7 +133,7 @@ def main():
     networks = {experiment.init_from(seed) for experiment, seed in todo.values()} - {""}
     todo |= {name: files[name] for name in networks if not (out / name).exists()}  # its record is no network
     if args.list:
-        return print(f"to run: {len(todo)}; at scale cpu a run takes a core two minutes or so")
+        return print(f"to run: {len(todo)}; a run of preset laptop takes a core some eight minutes")
     folder.mkdir(parents=True, exist_ok=True)
     if not args.summary_only:
         first = sorted(todo.values(), key=lambda job: job[1])  # seed 0 of every row: whole tables can be read early
