@@ -42,6 +42,9 @@ class Settings(Discrete, Blocks, Training):
     heads: int = network(4, "attention heads", flag=False)
     dropout: float = training(0.0, "on both residual branches", flag=False)
     head: str = method("denoising", "output head (heads.py)", choices=tuple(HEADS), of="blocks")
+    clean_weight: float = method(
+        0.0, "weight of the loss where z says nothing (block.py)", at_least=0, of="blocks", idle=Discrete.sees_z
+    )
     predict: str = method("averaged", "the active block, or all so far", PREDICT, of="blocks", resumable=True)
     sampling_steps_per_block: int = method(4, "Euler steps of each block, per token", flag=False, resumable=True)
     eval_windows: int = output(256, "windows of test text to evaluate on (and of validation text); 0: all", at_least=0)
@@ -62,7 +65,7 @@ PRESETS = {
                   learning_rate=3e-4, tokenizer="gpt2", data=""),  # LM1B or OpenWebText, which --data has to name
 }  # fmt: skip
 RECIPES = {
-    "nano": dict(head="denoising", predict="averaged", loss_weight="none", noise="nano"),
+    "nano": dict(head="denoising", predict="averaged", loss_weight="none", noise="nano", clean_weight=1.0),
     "paper": dict(head="paper", predict="active", loss_weight="edm", noise="paper"),
 }
 NOISE = {
@@ -138,11 +141,11 @@ def build(b, settings, text, partition):
     target_embeddings = make_target_embeddings(classes, settings.width, settings.seed)
     if settings.baseline:
         return EndToEnd(GPT(classes, settings, settings.layers), PosteriorHead(target_embeddings))
-    head = HEADS[settings.head]
+    head = HEADS[settings.head](target_embeddings)
     layers = split_layers(settings.layers, settings.blocks)[b]
     gpt = GPT(classes, settings, layers, shows_z=not head.sees_z)  # either the head sees z, or the network
-    span = partition.training_range(b)
-    return DiffusionBlock(gpt, head(target_embeddings), partition.noise, span, settings.loss_weight)
+    weights = settings.loss_weight, settings.clean_weight if head.sees_z else 0.0
+    return DiffusionBlock(gpt, head, partition.noise, partition.training_range(b), *weights)
 
 
 def batch(size, settings, text, partition):

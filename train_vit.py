@@ -57,6 +57,9 @@ class Settings(Discrete, Blocks, Training):
     dropout: float = training(0.0, "on both residual branches", flag=False)
     pooling: str = network("token", "where the class is read: the label token, or the mean", choices=("token", "mean"))
     head: str = method("denoising", "output head (heads.py)", choices=tuple(HEADS), of="blocks")
+    clean_weight: float = method(
+        0.0, "weight of the loss where z says nothing (block.py)", at_least=0, of="blocks", idle=Discrete.sees_z
+    )
     predict: str = method("averaged", "the active block, or all so far", PREDICT, of="blocks", resumable=True)
     sampling_steps_per_block: int = method(1, "Euler steps of each block", flag=False, resumable=True)
     walks: int = output(8, "walks from noise to average", flag=False)
@@ -78,7 +81,7 @@ PRESETS = {
 }  # fmt: skip
 
 RECIPES = {
-    "nano": dict(head="denoising", predict="averaged", loss_weight="none", noise="nano"),
+    "nano": dict(head="denoising", predict="averaged", loss_weight="none", noise="nano", clean_weight=1.0),
     "paper": dict(head="paper", predict="active", loss_weight="edm", noise="paper"),
 }
 NOISE = {
@@ -144,11 +147,11 @@ def build(b, settings, images, partition):
     target_embeddings = make_target_embeddings(len(images.classes), settings.width, settings.seed)
     if settings.baseline:
         return EndToEnd(ViT(images.shape, settings, settings.layers), PosteriorHead(target_embeddings))
-    head = HEADS[settings.head]
+    head = HEADS[settings.head](target_embeddings)
     layers = split_layers(settings.layers, settings.blocks)[b]
     vit = ViT(images.shape, settings, layers, shows_z=not head.sees_z)  # either the head sees z, or the network
-    span = partition.training_range(b)
-    return DiffusionBlock(vit, head(target_embeddings), partition.noise, span, settings.loss_weight)
+    weights = settings.loss_weight, settings.clean_weight if head.sees_z else 0.0
+    return DiffusionBlock(vit, head, partition.noise, partition.training_range(b), *weights)
 
 
 def batch(size, settings, images, partition):

@@ -30,6 +30,44 @@ def draw_depth(path, panels):
     save_figure(figure, path)
 
 
+METHODS = {  # of equal_memory.png: marker and colour
+    "end to end": ("s", "black"), "blocks": ("o", "tab:blue"), "one shallow network": ("^", "tab:orange"),
+    "mean of B such": ("v", "tab:green"),
+}  # fmt: skip
+
+
+def draw_equal_memory(path, panels):
+    """equal_memory.png of results: quality against training memory, one panel per architecture. Up and left wins.
+
+    panels: {(title, unit): {one of METHODS: (MiB, MiB with checkpointed activations, one number per seed)}}. A line
+    joins the two, for checkpointing changes no weight; what is hollow is checkpointed. Small dots are seeds.
+    """
+    figure, axes = plt.subplots(2, 3, figsize=(10, 6), layout="constrained")
+    for ax, ((title, unit), methods) in zip(axes.flat, panels.items(), strict=False):
+        for label, (plain, saving, numbers) in methods.items():
+            marker, colour = METHODS[label]
+            mean = np.mean(numbers)
+            ax.plot([saving, plain], [mean, mean], color=colour, lw=1, alpha=0.5)
+            for memory, face in ((plain, colour), (saving, "white")):
+                ax.plot([memory] * len(numbers), numbers, ".", color=colour, ms=4, alpha=0.5)
+                ax.plot(memory, mean, marker, color=colour, mfc=face, ms=9)
+        ax.set(xscale="log", title=title, xlabel="training memory (MiB)", ylabel=unit)
+        if "less" in unit:
+            ax.invert_yaxis()  # up is better in every panel
+        memories = [memory for plain, saving, _ in methods.values() for memory in (plain, saving)]
+        ticks = [t for t in (5, 10, 20, 50, 100, 200, 500, 1000) if min(memories) / 1.5 < t < max(memories) * 1.5]
+        ax.set_xticks(ticks, ticks)
+        ax.minorticks_off()
+        ax.margins(0.15)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
+    marks = [plt.Line2D([], [], ls="", marker=marker, color=colour, ms=9) for marker, colour in METHODS.values()]
+    hollow = plt.Line2D([], [], ls="", marker="o", color="grey", mfc="white", ms=9)
+    names = [*METHODS, "hollow: with checkpointed activations"]
+    axes.flat[-1].legend([*marks, hollow], names, loc="center", frameon=False, title="up and left is better")
+    save_figure(figure, path)
+
+
 def draw_idea(path, blocks=4):
     """The README's picture: noise levels cut into blocks, and walks through them. Nothing is trained: D is exact."""
     noise = LogNormal(sigma_max=20.0)

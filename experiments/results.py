@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.compare import read_result
-from experiments.summary import depth_panels, fill, groups, read_records, summary
+from experiments.summary import depth_panels, fill, groups, memory_panels, read_records, summary
 from experiments.tables import SCALES
 from nano_db.errors import UsageError
 from nano_db.trainer.checkpoints import read_config, read_metrics, write_json, write_text
@@ -144,10 +144,14 @@ def main():
         print(f"{path} is left out: its flags are no longer those of tables.py")
     write_text(folder / "summary.md", summary(found, args.scale))
     print(f"written: {folder / 'summary.md'}")
-    if panels := depth_panels(found):
-        from experiments.figures import draw_depth  # matplotlib is slow to import
+    from experiments.figures import draw_depth, draw_equal_memory  # matplotlib is slow to import
 
-        draw_depth(folder / "depth.png", panels)
+    for name, draw, panels in (
+        ("depth.png", draw_depth, depth_panels(found)),
+        ("equal_memory.png", draw_equal_memory, memory_panels(found)),
+    ):
+        if panels:
+            draw(folder / name, panels)
     if args.readme is not None:
         for page in args.readme or [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
             write_text(page, fill(page.read_text(encoding="utf-8"), args.results))

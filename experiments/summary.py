@@ -190,6 +190,24 @@ def depth_panels(found):
     return panels
 
 
+def memory_panels(found):
+    """What figures.draw_equal_memory draws: {(title, unit): {method: (MiB, MiB with checkpointed activations, one
+    number per seed)}}, of those architectures that have been run.
+    """
+    panels = {}
+    for script in SCRIPTS:
+        name, unit, _ = QUALITY[script][0]
+        rows = {e.name.removeprefix(f"{script}-"): records for e, records in of_group(script, found).items()}
+        points = {}
+        for label, slug in MAIN.items():
+            if records := rows.get(slug):
+                plain, saving = (median(records, memory, "total") / 2**20 for memory in MEMORIES)
+                points[label] = (plain, saving, values(records, name))
+        if len(points) > 1:
+            panels[GROUPS[script][0], unit] = points
+    return panels
+
+
 def fill(text, results):
     """`text`, with every marked table in it as the files under the folder `results` have it now."""
 

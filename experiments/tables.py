@@ -154,7 +154,7 @@ def has_recipes(script):
 
 def add_rates(tables):
     """A rate that a preset has is not given: then the run is that of the main table, and made once."""
-    for script in SCRIPTS:
+    for script in SCRIPTS if tables.scale != "tiny" else ("gpt",):
         methods = {"blocks": BLOCKS.get(script, {}), "baseline": dict(baseline=True)}
         methods |= {"shallow": shallow(script, tables.scale)}
         for method, flags in methods.items():
@@ -189,7 +189,7 @@ def add_recipes(tables):
     add("active", "only the active block predicts", predict="active")
     add("weight", "loss weighted by w(sigma)", loss_weight="edm")
     add("noise", "the paper's noise levels", noise="paper")
-    add("head", "the paper's head, two streams", head="paper", predict="active", clean_weight=0.0)
+    add("head", "the paper's head, two streams", head="paper", predict="active")
     add("paper", "recipe paper", recipe="paper")
 
 

@@ -18,11 +18,13 @@ from nano_db.schedule import edm_coefficients, edm_weight, sample_sigma
 
 class DiffusionBlock(nn.Module):
     """One denoiser, for the noise levels `span` = (low, high) of the distribution `noise`. network, head: see above.
-    loss_weight: "none", or "edm" for w(sigma) of schedule.py.
+    loss_weight: "none", or "edm" for w(sigma) of schedule.py. clean_weight: of a second loss, see below.
     """
 
-    def __init__(self, network, head, noise, span, loss_weight="none"):
+    def __init__(self, network, head, noise, span, loss_weight="none", clean_weight=0.0):
         super().__init__()
+        assert head.sees_z or not clean_weight, "a network that is shown z would have to be evaluated twice"
+        self.clean_weight = clean_weight
         self.network, self.head = network, head
         self.noise, self.span, self.loss_weight = noise, span, loss_weight
 
@@ -40,15 +42,25 @@ class DiffusionBlock(nn.Module):
         return self.head(self.features(x, z, sigma, **extra), z, sigma, temperature)
 
     def loss(self, x, y):
-        """Denoising at random levels of the block's own span: the mean over samples of w(sigma_i) * loss_i."""
+        """Denoising at random levels of the block's own span: the mean over samples of w(sigma_i) * loss_i.
+
+        With clean_weight the block is also asked for p(y | x) where z says nothing (ours): at z = 0 there is no
+        likelihood term, and the head has only what the trunk found in x. Under little noise z alone names y, so
+        without this a late block hardly learns to read x. The trunk is evaluated once for both.
+        """
         where = "cpu" if y.device.type == "mps" else y.device  # MPS has no float64
         sigma = sample_sigma(self.noise, len(y), *self.span, device=where).float().to(y.device)  # (B,)
         clean = self.head.clean(y)  # (B, ..., d)
         z = clean + broadcast(sigma, clean) * torch.randn_like(clean)
-        per_sample = self.head.loss(self.features(x, z, sigma), z, sigma, y)  # (B,)
+        features = self.features(x, z, sigma)
+        per_sample = self.head.loss(features, z, sigma, y)  # (B,)
         weight = edm_weight(sigma, self.head.sigma_data) if self.loss_weight == "edm" else torch.ones_like(sigma)
         assert weight.shape == per_sample.shape == (len(y),)  # (B,) times (B, 1) would make every pair's product
-        return (weight * per_sample).mean()
+        loss = (weight * per_sample).mean()
+        if self.clean_weight:
+            highest = torch.full_like(sigma, self.span[1])
+            loss = loss + self.clean_weight * self.head.loss(features, torch.zeros_like(z), highest, y).mean()
+        return loss
 
 
 class EndToEnd(nn.Module):

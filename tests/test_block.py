@@ -92,6 +92,37 @@ def test_under_bfloat16_autocast_the_loss_is_nearly_the_same(head):
     torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=1e-4)
 
 
+def test_the_clean_term_asks_for_p_of_y_given_x_where_z_says_nothing():
+    """What is added is the cross-entropy of the head's residual at z = 0; and the trunk is evaluated once."""
+    plain, _ = make(DenoisingHead)
+    block, _ = make(DenoisingHead, clean_weight=0.5)
+    for module in (plain, block):  # a head that looks at z, and at the level
+        torch.manual_seed(1)
+        for weight in module.head.parameters():
+            weight.data = torch.randn_like(weight)
+    x = y = torch.randint(6, (64, 3), generator=torch.Generator().manual_seed(1))
+    calls = []
+    block.network.register_forward_hook(lambda *_: calls.append(1))
+    losses = []
+    for module in (plain, block):
+        torch.manual_seed(2)  # the same noise
+        losses.append(module.loss(x, y))
+    assert len(calls) == 1
+    z, highest = torch.zeros(64, 3, 8), torch.full((64,), 5.0)
+    log_p = block.head.residual(block.network(x), z, highest).log_softmax(-1)
+    torch.testing.assert_close(losses[1] - losses[0], -0.5 * log_p.gather(-1, y[..., None]).mean(), rtol=1e-4, atol=0)
+
+
+def test_a_network_that_is_shown_z_has_no_clean_term():
+    with pytest.raises(AssertionError, match="evaluated twice"):
+        make(PosteriorHead, clean_weight=1.0)
+    settings = train_gpt.Settings(**train_gpt.PRESETS["tiny"], **train_gpt.RECIPES["nano"] | dict(head="paper"))
+    text, partition = train_gpt.prepare(train_gpt.Settings(**vars(settings) | dict(predict="active")))
+    assert train_gpt.build(0, settings, text, partition).clean_weight == 0.0
+    settings.head = "denoising"
+    assert train_gpt.build(0, settings, text, partition).clean_weight == 1.0
+
+
 class Zero(nn.Module):
     """A network that has learnt nothing: F = 0."""
 

@@ -6,6 +6,7 @@ import shutil
 import statistics
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -86,7 +87,7 @@ def test_three_rates_are_tried_of_each_method(script):
             tried.setdefault(method, []).append(settings.learning_rate)
     rates = list(RATES[script])
     assert tried == dict.fromkeys(("blocks", "baseline", "shallow"), rates) and len(rates) >= 3
-    assert all(2.9 < b / a < 3.4 for a, b in zip(rates, rates[1:], strict=False))
+    assert all(2.9 < b / a < 3.4 for a, b in pairwise(rates))
 
 
 def test_further_questions_change_one_thing_each():
