@@ -57,8 +57,8 @@ class Settings(Discrete, Blocks, Training):
 PRESETS = {
     "tiny": dict(layers=12, width=24, heads=2, seq_len=16, batch_size=8, steps=40, warmup=5, sample_length=40,
                  eval_windows=16, data="pydocs"),
-    "laptop": dict(layers=8, width=128, heads=4, seq_len=128, batch_size=16, steps=2000, warmup=100, rounds=4,
-                   eval_windows=256),
+    "laptop": dict(layers=8, width=128, heads=4, seq_len=128, batch_size=16, steps=1000, warmup=100, rounds=2,
+                   learning_rate=3e-3),
     "gpu": dict(layers=12, width=384, heads=6, seq_len=256, batch_size=64, steps=3000, warmup=150, rounds=4,
                 dropout=0.1),
     "paper": dict(layers=12, width=768, heads=12, seq_len=256, batch_size=256, steps=100_000, warmup=2500,

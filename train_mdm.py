@@ -50,8 +50,8 @@ class Settings(Blocks, Training):
 PRESETS = {
     "tiny": dict(blocks=3, layers=12, width=24, heads=2, seq_len=16, batch_size=8, steps=40, warmup=5,
                  sampling_steps=12, eval_windows=16, overlap=0.05, data="pydocs"),
-    "laptop": dict(blocks=3, layers=6, seq_len=128, batch_size=16, steps=3500, warmup=175, overlap=0.05, ema=0.995,
-                   rounds=2, learning_rate=3e-3, eval_windows=256),
+    "laptop": dict(blocks=3, layers=12, width=96, seq_len=128, batch_size=16, steps=1200, warmup=120, overlap=0.05,
+                   ema=0.99, rounds=2, learning_rate=3e-3),
     "gpu": dict(blocks=3, layers=12, width=384, heads=6, seq_len=256, batch_size=64, steps=5000, warmup=250,
                 overlap=0.05, ema=0.999, dropout=0.1),
     "paper": dict(blocks=3, layers=12, width=768, heads=12, seq_len=256, batch_size=256, steps=100_000, warmup=2000,

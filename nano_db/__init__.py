@@ -6,4 +6,4 @@ likelihood (an honest score) -> classify, language (what it is good for) -> mask
 Then a script, train_gpt.py first. trainer/ is never needed to understand one, and nothing here imports it.
 """
 
-__version__ = "0.4.0"  # raised whenever a change moves the numbers that runs give
+__version__ = "0.5.0"  # raised whenever a change moves the numbers that runs give
