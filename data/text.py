@@ -112,12 +112,13 @@ class Text:
 
     def heldout_batches(self, batch_size, seq_len, device="cpu", windows=0, half=None):
         """The held-out text, or a half of it, in windows that do not overlap, each token predicted once; a shorter rest
-        is left out. windows: how many, 0 for all.
+        is left out. windows: how many, evenly spread over it; 0 for all.
         """
         tokens = self.half(half) if half else self.heldout
-        count = (len(tokens) - 1) // seq_len
-        count = min(windows or count, count)
-        x, y = (tokens[i : i + count * seq_len].view(count, seq_len) for i in (0, 1))
+        there = (len(tokens) - 1) // seq_len
+        count = min(windows or there, there)
+        chosen = torch.arange(count) * there // max(1, count)
+        x, y = (tokens[i : i + there * seq_len].view(there, seq_len)[chosen] for i in (0, 1))
         for i in range(0, count, batch_size):
             yield x[i : i + batch_size].long().to(device), y[i : i + batch_size].long().to(device)
 

@@ -116,6 +116,16 @@ def test_as_many_windows_are_held_out_as_are_asked_for(windows, batches):
     assert torch.equal(found[0][0][0], text.heldout[:50])
 
 
+def test_a_few_windows_are_spread_over_the_whole_held_out_text():
+    """The Python source is in files, of which the first windows would show one or two."""
+    text = load_text("pydocs", seq_len=50)
+    text.heldout = torch.arange(5 * 50 + 1)
+    [(x, y)] = text.heldout_batches(7, 50, windows=2)
+    assert x[:, 0].tolist() == [0, 100] and torch.equal(y, x + 1)
+    [(x, _)] = text.heldout_batches(7, 50, windows=5)
+    assert torch.equal(x.flatten(), torch.arange(250))
+
+
 def test_the_last_training_token_can_be_drawn(tmp_path):
     (tmp_path / "t.txt").write_text("a" * 89 + "b" + "c" * 10)
     text = load_text(str(tmp_path / "t.txt"), seq_len=4)
