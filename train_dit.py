@@ -77,8 +77,9 @@ class Settings(Blocks, Training):
 PRESETS = {
     "tiny": dict(blocks=3, layers=12, width=16, heads=2, patch=8, batch_size=16, steps=40, warmup=5, glyphs=400,
                  overlap=0.05, sampling_steps=12, test_images=16, frechet_images=66, frechet_steps=20),
-    "laptop": dict(blocks=3, layers=6, batch_size=32, steps=2000, warmup=100, overlap=0.05, ema=0.995,
-                   learning_rate=3e-3),
+    "laptop": dict(blocks=3, layers=12, batch_size=16, steps=2400, warmup=240, overlap=0.05, ema=0.995, rounds=2,
+                   learning_rate=3e-3, test_images=250, frechet_images=200),
+    "laptop-baseline": dict(rounds=1),  # its evaluation takes three times as long
     "gpu": dict(blocks=3, layers=12, width=384, heads=6, patch=2, batch_size=256, steps=20_000, warmup=1000,
                 overlap=0.05, ema=0.9995, data="cifar10", learning_rate=3e-4, frechet_images=5000, test_images=0),
     "paper": dict(blocks=3, layers=12, width=384, heads=6, patch=2, batch_size=512, steps=9800, warmup=0,

@@ -5,7 +5,6 @@ goes into results/<scale>: one JSON file per run with its exact command, version
 interrupt it at any time; run the same command again to resume. A run that fails does not stop the others.
 """
 
-import importlib
 import os
 import platform
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from experiments.compare import read_result
 from experiments.summary import depth_panels, fill, groups, memory_panels, read_records, summary
-from experiments.tables import SCALES
+from experiments.tables import SCALES, SCRIPTS
 from nano_db.errors import UsageError
 from nano_db.trainer.checkpoints import read_config, read_metrics, write_json, write_text
 from nano_db.trainer.command import command
@@ -98,7 +97,7 @@ def keep_record(experiment, seed, out, folder, jobs):
 
 def checkpointed_bytes(name, settings):
     """What the memory of a run's training, by part, would be with checkpointed activations: counted."""
-    script = importlib.import_module(f"train_{name}")
+    script = SCRIPTS[name]
     settings = replace(script.Settings(**settings), checkpoint_activations=True)
     shared = script.prepare(settings)
     return costs_of(settings, script.build, script.batch, script.sample, *shared)["memory_bytes"]

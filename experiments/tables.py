@@ -5,13 +5,18 @@ networks beside them take equally many steps, in which equally many layers are e
 rows that do otherwise say so.
 """
 
-import importlib
 import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-SCRIPTS = ("vit", "dit", "mdm", "gpt", "looped")
+import train_dit
+import train_gpt
+import train_looped
+import train_mdm
+import train_vit
+
+SCRIPTS = {"vit": train_vit, "dit": train_dit, "mdm": train_mdm, "gpt": train_gpt, "looped": train_looped}
 SCALES = {"laptop": {}, "tiny": dict(preset="tiny", steps=10, samples=0)}  # flags of all commands; tiny: for tests
 # What a row of blocks has besides, where its command in the README has it; and its sizes, where others are needed.
 BLOCKS = {"gpt": dict(blocks=4)}
@@ -49,8 +54,12 @@ LONGER = 5  # times the preset's steps, in the run to the plateau
 
 def preset(script, scale, baseline=False):
     """The preset of a script at a scale: {setting: value}."""
-    presets = importlib.import_module(f"train_{script}").PRESETS
+    presets = SCRIPTS[script].PRESETS
     return {**presets[scale], **(presets.get(f"{scale}-baseline", {}) if baseline else {})}
+
+
+def steps_of(script, scale, baseline=False):
+    return SCALES[scale].get("steps", preset(script, scale, baseline)["steps"])
 
 
 def cut(script, scale):
@@ -61,7 +70,7 @@ def cut(script, scale):
 def shallow(script, scale):
     """The flags of the control of a block's size."""
     if script == "looped":
-        sizes = dict(recurrences=1, sampling_steps=1, steps=preset(script, scale)["steps"])
+        sizes = dict(recurrences=1, sampling_steps=1, steps=steps_of(script, scale))
     else:
         blocks, layers = cut(script, scale)
         sizes = dict(layers=layers // blocks)
@@ -142,14 +151,14 @@ def add_architectures(tables):
         add("shallow", names[2], "", tables.seeds, **control)
         if B > 1:
             add("ensemble", f"mean of {B} such networks", "", tables.seeds, **control, ensemble=B)
-    few = preset("looped", tables.scale, baseline=True)["steps"]
-    if few != preset("looped", tables.scale)["steps"]:
+    few = steps_of("looped", tables.scale, baseline=True)
+    if few != steps_of("looped", tables.scale):
         add("blocks-few", "one noisy pass, as many steps as Huginn", "", tables.seeds, steps=few)
         add("shallow-few", "the plain transformer, as many", "", tables.seeds, **control | dict(steps=few))
 
 
 def has_recipes(script):
-    return script in ("vit", "gpt", "looped")
+    return hasattr(SCRIPTS[script], "RECIPES")
 
 
 def add_rates(tables):
@@ -195,7 +204,7 @@ def add_recipes(tables):
 
 def add_conversion(tables):
     add = partial(tables.add, "dit-conversion", seeds=tables.seeds)
-    half = dict(steps=SCALES[tables.scale].get("steps", preset("dit", tables.scale)["steps"]) // 2)
+    half = dict(steps=steps_of("dit", tables.scale) // 2)
     start = dict(init_from=f"{{out}}/{tables.scale}/dit-baseline-s{{seed}}")
     add("network", "the network", baseline=True)
     add("further", "the network, trained further", baseline=True, **start, **half)
@@ -205,8 +214,8 @@ def add_conversion(tables):
 
 def add_plateau(tables):
     """Evaluated on the way, in rounds: the curves."""
-    steps = LONGER * SCALES[tables.scale].get("steps", preset("dit", tables.scale)["steps"])
-    add_controls(tables, "dit-plateau", "dit", dict(steps=steps, rounds=10))
+    changes = dict(steps=LONGER * steps_of("dit", tables.scale), rounds=10)
+    add_controls(tables, "dit-plateau", "dit", changes)
 
 
 def add_photographs(tables):

@@ -49,8 +49,8 @@ def test_every_method_stands_beside_the_others_on_equal_terms(scale, script):
     rows = by_slug(script, scale)
     blocks, whole, shallow = rows["blocks"], rows["baseline"], rows["shallow"]
     assert whole.baseline and shallow.baseline and not blocks.baseline
-    same = ["data", "batch_size", "weight_decay", "dropout", "width", "ema", "heads", "seed", "final_rate"]
-    same += ["seq_len"] if script in ("mdm", "gpt", "looped") else ["patch"]
+    same = ["data", "batch_size", "weight_decay", "width", "ema", "heads", "seed", "final_rate"]
+    same += ["seq_len"] if script in ("mdm", "gpt", "looped") else ["patch", "dropout"]
     for name in same:
         assert len({getattr(settings, name) for settings in rows.values()}) == 1, name
     if script == "looped":
