@@ -22,9 +22,10 @@ QUALITY = {  # by script: the metric, its column, decimals
     "dit": (("edm_loss", "EDM loss (less is better)", 4), ("frechet_small", "frechet_small (less is better)", 3)),
     **{"mdm": (BITS,), "gpt": (BITS,), "looped": (BITS,)},
 }
-MAIN = {  # columns of the main table, which rows they are, and what to add to the command of the blocks
+MAIN = {  # columns of the main table, and which rows of an architecture they are
     "blocks": "blocks", "end to end": "baseline", "one shallow network": "shallow", "mean of B such": "ensemble",
 }  # fmt: skip
+MEMORIES = "memory_bytes", "checkpointed_bytes"
 
 
 def read_json(path, keys, advice):
@@ -103,12 +104,12 @@ def table(group, found):
 def quality_table(rows):
     first = next(iter(rows))
     metrics = [m for m in QUALITY[first.script] if any(values(records, m[0]) for records in rows.values())]
-    columns = ["run", "steps", "learning rate", "seeds", *(column for _, column, _ in metrics), "parameters"]
+    columns = ["run", "command", "steps", "learning rate", "seeds", *(column for _, column, _ in metrics), "parameters"]
     columns += ["training MiB", "checkpointed", "ms per step, all blocks", "one sample: layers evaluated", "ms"]
     papers = ["paper"] * any(experiment.note for experiment in rows)
     lines = []
     for experiment, records in rows.items():
-        cells = ["not run", *[NONE] * (len(columns) - 2)]
+        cells = ["not run", *[NONE] * (len(columns) - 3)]
         if records:
             rate, result = records[0]["settings"]["learning_rate"], records[0]["result"]
             seeds = str(len(records)) + (f" of {experiment.seeds}" if len(records) < experiment.seeds else "")
@@ -119,11 +120,13 @@ def quality_table(rows):
             cells += [f"{1000 * median(records, 'seconds_per_step_all_blocks'):.0f}"]
             cells += [f"{median(records, 'one_sample', 'layer_evaluations'):,.0f}"]
             cells += [f"{1000 * median(records, 'one_sample', 'seconds'):.1f}"]
-        lines.append([experiment.row, *cells, *[experiment.note] * len(papers)])
+        lines.append([experiment.row, typed(experiment), *cells, *[experiment.note] * len(papers)])
     return markdown([*columns, *papers], lines)
 
 
-MEMORIES = "memory_bytes", "checkpointed_bytes"
+def typed(experiment):
+    """The command of a row without its seed, as code."""
+    return f"`{experiment.command_line(0).removesuffix(' --seed 0')}`"
 
 
 def main_table(found):
@@ -135,14 +138,15 @@ def main_table(found):
         chosen = [rows.get(slug, (None, []))[1] for slug in MAIN.values()]
         blocks, deep, *_ = chosen
         if deep and blocks:
-            command = f"`{rows['blocks'][0].command_line(0).removesuffix(' --seed 0')}`"
             whole = median(deep, "memory_bytes", "total")
             saving = (blocks, "memory_bytes"), (deep, "checkpointed_bytes"), (blocks, "checkpointed_bytes")
             shares = [f"{median(records, memory, 'total') / whole:.2f}" for records, memory in saving]
             for i, (name, column, decimals) in enumerate(QUALITY[script]):
                 if values(deep, name):
                     cells = [with_spread(values(records, name), decimals) for records in chosen]
-                    lines.append([command if i == 0 else "", column, *cells, *(shares if i == 0 else [""] * 3)])
+                    lines.append(
+                        [typed(rows["blocks"][0]) if i == 0 else "", column, *cells, *(shares if i == 0 else [""] * 3)]
+                    )
     return markdown(columns, lines) if lines else ""
 
 

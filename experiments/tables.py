@@ -48,7 +48,7 @@ PAPERS = {  # the paper's numbers, end to end and in blocks
     "vit": ("60.25", "59.30"), "dit": ("39.83", "37.20"), "mdm": ("1.56", "1.45"),
     "gpt": ("LM1B 0.50, OWT 0.85", "LM1B 0.71, OWT 0.82"), "looped": ("0.49", "0.70"),
 }  # fmt: skip
-PHOTOGRAPHS = dict(data="cifar10")
+PHOTOGRAPHS = {"vit": dict(data="cifar10", pooling="mean", positions=0.3), "dit": dict(data="cifar10")}
 LONGER = 5  # times the preset's steps, in the run to the plateau
 
 
@@ -220,7 +220,7 @@ def add_plateau(tables):
 
 def add_photographs(tables):
     for script in ("vit", "dit") if tables.scale != "tiny" else ():
-        add_controls(tables, f"{script}-cifar10", script, PHOTOGRAPHS)
+        add_controls(tables, f"{script}-cifar10", script, PHOTOGRAPHS[script])
 
 
 def add_controls(tables, table, script, changes):

@@ -21,6 +21,7 @@ from nano_db.trainer.memory import PARTS
 from nano_db.trainer.settings import read_settings
 
 ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 VIT = ("--preset", "tiny", "--layers", "3", "--steps", "4", "--glyphs", "180", "--samples", "0", "--device", "cpu")
 
 
@@ -287,7 +288,7 @@ def test_a_table_says_what_the_files_say(laptop):
     assert not stale and len(rows) == 5
     assert rows[-1]["run"] == "mean of 4 such networks" and rows[-1]["steps"] == "not run"
     assert rows[0] == {
-        "run": "end to end", "steps": "7", "learning rate": rows[0]["learning rate"], "seeds": "2 of 3",
+        "run": "end to end", "command": "`python train_gpt.py --baseline`", "steps": "7", "learning rate": rows[0]["learning rate"], "seeds": "2 of 3",
         "bits per character (less is better)": f"2.150 ± {statistics.stdev([2.0, 2.3]):.3f}", "parameters": "2.50 M",
         "training MiB": "4.0", "checkpointed": "2.0", "ms per step, all blocks": "500",
         "one sample: layers evaluated": "1,234", "ms": "2.0", "paper": "LM1B 0.50, OWT 0.85",
@@ -392,6 +393,22 @@ def test_marked_tables_are_those_of_the_files(page):
     text = page.read_text(encoding="utf-8")
     assert text.count("<!-- results:") == len(summary.MARKED.findall(text)), "a mark without its end"
     assert summary.fill(text, ROOT / "results") == text, "python -m experiments.results --summary-only --readme"
+
+
+def test_the_table_of_the_readme_is_of_the_commands_that_it_names():
+    """Each row is a command; with --seed 0, 1 and 2 it is that of a record, whose preset is the default on a CPU."""
+    table = re.search(
+        r"<!-- results: laptop main -->\n(.*?)<!-- end -->", README.read_text(encoding="utf-8"), re.DOTALL
+    )
+    commands = {cells["command of the blocks"].strip("`") for cells in cells_of(table[1])} - {""}
+    recorded = {e.command_line(0): records for e, records in committed().items()}
+    assert len(commands) == len(SCRIPTS)
+    for command in commands:
+        script = command.split("train_")[1].split(".py")[0]
+        shallow = next(e for e in committed() if e.name == f"{script}-shallow").command_line(0)
+        for line in (f"{command} --seed 0", f"python train_{script}.py --baseline --seed 0", shallow):
+            assert {record["seed"] for record in recorded[line]} == {0, 1, 2}, line
+            assert {record["settings"]["preset"] for record in recorded[line]} == {"laptop"}
 
 
 def committed(scale="laptop"):
