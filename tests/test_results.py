@@ -288,7 +288,8 @@ def test_a_table_says_what_the_files_say(laptop):
     assert not stale and len(rows) == 5
     assert rows[-1]["run"] == "mean of 4 such networks" and rows[-1]["steps"] == "not run"
     assert rows[0] == {
-        "run": "end to end", "command": "`python train_gpt.py --baseline`", "steps": "7", "learning rate": rows[0]["learning rate"], "seeds": "2 of 3",
+        "run": "end to end", "command": "`python train_gpt.py --baseline`", "steps": "7", "seeds": "2 of 3",
+        "learning rate": rows[0]["learning rate"],
         "bits per character (less is better)": f"2.150 ± {statistics.stdev([2.0, 2.3]):.3f}", "parameters": "2.50 M",
         "training MiB": "4.0", "checkpointed": "2.0", "ms per step, all blocks": "500",
         "one sample: layers evaluated": "1,234", "ms": "2.0", "paper": "LM1B 0.50, OWT 0.85",
@@ -341,7 +342,7 @@ def test_a_ratio_is_taken_within_seeds():
 def test_marked_tables_are_filled_and_a_changed_number_is_found(laptop):
     text = "before\n<!-- results: laptop gpt -->\n<!-- end -->\nafter <!-- results: laptop vit -->\nold\n<!-- end -->\n"
     filled = summary.fill(text, laptop.parent)
-    assert filled.startswith("before\n<!-- results: laptop gpt -->\n| run | steps |") and "old" not in filled
+    assert filled.startswith("before\n<!-- results: laptop gpt -->\n| run | command |") and "old" not in filled
     assert summary.fill(filled, laptop.parent) == filled
     assert summary.fill(filled.replace("2.150", "2.149", 1), laptop.parent) == filled
     with pytest.raises(UsageError, match="no such scale or table"):
