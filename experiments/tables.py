@@ -62,6 +62,11 @@ def steps_of(script, scale, baseline=False):
     return SCALES[scale].get("steps", preset(script, scale, baseline)["steps"])
 
 
+def rate_flag(script, scale, rate, baseline=True):
+    """The flag of a learning rate, where it is not the preset's own."""
+    return {} if rate == preset(script, scale, baseline).get("learning_rate", 1e-3) else dict(learning_rate=rate)
+
+
 def cut(script, scale):
     """(blocks, layers in all) of a script's preset."""
     return BLOCKS.get(script, preset(script, scale)).get("blocks", 1), preset(script, scale).get("layers")
@@ -74,7 +79,7 @@ def shallow(script, scale):
     else:
         blocks, layers = cut(script, scale)
         sizes = dict(layers=layers // blocks)
-    return dict(baseline=True, **sizes, learning_rate=SHALLOW_RATE[script])
+    return dict(baseline=True, **sizes, **rate_flag(script, scale, SHALLOW_RATE[script]))
 
 
 @dataclass(frozen=True)
@@ -162,16 +167,16 @@ def has_recipes(script):
 
 
 def add_rates(tables):
-    """A rate that a preset has is not given: then the run is that of the main table, and made once."""
+    """The runs at a preset's own rates are those of the main table, and made once."""
     for script in SCRIPTS if tables.scale != "tiny" else ("gpt",):
         methods = {"blocks": BLOCKS.get(script, {}), "baseline": dict(baseline=True)}
         methods |= {"shallow": shallow(script, tables.scale)}
         for method, flags in methods.items():
-            usual = preset(script, tables.scale, method == "baseline").get("learning_rate", 1e-3)
+            sizes = {name: value for name, value in flags.items() if name != "learning_rate"}
             for rate in RATES[script]:
-                changes = {} if method != "shallow" and rate == usual else dict(learning_rate=rate)
-                slug = f"{script}-{method}-{rate:g}"
-                tables.add("rates", slug, f"{script}, {method}, {rate:g}", script=script, **flags | changes)
+                slug, row = f"{script}-{method}-{rate:g}", f"{script}, {method}, {rate:g}"
+                given = rate_flag(script, tables.scale, rate, method != "blocks")
+                tables.add("rates", slug, row, script=script, **sizes, **given)
 
 
 def of_layers(depth):
@@ -182,7 +187,7 @@ def add_depth(tables):
     """A block of the main table's depth, and one of another."""
     for script, other in (("vit", 2), ("gpt", 4)):
         B, layers = cut(script, tables.scale)
-        rate = dict(learning_rate=SHALLOW_RATE[script])
+        rate = rate_flag(script, tables.scale, SHALLOW_RATE[script])
         for depth in sorted((layers // B, other)):
             add = partial(tables.add, f"{script}-depth", seeds=tables.seeds)
             add(f"plain-{depth}", f"plain network {of_layers(depth)}", baseline=True, layers=depth, **rate)
