@@ -71,7 +71,7 @@ PRESETS = {
     "tiny": dict(blocks=3, layers=12, width=16, heads=2, patch=8, batch_size=16, steps=40, warmup=5, glyphs=500,
                  overlap=0.05),
     "laptop": dict(blocks=3, layers=12, patch=8, batch_size=64, steps=2000, warmup=200, rounds=2, weight_decay=0.05,
-                   overlap=0.05),
+                   overlap=0.05, learning_rate=3e-3),
     "gpu": dict(
         blocks=3, layers=12, width=192, heads=6, batch_size=256, steps=10_000, warmup=500, weight_decay=0.05,
         overlap=0.05, dropout=0.1, data="cifar10", positions=0.3,
