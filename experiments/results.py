@@ -15,13 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.compare import read_result
+from experiments.plan import largest_network
 from experiments.summary import depth_panels, fill, groups, memory_panels, read_records, summary
 from experiments.tables import SCALES, SCRIPTS
 from nano_db.errors import UsageError
 from nano_db.trainer.checkpoints import read_config, read_metrics, write_json, write_text
 from nano_db.trainer.command import command
-from nano_db.trainer.report import costs_of
-from nano_db.trainer.run import stop_requests
+from nano_db.trainer.memory import training_bytes
+from nano_db.trainer.run import autocast, make_optimizer, stop_requests
 from nano_db.trainer.settings import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,8 +100,8 @@ def checkpointed_bytes(name, settings):
     """What the memory of a run's training, by part, would be with checkpointed activations: counted."""
     script = SCRIPTS[name]
     settings = replace(script.Settings(**settings), checkpoint_activations=True)
-    shared = script.prepare(settings)
-    return costs_of(settings, script.build, script.batch, script.sample, *shared)["memory_bytes"]
+    network, batch = largest_network(script, settings, *script.prepare(settings))
+    return training_bytes(network, batch, make_optimizer(network, settings), autocast(settings))
 
 
 def main():

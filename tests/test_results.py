@@ -135,6 +135,8 @@ def test_runs_are_made_kept_and_skipped_and_a_failing_one_is_named(few, tmp_path
     folder = tmp_path / "results" / "tiny"
     record = json.loads((folder / "vit-baseline-s0.json").read_text(encoding="utf-8"))
     assert record["command"] == f"python train_vit.py {' '.join(VIT)} --baseline --seed 0"
+    plain, saving = (record["result"][memory] for memory in ("memory_bytes", "checkpointed_bytes"))
+    assert saving["activations"] < plain["activations"] and saving["weights"] == plain["weights"]
     assert record["machine"]["cores"] >= 1 and record["result"]["versions"].keys() >= {"python", "torch"}
     config = json.loads((tmp_path / "out/tiny/vit-baseline-s0/config.json").read_text(encoding="utf-8"))
     assert record["data_sha256"] == config["depends_on"]["data_sha256"]
