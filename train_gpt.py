@@ -1,8 +1,8 @@
 """A GPT trained in blocks that never see each other.
 
-    python train_gpt.py --blocks 4                         # 13 minutes on one CPU core, no network needed
+    python train_gpt.py --blocks 4                         # 10 minutes on one CPU core, no network needed
     python train_gpt.py --baseline                         # the same network, end to end
-    python train_gpt.py --eval-only --prompt "The "        # sample from what was trained
+    python train_gpt.py --eval-only --prompt "def "        # sample from what was trained
     python train_gpt.py --recipe paper --out out/paper     # the paper's own choices
 
 Each block is a small GPT with L/B of the layers. Its target is the next token, as a point on the unit sphere with noise

@@ -107,9 +107,18 @@ def source_of(notebook):
     return "\n".join(line for line in lines if not line.startswith(("%", "!")))
 
 
+READS = {  # the last of the committed results that a notebook reads, where they are being measured anew
+    "08_looped_without_bptt": "looped-shallow-s0.json",
+    "09_what_does_it_buy": "dit-plateau-ensemble-s0.json",
+}
+
+
 def run_among(path):
     """Where a notebook is run: all but the first among the slow tests."""
-    return pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem >= "02" else [])
+    marks = [pytest.mark.slow] if path.stem >= "02" else []
+    if path.stem in READS and not (ROOT / "results" / "laptop" / READS[path.stem]).exists():
+        marks.append(pytest.mark.skip(reason=f"it reads results/laptop/{READS[path.stem]}, which is not there yet"))
+    return pytest.param(path, id=path.stem, marks=marks)
 
 
 @pytest.mark.parametrize("path", [run_among(path) for path in PATHS])
