@@ -43,7 +43,7 @@ class Settings(Discrete, Blocks, Training):
     dropout: float = training(0.0, "on both residual branches", flag=False)
     head: str = method("denoising", "output head (heads.py)", choices=tuple(HEADS), of="blocks")
     clean_weight: float = method(
-        0.0, "weight of the loss where z says nothing (block.py)", at_least=0, of="blocks", idle=Discrete.sees_z
+        0.0, "weight of the loss where z says nothing (block.py)", at_least=0, of="blocks", idle=Discrete.other_head
     )
     predict: str = method("averaged", "the active block, or all so far", PREDICT, of="blocks", resumable=True)
     sampling_steps_per_block: int = method(4, "Euler steps of each block, per token", flag=False, resumable=True)

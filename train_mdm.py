@@ -17,6 +17,7 @@ import torch.nn as nn
 
 from data.text import load_text
 from nano_db.errors import UsageError
+from nano_db.language import text_metrics
 from nano_db.layers import Layer, NoiseEmbedding, rms_norm, rotary_angles
 from nano_db.masking import MaskedBlock, MaskSchedule, alpha_range, block_at, score_masked, unmask, unmasked_share
 from nano_db.partition import split_layers
@@ -166,11 +167,10 @@ def score(blocks, text, settings):
         windows = text.heldout_batches(32, settings.seq_len, settings.device, settings.eval_windows, half)
         generator = torch.Generator().manual_seed(settings.seed)
         nats[half] = score_masked(blocks, (x for x, _ in windows), ceil(48 / len(blocks)), generator)
-    total, shares = float(nats["test"].sum()), nats["test"].tolist()
-    metrics = {"bits_per_char": text.bits_per_character(total), "nats_per_token": total, "nats_per_block": shares}
-    metrics["validation_bits_per_char"] = validation = text.bits_per_character(float(nats["validation"].sum()))
+    metrics = text_metrics(text, nats)
+    validation = metrics["validation_bits_per_char"]
     print(f"{metrics['bits_per_char']:.4f} bits per character (upper bound); on the validation half {validation:.4f}")
-    print("nats by block:", *(f"{share:.4f}" for share in shares))
+    print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
     return metrics
 
 

@@ -58,7 +58,7 @@ class Settings(Discrete, Blocks, Training):
     pooling: str = network("token", "where the class is read: the label token, or the mean", choices=("token", "mean"))
     head: str = method("denoising", "output head (heads.py)", choices=tuple(HEADS), of="blocks")
     clean_weight: float = method(
-        0.0, "weight of the loss where z says nothing (block.py)", at_least=0, of="blocks", idle=Discrete.sees_z
+        0.0, "weight of the loss where z says nothing (block.py)", at_least=0, of="blocks", idle=Discrete.other_head
     )
     predict: str = method("averaged", "the active block, or all so far", PREDICT, of="blocks", resumable=True)
     sampling_steps_per_block: int = method(1, "Euler steps of each block", flag=False, resumable=True)

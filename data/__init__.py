@@ -1,1 +1,6 @@
 """Data sets, one file each, and the only code that may use the network."""
+
+
+def first_tenths(text):
+    """How many characters of a text train, where its data set has no split of its own: the first 90%."""
+    return len(text) * 9 // 10

@@ -7,6 +7,8 @@ differs a little between versions of Python; the text's checksum is written in t
 
 import pydoc_data.topics
 
+from data import first_tenths
+
 
 def text(folder=None):
     """(all topics in alphabetical order, each paragraph once; how many characters train). folder: not needed."""
@@ -18,4 +20,4 @@ def text(folder=None):
                 seen.add(words)
                 kept.append(paragraph.strip("\n"))
     whole = "\n\n".join(kept) + "\n"
-    return whole, len(whole) * 9 // 10
+    return whole, first_tenths(whole)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from data import first_tenths
 from data.download import fetch
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -11,5 +12,5 @@ SIZE = 1_115_394  # bytes, and characters
 
 def text(folder):
     """(the text, how many characters train), from `folder`/tinyshakespeare.txt, downloaded there if it is missing."""
-    path = fetch(URL, Path(folder) / "tinyshakespeare.txt", SHA256, SIZE)
-    return path.read_text(encoding="utf-8"), SIZE * 9 // 10
+    whole = fetch(URL, Path(folder) / "tinyshakespeare.txt", SHA256, SIZE).read_text(encoding="utf-8")
+    return whole, first_tenths(whole)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import pydocs, python_source, shakespeare, text8
+from data import first_tenths, pydocs, python_source, shakespeare, text8
 from nano_db.errors import UsageError
 
 TEXTS = {  # each returns (text, how many characters of it train)
@@ -179,7 +179,7 @@ def read_text(name, folder):
         )
     text, cut = TEXTS[name](folder) if name in TEXTS else _read_file(name)
     sha256 = hashlib.sha256(text.encode())
-    if cut != len(text) * 9 // 10:  # a file of these very characters would be cut elsewhere
+    if cut != first_tenths(text):  # a file of these very characters would be cut elsewhere
         sha256.update(f"cut at {cut}".encode())
     return text, cut, sha256.hexdigest()
 
@@ -198,4 +198,4 @@ def _read_file(name):
         raise UsageError(f"--data {name}: choose {', '.join(TEXTS)}, or the path of a UTF-8 text ({reason})") from error
     if not text:
         raise UsageError(f"--data {name} is empty")
-    return text, len(text) * 9 // 10
+    return text, first_tenths(text)

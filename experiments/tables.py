@@ -18,7 +18,7 @@ import train_vit
 
 SCRIPTS = {"vit": train_vit, "dit": train_dit, "mdm": train_mdm, "gpt": train_gpt, "looped": train_looped}
 SCALES = {"laptop": {}, "tiny": dict(preset="tiny", steps=10, samples=0)}  # flags of all commands; tiny: for tests
-# What a row of blocks has besides, where its command in the README has it; and its sizes, where others are needed.
+# What the command of the blocks says although it is the preset's.
 BLOCKS = {"gpt": dict(blocks=4)}
 # The control of a block's size at its own best learning rate (table `rates`).
 SHALLOW_RATE = {"vit": 3e-3, "dit": 3e-3, "mdm": 3e-3, "gpt": 3e-3, "looped": 3e-3}
@@ -72,14 +72,14 @@ def cut(script, scale):
     return BLOCKS.get(script, preset(script, scale)).get("blocks", 1), preset(script, scale).get("layers")
 
 
-def shallow(script, scale):
-    """The flags of the control of a block's size."""
+def shallow(script, scale, rate=None):
+    """The flags of the control of a block's size, at its best learning rate or at another."""
     if script == "looped":
         sizes = dict(recurrences=1, sampling_steps=1, steps=steps_of(script, scale))
     else:
         blocks, layers = cut(script, scale)
         sizes = dict(layers=layers // blocks)
-    return dict(baseline=True, **sizes, **rate_flag(script, scale, SHALLOW_RATE[script]))
+    return dict(baseline=True, **sizes, **rate_flag(script, scale, rate or SHALLOW_RATE[script]))
 
 
 @dataclass(frozen=True)
@@ -169,14 +169,13 @@ def has_recipes(script):
 def add_rates(tables):
     """The runs at a preset's own rates are those of the main table, and made once."""
     for script in SCRIPTS if tables.scale != "tiny" else ("gpt",):
-        methods = {"blocks": BLOCKS.get(script, {}), "baseline": dict(baseline=True)}
-        methods |= {"shallow": shallow(script, tables.scale)}
-        for method, flags in methods.items():
-            sizes = {name: value for name, value in flags.items() if name != "learning_rate"}
-            for rate in RATES[script]:
+        for rate in RATES[script]:
+            of_blocks, of_whole = (rate_flag(script, tables.scale, rate, baseline) for baseline in (False, True))
+            methods = {"blocks": BLOCKS.get(script, {}) | of_blocks, "baseline": dict(baseline=True) | of_whole}
+            methods |= {"shallow": shallow(script, tables.scale, rate)}
+            for method, flags in methods.items():
                 slug, row = f"{script}-{method}-{rate:g}", f"{script}, {method}, {rate:g}"
-                given = rate_flag(script, tables.scale, rate, method != "blocks")
-                tables.add("rates", slug, row, script=script, **sizes, **given)
+                tables.add("rates", slug, row, script=script, **flags)
 
 
 def of_layers(depth):

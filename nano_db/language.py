@@ -21,6 +21,11 @@ def score_text(model, text, seq_len, windows=0, seed=0, device="cpu"):
     for half in ("validation", "test"):
         batches = text.heldout_batches(together, seq_len, device, windows, half)
         nats[half] = mean_nats(model, batches, torch.Generator().manual_seed(seed))
+    return text_metrics(text, nats)
+
+
+def text_metrics(text, nats):
+    """What is reported of a text: nats is {"validation" and "test": nats per token, split by block, (blocks,)}."""
     total, shares = float(nats["test"].sum()), nats["test"].tolist()
     metrics = {"bits_per_char": text.bits_per_character(total), "nats_per_token": total, "nats_per_block": shares}
     return metrics | {"validation_bits_per_char": text.bits_per_character(float(nats["validation"].sum()))}

@@ -249,12 +249,12 @@ def test_bad_flags_get_one_clear_line(few, flags, message):
     assert code == 2 and message in err and err.count("\n") == 1
 
 
-def write(folder, experiment, seed, metrics=(), settings=(), **parts):
+def write(folder, experiment, seed, metrics=(), **parts):
     """A record of a run that was never made. `parts` are bytes; the checkpointed ones are half of their total."""
     folder.mkdir(parents=True, exist_ok=True)
     counts = {part: float(parts.get(part, 2**20)) for part in PARTS}
     total = sum(counts.values())
-    known = dataclasses.asdict(settings_of(experiment)) | dict(data="python") | dict(settings)
+    known = dataclasses.asdict(settings_of(experiment)) | dict(data="python")
     record = {
         "command": experiment.command_line(seed), "seed": seed, "machine": {"cpu": "slide rule"}, "data_sha256": "abc",
         "settings": known,
@@ -456,6 +456,7 @@ def test_each_method_trains_at_the_rate_that_is_best_on_the_validation_half():
         if all(scores.values()):
             chosen = next(e for e in experiments("laptop") if e.name == f"{script}-{method}")
             assert summary.best_rate(scores, column) == settings_of(chosen).learning_rate, (script, method)
+            assert settings_of(chosen).learning_rate in sorted(scores)[1:-1], "try a rate beyond it"
 
 
 @pytest.mark.parametrize("path", ["pyproject.toml", "CITATION.cff"])

@@ -118,7 +118,7 @@ class Discrete:
     loss_weight: str = method("none", "weight of the loss over sigma", choices=("none", "edm"), of="blocks")
     ema: float = training(0.0, "as in Training; no preset of these scripts uses it", flag=False)
 
-    def sees_z(self):
+    def other_head(self):
         """The flag with which the network sees z, and not only the head."""
         return self.head != "denoising" and f"--head {self.head}"
 
