@@ -52,7 +52,7 @@ def draw_equal_memory(path, panels):
                 ax.plot([memory] * len(numbers), numbers, ".", color=colour, ms=4, alpha=0.5)
                 ax.plot(memory, mean, marker, color=colour, mfc=face, ms=9)
         ax.set(xscale="log", title=title, xlabel="training memory (MiB)", ylabel=unit)
-        if "less" in unit:
+        if "lower" in unit:
             ax.invert_yaxis()  # up is better in every panel
         memories = [memory for plain, saving, _ in methods.values() for memory in (plain, saving)]
         ticks = [t for t in (5, 10, 20, 50, 100, 200, 500, 1000) if min(memories) / 1.5 < t < max(memories) * 1.5]

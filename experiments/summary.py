@@ -2,7 +2,7 @@
 
 summary.md has all tables of a scale. In other Markdown files a table stands between `<!-- results: laptop gpt -->` and
 `<!-- end -->`, where fill() renews it: no number in it is typed by hand, and a test finds a table that differs from the
-files. In place of `gpt` there may be `main`, the table of all architectures.
+files. In place of `gpt` there may be `main`, the table of all architectures, or `differences`.
 """
 
 import json
@@ -12,19 +12,25 @@ from functools import reduce
 from operator import getitem
 from pathlib import Path
 
+from experiments.differences import paired
 from experiments.tables import GROUPS, SCALES, SCRIPTS, experiments
 from nano_db.errors import UsageError
 
 MARKED = re.compile(r"(<!-- results: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-NONE, BITS = "–", ("bits_per_char", "bits per character (less is better)", 3)
+NONE, BITS = "–", ("bits_per_char", "bits per character (lower is better)", 3)
 QUALITY = {  # by script: the metric, its column, decimals
-    "vit": (("accuracy", "accuracy (more is better)", 3), ("accuracy_walk", "accuracy of one walk", 3)),
-    "dit": (("edm_loss", "EDM loss (less is better)", 4), ("frechet_small", "frechet_small (less is better)", 3)),
+    "vit": (("accuracy", "accuracy (higher is better)", 3), ("accuracy_walk", "accuracy of one walk", 3)),
+    "dit": (("edm_loss", "EDM loss (lower is better)", 4), ("frechet_small", "frechet_small (lower is better)", 3)),
     **{"mdm": (BITS,), "gpt": (BITS,), "looped": (BITS,)},
 }
 MAIN = {  # columns of the main table, and which rows of an architecture they are
     "blocks": "blocks", "end to end": "baseline", "one shallow network": "shallow", "mean of B such": "ensemble",
 }  # fmt: skip
+COMPARED = (  # in the table of differences
+    ("blocks", "baseline"), ("blocks", "shallow"), ("blocks", "ensemble"),
+    ("blocks-few", "baseline"), ("blocks-few", "shallow-few"),
+)  # fmt: skip
+CERTAIN = 0.05  # p below which a difference counts
 MEMORIES = "memory_bytes", "checkpointed_bytes"
 
 
@@ -65,6 +71,11 @@ def of_group(group, found):
     return {experiment: records for experiment, records in found.items() if experiment.group == group}
 
 
+def by_slug(script, found):
+    """{what a row of an architecture is, like "blocks": (experiment, records)}."""
+    return {e.name.removeprefix(f"{script}-"): (e, records) for e, records in of_group(script, found).items()}
+
+
 def values(records, metric):
     """The metric of each record that has it."""
     return [record["result"]["metrics"][metric] for record in records if metric in record["result"]["metrics"]]
@@ -95,10 +106,9 @@ def markdown(columns, rows):
 
 
 def table(group, found):
-    """The Markdown table of a group, or the main one. found: as of read_records."""
-    if group == "main":
-        return main_table(found)
-    return rates_table(found) if group == "rates" else quality_table(of_group(group, found))
+    """The Markdown table of a group, or one over all architectures. found: as of read_records."""
+    special = {"main": main_table, "differences": differences_table, "rates": rates_table}
+    return special[group](found) if group in special else quality_table(of_group(group, found))
 
 
 def quality_table(rows):
@@ -134,7 +144,7 @@ def main_table(found):
     columns = ["command of the blocks", "", *MAIN, "training memory: blocks", "end to end, checkpointed", "both"]
     lines = []
     for script in SCRIPTS:
-        rows = {e.name.removeprefix(f"{script}-"): (e, records) for e, records in of_group(script, found).items()}
+        rows = by_slug(script, found)
         chosen = [rows.get(slug, (None, []))[1] for slug in MAIN.values()]
         blocks, deep, *_ = chosen
         if deep and blocks:
@@ -147,6 +157,25 @@ def main_table(found):
                     lines.append(
                         [typed(rows["blocks"][0]) if i == 0 else "", column, *cells, *(shares if i == 0 else [""] * 3)]
                     )
+    return markdown(columns, lines) if lines else ""
+
+
+def differences_table(found):
+    """The blocks against every other method, seed by seed: which differences are real."""
+    columns = ["network", "measure", "compared", "seeds", "the first is better by", "standard error", "p", "verdict"]
+    lines = []
+    for script in SCRIPTS:
+        rows = by_slug(script, found)
+        for name, column, decimals in QUALITY[script]:
+            for ours, theirs in (pair for pair in COMPARED if rows.keys() >= set(pair)):
+                first, second = ({r["seed"]: x for r in rows[s][1] for x in values([r], name)} for s in (ours, theirs))
+                if len(seeds := first.keys() & second.keys()) >= 2:
+                    mean, error, p = paired([first[s] for s in seeds], [second[s] for s in seeds])
+                    better = mean if "higher" in column else -mean
+                    verdict = "no clear difference" if p >= CERTAIN else "ahead" if better > 0 else "behind"
+                    cells = [f"{better:+.{decimals}f}", f"{error:.{decimals}f}", f"{p:.2g}", verdict]
+                    names = f"{rows[ours][0].row} / {rows[theirs][0].row}"
+                    lines.append([GROUPS[script][0], column.split(" (")[0], names, str(len(seeds)), *cells])
     return markdown(columns, lines) if lines else ""
 
 
@@ -173,7 +202,7 @@ def rates_table(found):
 
 def best_rate(scores, column):
     """The key of `scores` {rate: [score]} with the best score; None where none has been run."""
-    sign = -1 if "more" in column else 1
+    sign = -1 if "higher" in column else 1
     done = {rate: sign * numbers[0] for rate, numbers in scores.items() if numbers}
     return min(done, key=done.get) if done else None
 
@@ -201,10 +230,9 @@ def memory_panels(found):
     panels = {}
     for script in SCRIPTS:
         name, unit, _ = QUALITY[script][0]
-        rows = {e.name.removeprefix(f"{script}-"): records for e, records in of_group(script, found).items()}
-        points = {}
+        rows, points = by_slug(script, found), {}
         for label, slug in MAIN.items():
-            if records := rows.get(slug):
+            if records := rows.get(slug, (None, []))[1]:
                 plain, saving = (median(records, memory, "total") / 2**20 for memory in MEMORIES)
                 points[label] = (plain, saving, values(records, name))
         if len(points) > 1:
@@ -218,7 +246,7 @@ def fill(text, results):
     def renew(match):
         start, scale, group, end = match.groups()
         found = read_records(Path(results) / scale, scale)[0] if scale in SCALES else {}
-        if group not in (tables := ["main", *groups(found)]):
+        if group not in (tables := ["main", "differences", *groups(found)]):
             raise UsageError(f"{start.strip()}: there is no such scale or table; tables: {', '.join(tables)}")
         return start + table(group, found) + end
 
@@ -235,6 +263,7 @@ two runs at a time, one thread each. Memory is that of the largest network in tr
 activations. `docs/running.md` says what each number means.
 """
     text += f"\n## All architectures\n\n{main_table(found) or 'Not run.'}"
+    text += f"\n## Which differences are real\n\n{differences_table(found) or 'Not run.'}"
     for group in groups(found):
         records = [record for some in of_group(group, found).values() for record in some]
         machines = {json.dumps(r["machine"] | r["result"]["versions"]) for r in records}

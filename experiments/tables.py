@@ -36,8 +36,9 @@ GROUPS = {  # the tables: their titles, and what to know about them; first what 
     "vit-depth": ("How deep must a block be? Vision transformer", "12 layers in all. Rows of blocks stand beside a "
                   "plain network of as many layers as one of them has."),
     "gpt-depth": ("How deep must a block be? Autoregressive transformer", "The same comparison, of 8 layers."),
-    "gpt-recipes": ("From recipe nano to recipe paper, a flag at a time", "One seed. A row differs from the first in "
-                    "what it names."),
+    "vit-recipes": ("Recipes of the vision transformer", "What the clean term brings, and recipe paper."),
+    "gpt-recipes": ("From recipe nano to recipe paper, a flag at a time", "A row differs from the first in what it "
+                    "names."),
     "dit-conversion": ("Blocks that start from a trained network", "Half of the steps of the network. Every run has "
                        "its own warm-up and cosine."),
     "dit-plateau": ("One run to the plateau: diffusion transformer", "Five times the steps of the preset, one seed."),
@@ -196,9 +197,12 @@ def add_depth(tables):
 
 
 def add_recipes(tables):
-    add = partial(tables.add, "gpt-recipes", **BLOCKS["gpt"])
-    add("nano", "recipe nano")
-    add("clean", "without the clean term", clean_weight=0.0)
+    for script in ("vit", "gpt"):
+        add = partial(tables.add, f"{script}-recipes", **BLOCKS.get(script, {}))
+        add("nano", "recipe nano")
+        add("clean", "without the clean term", seeds=tables.seeds, clean_weight=0.0)
+        if script == "vit":
+            add("paper", "recipe paper", recipe="paper")
     add("active", "only the active block predicts", predict="active")
     add("weight", "loss weighted by w(sigma)", loss_weight="edm")
     add("noise", "the paper's noise levels", noise="paper")

@@ -1,6 +1,7 @@
 import dataclasses
 import importlib
 import json
+import math
 import re
 import shutil
 import statistics
@@ -14,7 +15,7 @@ import pytest
 
 import nano_db
 from data.images import NOISE_LEVELS
-from experiments import figures, results, summary
+from experiments import differences, figures, results, summary
 from experiments.tables import LONGER, RATES, SCALES, SCRIPTS, Experiment, experiments
 from nano_db.errors import UsageError
 from nano_db.trainer.memory import PARTS
@@ -295,14 +296,14 @@ def test_a_table_says_what_the_files_say(laptop):
     assert rows[0] == {
         "run": "end to end", "command": "`python train_gpt.py --baseline`", "steps": "7", "seeds": "2 of 3",
         "learning rate": rows[0]["learning rate"],
-        "bits per character (less is better)": f"2.150 ± {statistics.stdev([2.0, 2.3]):.3f}", "parameters": "2.50 M",
+        "bits per character (lower is better)": f"2.150 ± {statistics.stdev([2.0, 2.3]):.3f}", "parameters": "2.50 M",
         "training MiB": "4.0", "checkpointed": "2.0", "ms per step, all blocks": "500",
         "one sample: layers evaluated": "1,234", "ms": "2.0", "paper": "LM1B 0.50, OWT 0.85",
     }  # fmt: skip
     assert (
         float(rows[0]["learning rate"]) == settings_of(next(e for e in found if e.name == "gpt-baseline")).learning_rate
     )
-    assert rows[2]["bits per character (less is better)"] == "2.000", "one seed has no spread"
+    assert rows[2]["bits per character (lower is better)"] == "2.000", "one seed has no spread"
 
 
 def test_the_main_table_has_the_command_of_each_architecture_and_what_its_blocks_cost(laptop):
@@ -334,6 +335,34 @@ def test_the_best_rate_is_that_of_the_validation_half(tmp_path):
     bold = {line.split(" | ")[0]: re.findall(r"\*\*(.*?)\*\*", line) for line in lines if "**" in line}
     middle = f"{RATES['vit'][1]:g}"
     assert list(bold.values()) == [[f"{middle}: 0.700"], [f"{RATES['gpt'][1]:g}: 2.200"]]
+
+
+def test_the_p_of_a_paired_difference_is_students():
+    """Two closed forms, and the two-sided 5% points of his table."""
+    for t in (0.0, 0.3, 2.0, 50.0):
+        assert differences.student_p(t, 1) == pytest.approx(1 - 2 / math.pi * math.atan(t), abs=1e-6)
+        assert differences.student_p(-t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-6)
+    for freedom, t in ((2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)):
+        assert differences.student_p(t, freedom) == pytest.approx(0.05, abs=2e-4)
+    mean, error, p = differences.paired([1.0, 2.0, 4.0], [0.0, 0.0, 1.0])
+    assert (mean, error) == pytest.approx((2.0, 1 / math.sqrt(3))) and p == differences.student_p(mean / error, 2)
+    assert differences.paired([1.0, 2.0], [1.0, 2.0]) == (0.0, 0.0, 1.0)
+    assert differences.paired([2.0, 3.0], [1.0, 2.0]) == (1.0, 0.0, 0.0)
+
+
+def test_differences_are_taken_within_seeds_and_better_is_positive(laptop):
+    """Blocks are 0.1 bits better with every seed, which differ by much more; the accuracy is worse, but not clearly."""
+    named = {e.name: e for e in experiments("laptop")}
+    for seed, (bits, noise) in enumerate(((2.0, 0.001), (2.3, -0.001), (1.2, 0.0))):
+        write(laptop, named["gpt-baseline"], seed, {"bits_per_char": bits})
+        write(laptop, named["gpt-blocks"], seed, {"bits_per_char": bits - 0.1 + noise})
+        write(laptop, named["vit-baseline"], seed, {"accuracy": 0.9})
+        if seed < 2:
+            write(laptop, named["vit-blocks"], seed, {"accuracy": 0.9 - 0.3 * seed, "accuracy_walk": 0.7})
+    vit, gpt, shallow = cells_of(summary.table("differences", summary.read_records(laptop, "laptop")[0]))
+    assert gpt["compared"] == "4 blocks / end to end" and (gpt["seeds"], shallow["seeds"]) == ("3", "2")
+    assert (gpt["the first is better by"], gpt["standard error"], gpt["verdict"]) == ("+0.100", "0.001", "ahead")
+    assert (vit["the first is better by"], vit["p"], vit["verdict"]) == ("-0.150", "0.5", "no clear difference")
 
 
 def test_a_ratio_is_taken_within_seeds():
@@ -379,7 +408,7 @@ def test_the_figure_of_depth_has_each_row_at_the_layers_of_a_network_or_of_a_blo
             for seed in range(row.seeds):
                 write(tmp_path, row, seed, {"bits_per_char": bits + seed})
     panels = summary.depth_panels(summary.read_records(tmp_path, "laptop")[0])
-    title = "Autoregressive transformer", "bits per character (less is better)"
+    title = "Autoregressive transformer", "bits per character (lower is better)"
     assert list(panels) == [title]
     assert panels[title] == {
         "plain network": {depth: [depth, depth + 1, depth + 2] for depth in (2, 4, 8)},
