@@ -262,8 +262,8 @@ mean ± standard deviation over seeds, on the half of the held-out data by which
 two runs at a time, one thread each. Memory is that of the largest network in training, as it is and with checkpointed
 activations. `docs/running.md` says what each number means.
 """
-    text += f"\n## All architectures\n\n{main_table(found) or 'Not run.'}"
-    text += f"\n## Which differences are real\n\n{differences_table(found) or 'Not run.'}"
+    text += f"\n## All architectures\n\n{main_table(found) or 'Not run.' + chr(10)}"
+    text += f"\n## Which differences are real\n\n{differences_table(found) or 'Not run.' + chr(10)}"
     for group in groups(found):
         records = [record for some in of_group(group, found).values() for record in some]
         machines = {json.dumps(r["machine"] | r["result"]["versions"]) for r in records}
