@@ -1,41 +1,64 @@
-"""What the notebooks of the course share: feedback on a student's answer, a slider, and the size of a run."""
+"""What the notebooks of the course share: feedback on a student's answer, and the size of a run."""
 
+import linecache
+import marshal
 import os
+import traceback
+
+import torch
+
+WRONG = {}  # {exercise: its wrong answers so far, each once}: after two of them the second hint is due
+NOT_USED = object()
 
 
-def check(name, passed, hint):
-    """Print one line: "1.2: right", "1.2: not yet. <hint>", or that nothing has been tried yet, without the hint.
+def check(name, answer, passed, hints=("",), otherwise=NOT_USED):
+    """Say whether an answer is right, and return what the notebook goes on with, if it uses the answer at all.
 
-    passed: a function without arguments, so that an unfinished answer raises here and not in the notebook. An exception
-    is "not yet", and its name is shown. NotImplementedError is the stub itself, which gets no hint: think first.
+    name: of the exercise, like "1.2". answer: a function or a class. passed: answer -> whether it is right; an error in
+    it means that it is not, and is shown. hints: the idea; and nearly the code, for a second, different attempt.
+    otherwise: what to go on with while the answer is not right. Random numbers are drawn apart: whether an answer is
+    checked changes nothing further down.
     """
-    try:
-        right, stopped_by = bool(passed()), ""
-    except NotImplementedError:
-        return print(f"{name}: to do. Write your answer into the cell above, and run both again.")
-    except Exception as error:
-        right, stopped_by = False, f" ({type(error).__name__})"
-    print(f"{name}: right" if right else f"{name}: not yet. {hint}{stopped_by}")
+    used = otherwise is not NOT_USED
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            right, fault = bool(passed(answer)), ""
+        except NotImplementedError:
+            until = " Until then the notebook goes on with nano_db's own." * used
+            print(f"{name}: not answered yet. Write your answer into the cell above, and run both cells.{until}")
+            return otherwise if used else None
+        except Exception as error:
+            right, fault = False, explained(error, answer)
+    if right:
+        print(f"{name}: right." + " From here on the notebook uses your answer." * used)
+    else:
+        wrong = WRONG.setdefault(name, set())
+        wrong.add(fingerprint(answer))
+        print(f"{name}: not yet. {fault}{hints[min(len(wrong), len(hints)) - 1]}")
+    return (answer if right else otherwise) if used else None
 
 
-def explore(draw, start, **values):
-    """Show the picture that draw(start) makes; with a slider over `values` where somebody can move it.
+def functions_of(answer):
+    """The functions that an answer consists of: itself, or the methods of a class."""
+    parts = vars(answer).values() if isinstance(answer, type) else [answer]
+    return [part for part in parts if hasattr(part, "__code__")]
 
-    values: one list, under the name of draw's argument: explore(draw, 1.0, sigma=[0.1, 1.0]). The slider needs
-    ipywidgets, and a front end that allows questions to its user (allow_stdin). A program that executes a notebook is
-    no such front end, and leaves only the picture, which is what GitHub shows.
-    """
-    ((name, choices),) = values.items()
-    try:
-        from IPython import get_ipython
-        from ipywidgets import SelectionSlider, interact
 
-        somebody = get_ipython().kernel.get_parent("shell")["content"]["allow_stdin"]
-    except (ImportError, AttributeError, KeyError):
-        somebody = False
-    if not somebody:
-        return draw(start)
-    interact(draw, **{name: SelectionSlider(options=choices, value=start, description=name, continuous_update=False)})
+def fingerprint(answer):
+    """The same for the same lines of code, wherever and whenever they were run."""
+    return tuple(marshal.dumps(part.__code__.replace(co_filename="")) for part in functions_of(answer))
+
+
+def explained(error, answer):
+    """An error as a sentence: type, message and, where it arose in the answer, the line."""
+    files = {part.__code__.co_filename for part in functions_of(answer)}
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+    text = f"{type(error).__name__}: {str(error).strip() or 'no message'}".rstrip(".")
+    if not own:
+        return f"{text} (when the check looked at what it returned). "
+    line = linecache.getline(own[-1].filename, own[-1].lineno).strip()
+    return f"{text}, in line {own[-1].lineno} of the answer's cell:\n    {line}\n"
 
 
 def reduced(full, small):

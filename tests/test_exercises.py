@@ -1,35 +1,119 @@
-import sys
-from pathlib import Path
-from types import SimpleNamespace
-
 import pytest
 import torch
-from jupyter_client.manager import start_new_kernel
 
-from experiments.exercises import check, explore, reduced
+from experiments.exercises import WRONG, check, reduced
 
-ROOT = Path(__file__).parent.parent
+HINTS = "Mind the sign.", "return -x."
 
 
-def unfinished():
+@pytest.fixture(autouse=True)
+def no_attempts_yet():
+    WRONG.clear()
+
+
+def is_minus(answer):
+    return answer(2) == -2
+
+
+def unfinished(x):
     raise NotImplementedError
 
 
+def right(x):
+    return -x
+
+
+def wrong(x):
+    return x
+
+
+def wrong_again(x):
+    return 2 * x
+
+
+def broken(x):
+    y = x + 1
+    return y / 0  # here
+
+
 @pytest.mark.parametrize(
-    "passed, line",
+    "answer, line",
     [
-        (lambda: True, "1.2: right"),
-        (lambda: torch.tensor(True), "1.2: right"),
-        (lambda: False, "1.2: not yet. Mind the sign."),
-        (lambda: None, "1.2: not yet. Mind the sign."),
-        (unfinished, "1.2: to do. Write your answer into the cell above, and run both again."),
-        (lambda: 1 / 0, "1.2: not yet. Mind the sign. (ZeroDivisionError)"),
-        (lambda: torch.tensor([True, True]), "1.2: not yet. Mind the sign. (RuntimeError)"),  # not one answer
+        (right, "1.2: right."),
+        (lambda x: torch.tensor(-2), "1.2: right."),
+        (wrong, "1.2: not yet. Mind the sign."),
+        (unfinished, "1.2: not answered yet. Write your answer into the cell above, and run both cells."),
+        (lambda x: torch.tensor([1, 2]), "1.2: not yet. RuntimeError: Boolean value of Tensor"),  # not one answer
+        (lambda x: None, "1.2: not yet. Mind the sign."),
     ],
 )
-def test_a_check_prints_one_line_and_never_raises(capsys, passed, line):
-    check("1.2", passed, "Mind the sign.")
-    assert capsys.readouterr().out == line + "\n"
+def test_a_check_says_what_is_to_be_said_and_never_raises(capsys, answer, line):
+    check("1.2", answer, is_minus, HINTS)
+    assert capsys.readouterr().out.startswith(line)
+
+
+def test_an_error_in_an_answer_is_shown_with_its_line(capsys):
+    check("1.2", broken, is_minus, HINTS)
+    number = broken.__code__.co_firstlineno + 2
+    shown = f"1.2: not yet. ZeroDivisionError: division by zero, in line {number} of the answer's cell:\n"
+    assert capsys.readouterr().out == f"{shown}    return y / 0  # here\nMind the sign.\n"
+    exec(compile("def adds(answer): return answer(2) + 1", "the check's cell", "exec"), elsewhere := {})
+    check("1.3", lambda x: "x", elsewhere["adds"], HINTS)
+    assert "TypeError: can only concatenate str" in (out := capsys.readouterr().out) and "what it returned" in out
+
+
+def test_the_second_hint_is_for_a_second_different_attempt(capsys):
+    def hint(answer, name="1.2"):
+        check(name, answer, is_minus, HINTS)
+        return capsys.readouterr().out.strip().rpartition("not yet. ")[2]
+
+    assert [hint(wrong), hint(wrong), hint(unfinished)[:8]] == [HINTS[0], HINTS[0], "1.2: not"]
+    assert hint(wrong_again) == hint(wrong) == HINTS[1]
+    assert hint(wrong_again, "1.3") == HINTS[0], "another exercise"
+
+
+def test_the_notebook_goes_on_with_a_right_answer_and_else_with_the_librarys(capsys):
+    assert check("1.2", right, is_minus, HINTS, otherwise=abs) is right
+    assert "the notebook uses your answer" in capsys.readouterr().out
+    assert check("1.2", wrong, is_minus, HINTS, otherwise=abs) is abs
+    assert "your answer" not in capsys.readouterr().out
+    assert check("1.2", unfinished, is_minus, HINTS, otherwise=None) is None
+    assert "goes on with nano_db's own" in capsys.readouterr().out
+    assert check("1.2", right, is_minus, HINTS) is None, "nothing is shown below the cell"
+
+
+def test_an_answer_may_be_a_class(capsys):
+    class Counter:
+        def __init__(self, start):
+            self.at = start + self.missing
+
+    class Other:
+        def __init__(self, start):
+            self.at = start
+
+    def counts(answer):
+        return answer(3).at == 4
+
+    for answer in (Counter, Counter, Other):
+        check("2.3", answer, counts, HINTS)
+    out = capsys.readouterr().out
+    assert out.count("AttributeError: 'Counter' object has no attribute 'missing'") == out.count(HINTS[0]) == 2
+    assert "self.at = start + self.missing" in out and out.count(HINTS[1]) == 1
+
+
+def test_random_numbers_are_drawn_apart():
+    drawn = []
+
+    def draws(answer):
+        torch.manual_seed(99)
+        drawn.append(float(torch.rand(())))
+        return True
+
+    torch.manual_seed(5)
+    check("1.2", right, draws)
+    after = torch.rand(())
+    torch.manual_seed(5)
+    assert after == torch.rand(()) and drawn
 
 
 def test_the_environment_reduces(monkeypatch):
@@ -37,46 +121,3 @@ def test_the_environment_reduces(monkeypatch):
     assert reduced(2000, 50) == 2000
     monkeypatch.setenv("NANO_DB_REDUCED", "1")
     assert reduced(2000, 50) == 50
-
-
-SHOW = """
-from experiments.exercises import explore
-explore(lambda sigma: print("drawn at", sigma), 1.0, sigma=[0.5, 1.0, 2.0])
-"""
-
-
-@pytest.fixture(scope="module")
-def kernel():
-    manager, client = start_new_kernel(cwd=str(ROOT))
-    yield client
-    client.stop_channels()
-    manager.shutdown_kernel(now=True)
-
-
-@pytest.mark.parametrize("somebody", [True, False])
-def test_a_slider_is_shown_to_somebody_and_only_a_picture_to_a_program(kernel, somebody):
-    messages = []
-    reply = kernel.execute_interactive(SHOW, allow_stdin=somebody, output_hook=messages.append, timeout=60)
-    assert reply["content"]["status"] == "ok"
-    widgets = ["application/vnd.jupyter.widget-view+json" in m["content"].get("data", {}) for m in messages]
-    drawn = [m["content"]["text"] for m in messages if m["msg_type"] == "stream"]
-    assert any(widgets) is somebody and drawn == ["drawn at 1.0\n"]
-
-
-@pytest.mark.parametrize("missing", ["ipywidgets", "IPython", None])
-def test_a_picture_is_shown_without_widgets_or_without_a_notebook(monkeypatch, missing):
-    if missing:
-        monkeypatch.setitem(sys.modules, missing, None)  # importing it raises ImportError
-    drawn = []
-    explore(drawn.append, 4, blocks=range(1, 9))
-    assert drawn == [4]
-
-
-def test_the_slider_draws_what_it_says(monkeypatch):
-    somebody = SimpleNamespace(kernel=SimpleNamespace(get_parent=lambda _: {"content": {"allow_stdin": True}}))
-    monkeypatch.setattr("IPython.get_ipython", lambda: somebody)
-    sliders, drawn = [], []
-    monkeypatch.setattr("ipywidgets.interact", lambda draw, blocks: (draw(blocks.value), sliders.append(blocks)))
-    explore(drawn.append, 4, blocks=range(1, 9))
-    (slider,) = sliders
-    assert drawn == [4] and [*slider.options] == [*range(1, 9)]

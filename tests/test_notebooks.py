@@ -2,13 +2,15 @@
 check accepts.
 
 An exercise is three code cells of one metadata["exercise"]: a stub, tagged `exercise`; a check, tagged `check`, right
-after it; and, at the end of the notebook, a `solution`, which defines the same names and checks them again. So a run
-from top to bottom must print "to do" at the check, without the hint, and "right" at the solution.
+after it; and, at the end of the notebook, a `solution`, which defines the answer under another name and checks it, too.
+So a run from top to bottom must print "not answered yet" at the check, without the hint, and "right" at the solution.
+Cells tagged `results` only read what is committed in results/, and print it.
 """
 
 import ast
 import inspect
 import re
+import sys
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
@@ -16,11 +18,15 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from nbconvert import HTMLExporter
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from nano_db.block import DiffusionBlock
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "notebooks"))
+import student_copies  # noqa: E402
+
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ABSOLUTE_PATH = re.compile(r"(?:^|[\s\"'(=])(?:/\w[\w.+-]*/[\w.+-]|[A-Za-z]:\\)", re.MULTILINE)
 
@@ -39,12 +45,10 @@ def code_cells(notebook):
 
 
 def tagged(notebook, tag):
-    """{exercise: (position, cell)} of the code cells with this tag."""
+    """{exercise: (position, cell)} of the code cells with this tag. (Other cells may belong to the solutions, too.)"""
     found = {}
     for i, cell in enumerate(notebook.cells):
-        if tag in cell.metadata.get("tags", []):
-            name = cell.metadata.get("exercise")
-            assert name and cell.cell_type == "code", f"a cell tagged {tag} names no exercise"
+        if tag in cell.metadata.get("tags", []) and (name := cell.metadata.get("exercise")):
             assert name not in found, f"{name} has two cells tagged {tag}"
             found[name] = (i, cell)
     return found
@@ -60,24 +64,37 @@ def faults_of_exercises(notebook):
     """What is wrong with the exercises of an executed notebook: a list of sentences, empty if all is well."""
     stubs, checks, solutions = (tagged(notebook, tag) for tag in ("exercise", "check", "solution"))
     faults = []
-    if not 3 <= len(stubs) <= 5:
-        faults.append(f"{len(stubs)} exercises")
     if not stubs.keys() == checks.keys() == solutions.keys():
         return [*faults, f"stubs {[*stubs]}, checks {[*checks]}, solutions {[*solutions]}"]
     for name, (position, _) in stubs.items():
         if checks[name][0] != position + 1:
             faults.append(f"{name}: the check does not follow the stub")
-        if not text_of(checks[name][1]).startswith(f"{name}: to do. "):
+        if not text_of(checks[name][1]).startswith(f"{name}: not answered yet. "):
             faults.append(f"{name}: the stub does not raise NotImplementedError: {text_of(checks[name][1])!r}")
-        if not checks[name][1].metadata.get("jupyter", {}).get("source_hidden"):
-            faults.append(f"{name}: the check, which holds the hint, is not collapsed")
-        if solutions[name][0] < max(position for position, _ in checks.values()):
-            faults.append(f"{name}: the solution stands before the last check")
-        if not solutions[name][1].metadata.get("jupyter", {}).get("source_hidden"):
-            faults.append(f"{name}: the solution is not collapsed")
-        if text_of(solutions[name][1]) != f"{name}: right\n":
+        if text_of(solutions[name][1]) != f"{name}: right.\n":
             faults.append(f"{name}: the solution is not right: {text_of(solutions[name][1])!r}")
+        if definitions(solutions[name][1].source) & definitions(stubs[name][1].source):
+            faults.append(f"{name}: the solution overwrites the answer, and the check would say right to an empty stub")
+        for cell in (checks[name][1], solutions[name][1]):  # in JupyterLab, on Colab, and in an export to HTML
+            hidden = {"jupyter": {"source_hidden": True}, "cellView": "form", "transient": {"remove_source": True}}
+            if any(cell.metadata.get(key) != value for key, value in hidden.items()):
+                faults.append(f"{name}: the {cell.metadata.tags[0]} is not hidden")
     return faults
+
+
+def answered(notebook):
+    """The notebook as it is after a student has given every solution as an answer, and run nothing yet."""
+    stubs, solutions = tagged(notebook, "exercise"), tagged(notebook, "solution")
+    for name, (_, cell) in solutions.items():
+        answer = cell.source[: cell.source.rindex("\ncheck(")].rstrip()
+        stubs[name][1].source = re.sub(r"\bsolution_", "answer_", re.sub(r"\bSolution(?=\d)", "Answer", answer))
+    return notebook
+
+
+def only_results(notebook):
+    """The cells that need no computing: the setup, the imports, and those tagged `results`, after them."""
+    code = code_cells(notebook)
+    return new_notebook(cells=[*code[:2], *(cell for cell in code if "results" in cell.metadata.get("tags", []))])
 
 
 def shown_sources(cell):
@@ -113,30 +130,94 @@ READS = {  # the last of the committed results that a notebook reads, where they
 }
 
 
-def run_among(path):
-    """Where a notebook is run: all but the first among the slow tests."""
-    marks = [pytest.mark.slow] if path.stem >= "02" else []
-    if path.stem in READS and not (ROOT / "results" / "laptop" / READS[path.stem]).exists():
-        marks.append(pytest.mark.skip(reason=f"it reads results/laptop/{READS[path.stem]}, which is not there yet"))
-    return pytest.param(path, id=path.stem, marks=marks)
+def those_that_can_run(paths, slow=True):
+    """Notebooks as parameters; some wait for what they read. Where they are run, they are slow (but for one)."""
+    for path in paths:
+        marks = [pytest.mark.slow] if slow and not path.stem.startswith("01") else []
+        if path.stem in READS and not (ROOT / "results" / "laptop" / READS[path.stem]).exists():
+            marks.append(pytest.mark.skip(reason=f"it reads results/laptop/{READS[path.stem]}, which is not there yet"))
+        yield pytest.param(path, id=path.stem, marks=marks)
 
 
-@pytest.mark.parametrize("path", [run_among(path) for path in PATHS])
+@pytest.mark.parametrize("path", those_that_can_run(PATHS))
 def test_it_runs_in_reduced_size_and_its_exercises_hold(path, monkeypatch):
     monkeypatch.setenv("NANO_DB_REDUCED", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert faults_of_exercises(execute(nbformat.read(path, as_version=4), path.parent)) == []
 
 
+@pytest.mark.parametrize("path", those_that_can_run(PATHS[1:]))
+def test_it_goes_on_with_right_answers(path, monkeypatch):
+    monkeypatch.setenv("NANO_DB_REDUCED", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = execute(answered(nbformat.read(path, as_version=4)), path.parent)
+    used = 0
+    for name, (_, cell) in tagged(notebook, "check").items():
+        uses = "otherwise=" in cell.source
+        assert text_of(cell) == f"{name}: right." + " From here on the notebook uses your answer." * uses + "\n"
+        used += uses
+    assert used or path.stem.startswith("09"), "no answer is used"  # notebook 9 reads results
+
+
 @each_notebook
+def test_its_solutions_stand_last_so_that_a_copy_without_them_runs_to_its_end(path):
+    """The whole notebook is run above; a student's copy is its beginning."""
+    whole = nbformat.read(path, as_version=4)
+    ids, copied = [c.id for c in whole.cells], [c.id for c in student_copies.without_solutions(whole).cells]
+    assert copied == ids[: len(copied)] and (len(copied) < len(ids) or path == PATHS[0])
+
+
+def test_the_copies_for_students_have_no_solutions(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["student_copies.py", "--out", str(tmp_path / "students")])
+    student_copies.main()
+    copies = sorted((tmp_path / "students").glob("*.ipynb"))
+    assert [copy.name for copy in copies] == [path.name for path in PATHS]
+    out = capsys.readouterr().out
+    assert f"{len(PATHS)} notebooks without solutions" in out and "move the folder" in out
+    for path, copy in zip(PATHS, copies, strict=True):
+        notebook, text = nbformat.read(copy, as_version=4), copy.read_text(encoding="utf-8")
+        assert (
+            "olution_" not in text and "## Solutions" not in text and not any(c.outputs for c in code_cells(notebook))
+        )
+        before = nbformat.read(path, as_version=4)
+        assert tagged(notebook, "check").keys() == tagged(before, "check").keys() == tagged(before, "solution").keys()
+
+
+@pytest.mark.parametrize("out", [".", "notebooks", "notebooks/README.md"])
+def test_copies_for_students_overwrite_no_notebook(out, monkeypatch, capsys):
+    out = ROOT / "notebooks" if out == "." else ROOT / out
+    monkeypatch.setattr(sys, "argv", ["student_copies.py", "--out", str(out)])
+    with pytest.raises(SystemExit) as stopped:
+        student_copies.main()
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and "name another folder" in err and err.count("\n") == 1
+
+
+def test_an_export_to_html_shows_no_solution():
+    page, _ = HTMLExporter().from_filename(str(PATHS[1]))
+    assert "answer_1_1" in page and "solution_1_1" not in page and "1.1: right." in page
+
+
+@pytest.mark.parametrize("path", those_that_can_run(PATHS, slow=False))
+def test_what_it_prints_of_the_results_is_what_they_are_today(path):
+    notebook = nbformat.read(path, as_version=4)
+    reads = any("read_records(" in cell.source for cell in notebook.cells)
+    shown = [text_of(cell) for cell in only_results(notebook).cells]
+    assert reads == (len(shown) > 2), "a cell that reads results is tagged so"
+    if reads:
+        assert [text_of(cell) for cell in execute(only_results(notebook), path.parent).cells] == shown
+
+
+@pytest.mark.parametrize("path", those_that_can_run(PATHS, slow=False))
 def test_it_is_committed_executed_small_and_without_traces_of_a_machine(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert path.stat().st_size < 1_000_000
     assert [cell.execution_count for cell in code_cells(notebook)] == list(range(1, len(code_cells(notebook)) + 1))
     assert faults_of_exercises(notebook) == []
+    assert 3 <= len(tagged(notebook, "exercise")) <= 5 or path == PATHS[0]
     assert notebook.metadata.kernelspec.name == "python3"
-    assert sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown") <= 2800
+    assert sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown") <= 3000
     for cell in notebook.cells:
         assert "execution" not in cell.metadata, f"{cell.id} keeps the time at which it ran"
         for output in cell.get("outputs", []):
@@ -154,27 +235,32 @@ def test_it_redefines_nothing_of_nano_db(path):
 
 
 def executed(stub, check, solution):
-    """A notebook of three exercises, run: two that are fine, and the given one."""
-    exercises = dict.fromkeys(("1.1", "1.2"), ("def answer():\n    raise NotImplementedError", "answer()", "True", ""))
-    exercises["1.3"] = (stub, check, check, solution)
+    """A notebook of one exercise, run."""
     setup = 'import sys; sys.path.insert(0, ".."); from experiments.exercises import check'
-    cells, solutions = [new_code_cell(setup)], []
-    for name, (stub, before, after, answer) in exercises.items():
-        before, after = (f'\ncheck("{name}", lambda: {passed}, "Think.")' for passed in (before, after))
-        cells.append(new_code_cell(stub, metadata={"tags": ["exercise"], "exercise": name}))
-        hidden = {"exercise": name, "jupyter": {"source_hidden": True}}
-        cells.append(new_code_cell(before, metadata=hidden | {"tags": ["check"]}))
-        solutions.append(new_code_cell(answer + after, metadata=hidden | {"tags": ["solution"]}))
-    return execute(new_notebook(cells=[*cells, *solutions]), ROOT / "notebooks")
+    hidden = {"exercise": "1.3", "jupyter": {"source_hidden": True}, "cellView": "form"}
+    hidden["transient"] = {"remove_source": True}
+    cells = [
+        new_code_cell(setup), new_code_cell(stub, metadata={"tags": ["exercise"], "exercise": "1.3"}),
+        new_code_cell(f'check("1.3", answer, lambda answer: {check})', metadata=hidden | {"tags": ["check"]}),
+        new_code_cell(f'{solution}\ncheck("1.3", solution, lambda answer: {check})', metadata=hidden),
+    ]  # fmt: skip
+    cells[-1].metadata.tags = ["solution"]
+    return execute(new_notebook(cells=cells), ROOT / "notebooks")
 
 
 def test_faults_of_exercises_are_found():
-    stub, four = "def number():\n    raise NotImplementedError", "def number():\n    return 4"
-    assert faults_of_exercises(executed(stub, "number() == 4", four)) == []
-    wrong = faults_of_exercises(executed(stub, "number() == 5", four))
+    stub, four = "def answer():\n    raise NotImplementedError", "def solution():\n    return 4"
+    assert faults_of_exercises(executed(stub, "answer() == 4", four)) == []
+    wrong = faults_of_exercises(executed(stub, "answer() == 5", four))
     assert len(wrong) == 1 and "1.3: the solution is not right" in wrong[0]
-    easy = faults_of_exercises(executed("answer = None", "True", "answer = 4"))
+    easy = faults_of_exercises(executed("def answer():\n    return 4", "answer() == 4", four))
     assert len(easy) == 1 and "1.3: the stub does not raise" in easy[0]
+    again = four.replace("solution", "answer") + "\nsolution = answer"
+    overwritten = faults_of_exercises(executed(stub, "answer() == 4", again))
+    assert len(overwritten) == 1 and "overwrites the answer" in overwritten[0]
+    shown = executed(stub, "answer() == 4", four)
+    del shown.cells[3].metadata["cellView"]
+    assert faults_of_exercises(shown) == ["1.3: the solution is not hidden"]
 
 
 def test_code_that_has_changed_since_it_was_shown_is_found():

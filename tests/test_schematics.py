@@ -1,8 +1,6 @@
 """The schematics, the cheat sheet and the teacher's page: drawn from code, legible, and true to it."""
 
 import re
-import subprocess
-import sys
 from html import unescape
 from itertools import combinations
 
@@ -98,19 +96,8 @@ def test_local_links_lead_somewhere(page, link):
     assert (DOCS / page).parent.joinpath(link).exists()
 
 
-def test_the_command_of_the_teachers_page_strips_solutions_and_nothing_else(tmp_path):
-    (command,) = re.findall(r"^jupyter (nbconvert .*)$", (DOCS / "teaching.md").read_text("utf-8"), re.MULTILINE)
-    notebook = "notebooks/02_noise_levels_make_independent_blocks.ipynb"
-    command = command.replace("=students", f"={tmp_path}").replace("notebooks/*.ipynb", notebook)
-    subprocess.run([sys.executable, "-m", "jupyter", *command.split()], cwd=ROOT, check=True, capture_output=True)
-    before = (ROOT / notebook).read_text(encoding="utf-8")
-    after = (tmp_path / notebook.removeprefix("notebooks/")).read_text(encoding="utf-8")
-    assert before.count('"solution"') >= 3 and after.count('"solution"') == 0
-    assert after.count('"exercise"') == before.count('"exercise"') - before.count('"solution"')
-    assert after.count('"check"') == before.count('"check"')
-
-
 def test_the_account_is_named_only_where_the_teachers_command_finds_it():
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         source = path.read_text(encoding="utf-8")
-        assert source.count("OWNER") == source.count("OWNER/nano_db"), path.name
+        message = source.count('/OWNER/\\" in ADDRESS') + source.count("in place of OWNER")  # where it is missing
+        assert source.count("OWNER") == source.count("OWNER/nano_db") + message, path.name

@@ -80,7 +80,7 @@ def draw_images(path, states, partition, classes, sigma_data, walks=3, columns=1
     """samples.png of an image generator: images with their classes, and some walks from noise to image.
 
     states: of the whole walk (sampler.State), images (B, C, H, W) in [-1, 1], classes in turn. A walk is two rows: the
-    noisy image z, scaled to the range of a clean one, and D, what the active block takes it for. The frame has the
+    noisy image z, scaled to the range of a clean one, and D, the active block's estimate of it. The frame has the
     colour of the block.
     """
     owners = [partition.route(sigma) for sigma in (partition.edges[0], *(state.sigma for state in states[:-1]))]
@@ -97,7 +97,7 @@ def draw_images(path, states, partition, classes, sigma_data, walks=3, columns=1
     figure, (top, bottom) = plt.subplots(2, 1, figsize=size, height_ratios=heights, layout="constrained")
     _show_mosaic(top, list(states[-1].z.cpu()), names, columns, gap=8)
     _show_mosaic(bottom, tiles, labels, len(chosen), gap=4, frames=colours * (len(tiles) // len(chosen)))
-    bottom.set_title("from noise to image: above z, below what the active block takes it for", fontsize=10, pad=32)
+    bottom.set_title("from noise to image; above: the noisy z, below: the active block's estimate", fontsize=10, pad=32)
     save_figure(figure, path)
 
 
