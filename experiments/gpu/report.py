@@ -13,7 +13,7 @@ QUALITY = {  # names of a run's metrics, and what to call them
 }
 TERMS = (
     "Blocks: the network is cut into blocks, each of which trains by itself (DiffusionBlocks). End to end: the same "
-    "network, trained as usual. See README.md and docs/running.md."
+    "network, trained as usual. See README.md and docs/gpu.md."
 )
 
 
