@@ -1,5 +1,6 @@
 """The schematics, the cheat sheet and the teacher's page: drawn from code, legible, and true to it."""
 
+import math
 import re
 from html import unescape
 from itertools import combinations
@@ -13,13 +14,15 @@ from matplotlib.text import Text
 import train_gpt
 import train_vit
 from experiments.schematics import DOCS, PICTURES, draw_all, label_walks
+from nano_db.heads import log_likelihood
+from nano_db.sampler import euler_walk
 from nano_db.schedule import LogNormal
 from nano_db.trainer.plots import plt
 
 each_picture = pytest.mark.parametrize("name", PICTURES)
-PAGES = ["teaching.md", "method.md", "cheatsheet.md"]
-LINKS = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)#]+)\)", (DOCS / page).read_text("utf-8"))]
-LOCAL = [(page, link) for page, link in LINKS if not link.startswith("https://")]
+PAGES = [ROOT / "README.md", *(page for room in ("docs", "notebooks", "tests") for page in (ROOT / room).glob("*.md"))]
+LINKS = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8"))]
+LOCAL = sorted({(str(page.relative_to(ROOT)), link) for page, link in LINKS if not link.startswith("https://")})
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +94,31 @@ def test_the_cheat_sheet_and_method_md_have_the_noise_levels_of_the_code(name, n
     assert of_method.replace("-", "−") in (DOCS / "method.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page, link", sorted(set(LOCAL)))
+def test_the_step_by_hand_of_method_md_is_what_the_code_computes():
+    angles = torch.arange(3, dtype=torch.float64) * 2 * math.pi / 3
+    rows, prior = torch.stack([angles.cos(), angles.sin()], dim=1), torch.tensor([0.5, 0.3, 0.2]).log()
+
+    def posterior(z, sigma):
+        return (prior + log_likelihood(z, sigma, rows)).softmax(-1)
+
+    z = torch.tensor([[0.4, 0.6]], dtype=torch.float64)
+    (state,) = euler_walk(lambda z, sigma: posterior(z, sigma) @ rows, z, [1.0, 0.5])
+    text = (DOCS / "method.md").read_text(encoding="utf-8").replace("−", "-")
+    for numbers in (posterior(z, 1.0), state.denoised, state.z, posterior(state.z, 0.5)):
+        assert f"({', '.join(f'{number:.3f}' for number in numbers[0].tolist())})" in text
+    inner = log_likelihood(z, 1.0, rows)[0]
+    for numbers in (inner, inner.exp()):
+        assert ", ".join(f"{number:.3f}" for number in numbers.tolist()) in text
+
+
+@pytest.mark.parametrize("page, link", LOCAL)
 def test_local_links_lead_somewhere(page, link):
-    assert (DOCS / page).parent.joinpath(link).exists()
+    name, _, anchor = link.partition("#")
+    there = (ROOT / page).parent / name if name else ROOT / page
+    assert there.exists()
+    if anchor:  # as GitHub makes it of a heading
+        headings = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.MULTILINE)
+        assert anchor in [re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings]
 
 
 def test_the_account_is_named_only_where_the_teachers_command_finds_it():
