@@ -95,13 +95,13 @@ def test_the_cheat_sheet_and_method_md_have_the_noise_levels_of_the_code(name, n
 
 
 def test_the_step_by_hand_of_method_md_is_what_the_code_computes():
-    angles = torch.arange(3, dtype=torch.float64) * 2 * math.pi / 3
+    angles = torch.arange(3) * 2 * math.pi / 3
     rows, prior = torch.stack([angles.cos(), angles.sin()], dim=1), torch.tensor([0.5, 0.3, 0.2]).log()
 
     def posterior(z, sigma):
         return (prior + log_likelihood(z, sigma, rows)).softmax(-1)
 
-    z = torch.tensor([[0.4, 0.6]], dtype=torch.float64)
+    z = torch.tensor([[0.4, 0.6]])
     (state,) = euler_walk(lambda z, sigma: posterior(z, sigma) @ rows, z, [1.0, 0.5])
     text = (DOCS / "method.md").read_text(encoding="utf-8").replace("−", "-")
     for numbers in (posterior(z, 1.0), state.denoised, state.z, posterior(state.z, 0.5)):
