@@ -24,6 +24,7 @@ from nano_db.trainer.plots import block_colours, plt
 DOCS = Path(__file__).parents[1] / "docs"
 X, Y, Z, GREY = "#1971c2", "#e69f00", "#d6336c", "#868e96"  # condition, target, noise; and what is none of these
 DASHED = (0, (3, 2))
+LABEL_NOISE = LogNormal(1.0, 0.8, 0.2, 20.0)  # of train_vit.py
 
 # Boxes and arrows. Lengths are in hundredths of an inch, from the lower left corner of the picture.
 
@@ -82,13 +83,16 @@ def draw_block():
     arrow(ax, (130, 110), (165, 110), colour=X)
     arrow(ax, (362, 248), (362, 313), colour=Z)
     arrow(ax, (480, 297), (480, 146), colour=Z)
-    arrow(ax, (550, 297), (550, 224), (573, 224), colour=Z)
+    arrow(ax, (550, 297), (550, 212), (573, 212), colour=Z)
+    arrow(ax, (460, 236), (573, 236), colour=Z)
     arrow(ax, (645, 196), (645, 122), colour=Z)
     arrow(ax, (805, 138), (805, 297))
     for x, y, text in ((327, 339, "E[y]"), (335, 122, "h"), (579, 122, "≈ ln p(y | x)"), (694, 122, "logits")):
         say(ax, x, y, text)
     say(ax, 440, 413, "the right answer", color=Y)
     say(ax, 502, 190, "z, σ", color=Z)
+    say(ax, 524, 246, "σ", color=Z)
+    say(ax, 540, 266, "z", color=Z)
     say(ax, 805, 55, "for the walk:\nD = Σ p(y | z, x) E[y]")
     say(ax, 335, 28, "All that is trained, and all that is in memory: one block.", color=own)
     return figure
@@ -184,11 +188,12 @@ def draw_walk(blocks=4):
     steps = np.linspace(0.05, 0.8, 6)
     ax.contourf(shares(levels), heights, torch.stack(rows, 1), steps, cmap="Greys", alpha=0.4, extend="max")
     z, end = 20.0 * torch.linspace(-1.9, 1.9, 14, dtype=torch.float64)[:, None], torch.zeros(1, dtype=torch.float64)
-    fine, few = torch.cat([quantiles(noise, 40 * blocks), end]), equal_probability_grid(noise, 2 * blocks)
+    fine, few = torch.cat([quantiles(noise, 600 * blocks), end]), equal_probability_grid(noise, 2 * blocks)
     many = walks(z, fine)
     for b, colour in enumerate(block_colours(blocks)):
-        mine = slice(40 * b, 40 * (b + 1) + (2 if b == blocks - 1 else 1))
-        ax.plot(shares(fine[mine]), many[mine], color=colour, lw=1.6)
+        mine = slice(600 * b, 600 * (b + 1) + (2 if b == blocks - 1 else 1))
+        label = "14 walks in 2,400 sampling steps" if b == 0 else None
+        ax.plot(shares(fine[mine]), many[mine], color=colour, lw=1.6, label=[label, *[None] * 13])
         ax.text(b + 0.5, 2.3, f"block {b}", ha="center", color=colour, weight="bold")
     ax.plot(shares(few), walks(z[3:4], few), "ko--", ms=5, lw=1.2, label="one of them in 8 sampling steps, 2 per block")
     ax.set(xlim=(-0.02, blocks + 0.02), ylim=(-2.2, 2.2), yticks=[], ylabel="z, over its standard deviation")
@@ -202,7 +207,7 @@ def label_walks(steps=60):
     """Class names, and the exact p(y | z, x) at each step, (steps, 3, V): of two walks from noise, of one from 0."""
     names, prior = ["cat", "dog", "fox", "owl", "bee"], torch.tensor([0.42, 0.27, 0.16, 0.1, 0.05])  # p(y | x)
     target_embeddings, found = make_target_embeddings(len(names), 16), []
-    sigmas = [*quantiles(LogNormal(1.0, 0.8, 0.2, 20.0), steps - 1).tolist(), 0.0]  # the last step begins at sigma_min
+    sigmas = [*quantiles(LABEL_NOISE, steps - 1).tolist(), 0.0]  # the last step begins at sigma_min
 
     def denoise(z, sigma):
         found.append((prior.log() + log_likelihood(z, sigma, target_embeddings)).softmax(-1))
@@ -216,6 +221,7 @@ def label_walks(steps=60):
 def draw_label(blocks=3):
     """What a walk does to the probabilities of a label."""
     names, p = label_walks()
+    edges = [f"{edge:.2g}" for edge in quantiles(LABEL_NOISE, blocks).tolist()]
     figure, axes = plt.subplots(1, 3, figsize=(9, 3.5), layout="constrained", sharey=True)
     for k, (ax, start) in enumerate(zip(axes, ("noise", "other noise", "z = 0"), strict=True)):
         colours = plt.get_cmap("Set2").colors
@@ -226,20 +232,33 @@ def draw_label(blocks=3):
             ax.plot([b + 0.02, b + 0.98], [-0.035] * 2, color=colour, lw=5, clip_on=False, solid_capstyle="butt")
             ax.text(b + 0.5, -0.065, f"block {b}", ha="center", va="top", color=colour, size=9)
         ax.set_title(f"from {start}: it ends at {names[p[-1, k].argmax()]}", size=11)
-        ax.set(xlim=(0, blocks), ylim=(0, 1), xticks=[])
+        ax.set(xlim=(0, blocks), ylim=(0, 1))
+        ax.set_xticks(range(blocks + 1), edges, size=9)
+        ax.tick_params(axis="x", length=0, pad=24)
         ax.spines[:].set_visible(False)
     axes[0].set_ylabel("p(y | z, x)")
-    figure.supxlabel("sampling steps, noisiest first", size=10)
+    figure.supxlabel("noise level σ of the sampling step", size=10)
     return figure
 
 
 def draw_cheatsheet(columns=3, margin=28, top=754):
     """docs/cheatsheet.md on a page of A4, across: each line of the file is a line of the page."""
     figure, ax = canvas(1169, 827)
-    width, renderer = (1169 - 2 * margin - 16 * (columns - 1)) / columns, figure.canvas.get_renderer()
+    own, width, renderer = (
+        block_colours(4)[1],
+        (1169 - 2 * margin - 16 * (columns - 1)) / columns,
+        figure.canvas.get_renderer(),
+    )
     title, *sections = (DOCS / "cheatsheet.md").read_text(encoding="utf-8").removeprefix("# ").split("\n## ")
     say(ax, margin, 795, title.strip(), 19, ha="left", weight="bold")
-    say(ax, 830, 785, "noise levels, cut into blocks", ha="right")
+    chain = ((500, 30, "x", X), (572, 62, "trunk", own), (664, 62, "head", own), (762, 82, "p(y | z, x)", Y))
+    for x, length, text, colour in chain:
+        box(ax, x, 785, length, 24, text, colour, 9)
+    for (x, length, *_), (after, wide, *_) in pairwise(chain):
+        arrow(ax, (x + length / 2, 785), (after - wide / 2, 785))
+    arrow(ax, (664, 815), (664, 797), colour=Z)
+    say(ax, 686, 810, "z, σ", color=Z)
+    say(ax, 935, 812, "noise levels, cut into blocks", ha="right")
     noise = LogNormal(sigma_max=20.0)
     for b, colour in enumerate(block_colours(4)):
         log_sigma = np.linspace(*np.log(make_partition(noise, 4).interval(b)), 60)
