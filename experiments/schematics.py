@@ -169,6 +169,45 @@ def draw_gradients():
     return figure
 
 
+def draw_levels(blocks=4):
+    """The README's picture of the idea: noise levels of train_gpt.py cut into blocks, and walks through them."""
+    noise, colours = LogNormal(0.3, 0.8, 0.05, 20.0), block_colours(blocks)
+    partition = make_partition(noise, blocks)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.7), layout="constrained")
+    for b, colour in enumerate(colours):
+        log_sigma = np.linspace(*np.log(partition.interval(b)), 120)
+        density = np.exp(-0.5 * ((log_sigma - noise.p_mean) / noise.p_std) ** 2) / noise.p_std / np.sqrt(2 * np.pi)
+        left.fill_between(log_sigma, density, color=colour, lw=0)
+        middle = np.log(float(noise.inverse_cdf((blocks - b - 0.5) / blocks)))
+        left.text(middle, 0.13, f"{b}", ha="center", va="center", color="white", size=13, weight="bold")
+    left.text(np.log(9), 0.13, "block", ha="center", va="center", size=11)
+    ticks = [20, 5, 2, 1, 0.5, 0.2, 0.05]
+    left.set_xticks(np.log(ticks), ticks)
+    left.set(xlabel="noise level σ, from pure noise to none", ylabel="density of the noise levels, per unit of ln σ")
+    left.set(xlim=np.log([20, 0.05]), ylim=(0, None))
+    left.set_title("Each block trains on its own noise levels\n(equal areas: equal shares of the training)", size=11)
+
+    angles = np.arange(5) * 2 * np.pi / 5
+    corners = np.stack([np.cos(angles), np.sin(angles)], 1)
+    z = 20.0 * torch.randn(24, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    sigmas = torch.tensor([*np.geomspace(20, 0.05, 400), 0.0])
+    states = euler_walk(GaussianMixture(corners.tolist(), std=0.06).denoise, z, sigmas)
+    walk = torch.stack([z, *(state.z for state in states)])  # (steps + 1, 24, 2)
+    for b, colour in enumerate(colours):
+        steps = (partition.route(sigmas[:-1]) == b).nonzero()
+        span = walk[steps.min() : steps.max() + 2]
+        right.plot(span[..., 0], span[..., 1], color=colour, lw=1.2)
+    right.plot(*corners.T, "k*", ms=11, ls="none", label="data")
+    right.set(
+        xlim=(-3, 3), ylim=(-2.2, 2.2), aspect="equal", xlabel="first coordinate of z", ylabel="second coordinate of z"
+    )
+    right.set_title(
+        "One after the other, they walk from noise to data\n(colour: the block that takes the step)", size=11
+    )
+    right.legend(loc="upper right")
+    return figure
+
+
 def draw_walk(blocks=4):
     """Walks of a number from noise to data, by the exact denoiser; the density that they follow, in grey."""
     noise, data, spread = LogNormal(sigma_max=20.0), GaussianMixture([[-1.1], [0.0], [1.1]], std=0.05), 0.9
@@ -292,6 +331,7 @@ def draw_cheatsheet(columns=3, margin=28, top=754):
 
 
 PICTURES = {
+    "pictures/levels.svg": draw_levels,
     "pictures/block.svg": draw_block,
     "pictures/networks.svg": draw_networks,
     "pictures/gradients.svg": draw_gradients,

@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 
 HERE = Path(__file__).resolve().parent
-BESIDE = "README.md", "*.png"  # what the notebooks link to
+BESIDE = ("README.md",)  # what the notebooks link to
 
 
 def without_solutions(notebook):

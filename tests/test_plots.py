@@ -1,12 +1,6 @@
 import pytest
 
-from experiments.figures import draw_idea
 from nano_db.trainer.plots import block_colours
-
-
-def test_the_picture_of_the_idea_is_drawn(tmp_path):
-    draw_idea(tmp_path / "idea.png", blocks=3)
-    assert (tmp_path / "idea.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("blocks", range(1, 13))

@@ -1,0 +1,130 @@
+"""The README's animation: blocks are trained one after the other, and then paint letters together.
+
+python train_dit.py                                  # a run to take the blocks from
+python -m experiments.hero --run out/dit-blocks      # writes docs/pictures/hero.gif, and hero.png, its last picture
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.patches import FancyBboxPatch
+from PIL import Image
+
+import train_dit
+from nano_db.errors import UsageError
+from nano_db.partition import sampling_grid
+from nano_db.trainer.checkpoints import read_config
+from nano_db.trainer.command import command
+from nano_db.trainer.plots import block_colours, plt
+from nano_db.trainer.run import Run, noise_identity
+from nano_db.trainer.settings import Parser
+
+FAINT, PAPER = 0.18, "white"  # what a block that waits is drawn with
+SECONDS = {"training": 0.35, "sampling": 0.2, "end": 3.0}
+
+
+def walk_of(folder, word, seed):
+    """(states of a walk to the letters of `word`, the Partition, sigma_data) by the blocks of a run of train_dit.py."""
+    config = read_config(folder)
+    if config["script"] != "dit" or config["settings"]["baseline"]:
+        raise UsageError(f"--run {folder} is no run of train_dit.py in blocks")
+    settings = train_dit.Settings(**config["settings"] | {"out": str(folder), "device": "cpu", "dtype": "float32"})
+    images, partition = train_dit.prepare(settings)
+    if unknown := set(word) - set(images.classes):
+        raise UsageError(f"--word {word}: the run knows no {min(unknown)!r}, only {' '.join(images.classes)}")
+    _, sigma_data = train_dit.noise_levels(settings, images)
+    depends_on = {"data_sha256": images.sha256, "sigma_data": sigma_data, **noise_identity(partition)}
+    run = Run("dit", settings, images.keeps(), **depends_on)
+    stack = train_dit.assemble(run.trained_blocks(train_dit.build, images, partition), settings, images, partition)
+    labels, sigmas = torch.tensor([images.classes.index(c) for c in word]), sampling_grid(partition, 30)
+    states = list(stack.walk(labels, sigmas, settings.guidance, torch.Generator().manual_seed(seed)))
+    return states, partition, sigma_data
+
+
+class Scene:
+    """The blocks side by side, and below them the letters: noisy, and as the active block estimates them."""
+
+    def __init__(self, partition, letters):
+        self.partition, self.colours = partition, block_colours(partition.blocks)
+        self.figure = plt.figure(figsize=(8, 4), dpi=100, facecolor=PAPER)
+        self.ax = self.figure.add_axes((0, 0.42, 1, 0.58))
+        self.ax.set(xlim=(0, 800), ylim=(0, 232))
+        self.ax.set_axis_off()
+        self.caption = self.ax.text(400, 212, "", ha="center", va="center", size=13)
+        self.boxes, self.bars = [], []
+        for b, colour in enumerate(self.colours):
+            low, high = partition.interval(b)
+            middle = 800 * (b + 0.5) / partition.blocks
+            box = FancyBboxPatch((middle - 100, 62), 200, 120, "round,pad=0,rounding_size=12", lw=2.5, ec=colour)
+            self.boxes.append(self.ax.add_patch(box))
+            self.ax.text(middle, 148, f"block {b}", ha="center", size=14, weight="bold")
+            self.ax.text(middle, 118, f"noise σ from {high:.2g} to {low:.2g}", ha="center", size=10)
+            self.ax.text(middle - 84, 83, "trained", size=9, va="center")
+            self.ax.add_patch(plt.Rectangle((middle - 32, 76), 116, 14, fc=PAPER, ec="grey", lw=0.8))
+            self.bars.append(self.ax.add_patch(plt.Rectangle((middle - 32, 76), 0, 14, fc=colour, lw=0)))
+        self.rows = []
+        for y, name in ((0.235, "noisy"), (0.02, "estimate")):
+            ax = self.figure.add_axes((0.12, y, 0.86, 0.21))
+            ax.set_axis_off()
+            ax.text(-0.02, 0.5, name, transform=ax.transAxes, ha="right", va="center", size=10)
+            self.rows.append(ax.imshow(mosaic(letters), cmap="gray", vmin=-1, vmax=1, interpolation="nearest"))
+
+    def light(self, active):
+        for b, (box, colour) in enumerate(zip(self.boxes, self.colours, strict=True)):
+            box.set_facecolor((*colour[:3], 0.55 if b == active else FAINT / 2))
+            box.set_linewidth(4 if b == active else 1.5)
+
+    def picture(self):
+        self.figure.canvas.draw()
+        return Image.fromarray(np.asarray(self.figure.canvas.buffer_rgba())[..., :3].copy())
+
+
+def mosaic(images):
+    """Images (n, 1, H, W) side by side as one picture (height, width), with white between."""
+    images = torch.nn.functional.pad(images[:, 0].clamp(-1, 1), (4, 4, 0, 0), value=1.0)
+    return torch.cat([*images], dim=1).numpy()
+
+
+def frames(states, partition, sigma_data):
+    """[(picture, seconds)]"""
+    blank = -torch.ones_like(states[0].z)
+    scene, found = Scene(partition, blank), []
+    scene.caption.set_text("Training: each block by itself. Nothing passes from one to another.")
+    for b in torch.arange(partition.blocks).roll(1).tolist():  # in any order: here the last one first
+        scene.light(b)
+        for share in (0.34, 0.67, 1.0):
+            scene.bars[b].set_width(116 * share)
+            found.append((scene.picture(), SECONDS["training"]))
+    for before, state in zip([partition.edges[0], *(s.sigma for s in states)], states, strict=False):
+        b = partition.route(before)
+        scene.light(b)
+        scene.caption.set_text(f"Sampling: from noise to letters. Block {b} is active, at σ = {before:.2g}")
+        scene.rows[0].set_data(mosaic(state.z * sigma_data / math.hypot(sigma_data, state.sigma)))
+        scene.rows[1].set_data(mosaic(state.denoised))
+        found.append((scene.picture(), SECONDS["sampling"]))
+    plt.close(scene.figure)
+    return [*found[:-1], (found[-1][0], SECONDS["end"])]
+
+
+def main():
+    parser = Parser(prog="python -m experiments.hero", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--run", type=Path, default=Path("out/dit-blocks"), help="a finished run of train_dit.py")
+    parser.add_argument("--word", default="BLOCKS", help="what is painted (default BLOCKS)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise that the letters start from")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "pictures", help="a folder")
+    args = parser.parse_args()
+    pictures = frames(*walk_of(args.run, args.word, args.seed))
+    args.out.mkdir(parents=True, exist_ok=True)
+    first, *others = (picture.quantize(64, dither=Image.Dither.NONE) for picture, _ in pictures)
+    times = [round(1000 * seconds) for _, seconds in pictures]
+    first.save(args.out / "hero.gif", save_all=True, append_images=others, duration=times, loop=0, optimize=True)
+    pictures[-1][0].save(args.out / "hero.png")
+    print(f"written: {args.out / 'hero.gif'}, {(args.out / 'hero.gif').stat().st_size / 1e6:.2f} MB, and hero.png")
+
+
+if __name__ == "__main__":
+    command(main)
