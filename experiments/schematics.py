@@ -183,7 +183,7 @@ def draw_levels(blocks=4):
     left.text(np.log(9), 0.13, "block", ha="center", va="center", size=11)
     ticks = [20, 5, 2, 1, 0.5, 0.2, 0.05]
     left.set_xticks(np.log(ticks), ticks)
-    left.set(xlabel="noise level σ, from pure noise to none", ylabel="density of the noise levels, per unit of ln σ")
+    left.set(xlabel="noise level σ, from pure noise to none", ylabel="density, per unit of ln σ")
     left.set(xlim=np.log([20, 0.05]), ylim=(0, None))
     left.set_title("Each block trains on its own noise levels\n(equal areas: equal shares of the training)", size=11)
 
@@ -199,7 +199,7 @@ def draw_levels(blocks=4):
         right.plot(span[..., 0], span[..., 1], color=colour, lw=1.2)
     right.plot(*corners.T, "k*", ms=11, ls="none", label="data")
     right.set(
-        xlim=(-3, 3), ylim=(-2.2, 2.2), aspect="equal", xlabel="first coordinate of z", ylabel="second coordinate of z"
+        xlim=(-5, 5), ylim=(-3.6, 3.6), aspect="equal", xlabel="first coordinate of z", ylabel="second coordinate of z"
     )
     right.set_title(
         "One after the other, they walk from noise to data\n(colour: the block that takes the step)", size=11
