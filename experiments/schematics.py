@@ -184,7 +184,7 @@ def draw_levels(blocks=4):
     ticks = [20, 5, 2, 1, 0.5, 0.2, 0.05]
     left.set_xticks(np.log(ticks), ticks)
     left.set(xlabel="noise level σ, from pure noise to none", ylabel="density, per unit of ln σ")
-    left.set(xlim=np.log([20, 0.05]), ylim=(0, None))
+    left.set(xlim=np.log([20, 0.05]), ylim=(0, 0.52), yticks=[0, 0.2, 0.4])
     left.set_title("Each block trains on its own noise levels\n(equal areas: equal shares of the training)", size=11)
 
     angles = np.arange(5) * 2 * np.pi / 5
@@ -204,6 +204,7 @@ def draw_levels(blocks=4):
     right.set_title(
         "One after the other, they walk from noise to data\n(colour: the block that takes the step)", size=11
     )
+    right.set(xticks=range(-4, 5, 2), yticks=range(-2, 3, 2))
     right.legend(loc="upper right")
     return figure
 
