@@ -2,7 +2,7 @@
 
 summary.md has all tables of a scale. In other Markdown files a table stands between `<!-- results: laptop gpt -->` and
 `<!-- end -->`, where fill() renews it: no number in it is typed by hand, and a test finds a table that differs from the
-files. In place of `gpt` there may be `main`, the table of all architectures, or `differences`.
+files. In place of `gpt` there may be a table of all architectures: one of SPECIAL, like the README's `verdicts`.
 """
 
 import json
@@ -32,6 +32,11 @@ COMPARED = (  # in the table of differences
 )  # fmt: skip
 CERTAIN = 0.05  # p below which a difference counts
 MEMORIES = "memory_bytes", "checkpointed_bytes"
+NAMES = {"vit": "ViT", "dit": "DiT", "mdm": "masked diffusion", "gpt": "GPT", "looped": "looped"}
+TASKS = {
+    "vit": "classify letters and digits", "dit": "generate letters and digits", "mdm": "fill in masked Python source",
+    "gpt": "write Python source", "looped": "write it with a looped network",
+}  # fmt: skip
 
 
 def read_json(path, keys, advice):
@@ -107,8 +112,7 @@ def markdown(columns, rows):
 
 def table(group, found):
     """The Markdown table of a group, or one over all architectures. found: as of read_records."""
-    special = {"main": main_table, "differences": differences_table, "rates": rates_table}
-    return special[group](found) if group in special else quality_table(of_group(group, found))
+    return SPECIAL[group](found) if group in SPECIAL else quality_table(of_group(group, found))
 
 
 def quality_table(rows):
@@ -168,14 +172,66 @@ def differences_table(found):
         rows = by_slug(script, found)
         for name, column, decimals in QUALITY[script]:
             for ours, theirs in (pair for pair in COMPARED if rows.keys() >= set(pair)):
-                first, second = ({r["seed"]: x for r in rows[s][1] for x in values([r], name)} for s in (ours, theirs))
-                if len(seeds := first.keys() & second.keys()) >= 2:
-                    mean, error, p = paired([first[s] for s in seeds], [second[s] for s in seeds])
-                    better = mean if "higher" in column else -mean
-                    verdict = "no clear difference" if p >= CERTAIN else "ahead" if better > 0 else "behind"
-                    cells = [f"{better:+.{decimals}f}", f"{error:.{decimals}f}", f"{p:.2g}", verdict]
+                if found_between := difference(rows[ours][1], rows[theirs][1], name, column):
+                    seeds, better, error, p = found_between
+                    cells = [f"{better:+.{decimals}f}", f"{error:.{decimals}f}", f"{p:.2g}", verdict(better, p)]
                     names = f"{rows[ours][0].row} / {rows[theirs][0].row}"
-                    lines.append([GROUPS[script][0], column.split(" (")[0], names, str(len(seeds)), *cells])
+                    lines.append([GROUPS[script][0], column.split(" (")[0], names, str(seeds), *cells])
+    return markdown(columns, lines) if lines else ""
+
+
+def difference(ours, theirs, metric, column):
+    """(seeds, by how much ours are better, its standard error, p) over the seeds that both have; None below two."""
+    first, second = ({r["seed"]: x for r in records for x in values([r], metric)} for records in (ours, theirs))
+    if len(seeds := first.keys() & second.keys()) < 2:
+        return None
+    mean, error, p = paired([first[seed] for seed in seeds], [second[seed] for seed in seeds])
+    return len(seeds), mean if "higher" in column else -mean, error, p
+
+
+def verdict(better, p):
+    return "no clear difference" if p >= CERTAIN else "ahead" if better > 0 else "behind"
+
+
+def short(column):
+    """A column's name with an arrow that says which way is better."""
+    return column.replace(" (higher is better)", " ↑").replace(" (lower is better)", " ↓")
+
+
+def commands_table(found):
+    """What each script gives, in blocks and end to end, and how long its training took."""
+    columns = ["command", "task", "minutes", "measure", "blocks", "end to end (`--baseline`)"]
+    lines = []
+    for script in SCRIPTS:
+        rows, (name, column, decimals) = by_slug(script, found), QUALITY[script][0]
+        (blocks, ours), (_, theirs) = rows["blocks"], rows["baseline"]
+        if ours and theirs:
+            seconds = [r["result"]["seconds_per_step_all_blocks"] * r["result"]["steps"] for r in ours]
+            scores = [with_spread(values(records, name), decimals) for records in (ours, theirs)]
+            minutes = f"{statistics.median(seconds) / 60:.0f}"
+            lines.append([typed(blocks), TASKS[script], minutes, short(column), *scores])
+    return markdown(columns, lines) if lines else ""
+
+
+def verdicts_table(found):
+    """Blocks beside the whole network, and beside the better of the two controls that take their memory."""
+    columns = ["network", "end to end", "blocks", "best control of equal memory", "blocks are"]
+    lines = []
+    for script in SCRIPTS:
+        rows, (name, column, decimals) = by_slug(script, found), QUALITY[script][0]
+        ours, theirs = rows["blocks"][1], rows["baseline"][1]
+        controls = [rows[slug] for slug in ("shallow", "ensemble") if slug in rows and rows[slug][1]]
+        if ours and theirs and controls:
+            better = max if "higher" in column else min
+            control, best = better(controls, key=lambda row: statistics.mean(values(row[1], name)))
+            said = []
+            for records, whom in ((theirs, "end to end"), (best, "the control")):
+                found_between = difference(ours, records, name, column)
+                words = {"ahead": "ahead of", "behind": "behind", "no clear difference": "level with"}
+                said.append(f"{words[verdict(found_between[1], found_between[3])]} {whom}" if found_between else "")
+            scores = [with_spread(values(records, name), decimals) for records in (theirs, ours, best)]
+            cells = [*scores[:2], f"{scores[2]} ({control.row})", ", ".join(filter(None, said)) or "one seed"]
+            lines.append([f"{NAMES[script]}: {short(column)}", *cells])
     return markdown(columns, lines) if lines else ""
 
 
@@ -246,7 +302,7 @@ def fill(text, results):
     def renew(match):
         start, scale, group, end = match.groups()
         found = read_records(Path(results) / scale, scale)[0] if scale in SCALES else {}
-        if group not in (tables := ["main", "differences", *groups(found)]):
+        if group not in (tables := [*SPECIAL, *groups(found)]):
             raise UsageError(f"{start.strip()}: there is no such scale or table; tables: {', '.join(tables)}")
         return start + table(group, found) + end
 
@@ -276,3 +332,9 @@ activations. `docs/running.md` says what each number means.
     lines = (e.command_line(0) + (folder + e.file(0) if e.file(0) in starts else "") for e in found)
     text += "\n## Commands\n\nRows of several seeds also have `--seed 1` and `--seed 2`.\n"
     return f"{text}\n```\n" + "\n".join(dict.fromkeys(lines)) + "\n```\n"
+
+
+SPECIAL = {  # tables over all architectures, by the name that a mark has
+    "main": main_table, "differences": differences_table, "rates": rates_table, "commands": commands_table,
+    "verdicts": verdicts_table,
+}  # fmt: skip

@@ -324,6 +324,33 @@ def test_the_main_table_has_the_command_of_each_architecture_and_what_its_blocks
             summary.fill(f"<!-- results: {marked} -->\n<!-- end -->", laptop.parent)
 
 
+def test_a_verdict_names_the_better_control_and_what_is_certain(laptop):
+    """Shallow networks are worse than their mean, blocks better than both; end to end has other seeds' scatter."""
+    named = {e.name: e for e in experiments("laptop")}
+    for seed in range(3):
+        for slug, bits in (
+            ("blocks", 2.0),
+            ("baseline", 2.0 + (0.3, -0.2, 0.1)[seed]),
+            ("shallow", 2.4),
+            ("ensemble", 2.2),
+        ):
+            write(laptop, named[f"gpt-{slug}"], seed, {"bits_per_char": bits + 0.001 * seed * (slug != "blocks")})
+    found = summary.read_records(laptop, "laptop")[0]
+    (row,) = cells_of(summary.table("verdicts", found))
+    assert row["best control of equal memory"] == "2.201 ± 0.001 (mean of 4 such networks)"
+    assert (
+        row["blocks are"] == "level with end to end, ahead of the control"
+        and row["network"] == "GPT: bits per character ↓"
+    )
+    (row,) = cells_of(summary.table("commands", found))
+    assert row["command"] == "`python train_gpt.py --blocks 4`" and row["minutes"] == f"{0.5 * 7 / 60:.0f}"
+    for slug in ("blocks", "baseline", "shallow", "ensemble"):
+        for seed in (1, 2):
+            (laptop / f"gpt-{slug}-s{seed}.json").unlink()
+    (row,) = cells_of(summary.table("verdicts", summary.read_records(laptop, "laptop")[0]))
+    assert row["blocks are"] == "one seed"
+
+
 def test_the_best_rate_is_that_of_the_validation_half(tmp_path):
     """Of an accuracy the highest, of bits the lowest; what is reported does not count."""
     scores = {"vit": ("accuracy", (0.5, 0.7, 0.6)), "gpt": ("bits_per_char", (2.5, 2.2, 2.3))}
@@ -433,11 +460,11 @@ def test_marked_tables_are_those_of_the_files(page):
 def test_the_table_of_the_readme_is_of_the_commands_that_it_names():
     """Each row is a command; with a seed it is that of a record, whose preset is the default on a CPU."""
     table = re.search(
-        r"<!-- results: laptop main -->\n(.*?)<!-- end -->", README.read_text(encoding="utf-8"), re.DOTALL
+        r"<!-- results: laptop commands -->\n(.*?)<!-- end -->", README.read_text(encoding="utf-8"), re.DOTALL
     )
-    commands = {cells["command of the blocks"].strip("`") for cells in cells_of(table[1])} - {""}
+    commands = [cells["command"].strip("`") for cells in cells_of(table[1])]
     recorded = {e.command_line(0): records for e, records in committed().items()}
-    assert len(commands) >= 4
+    assert len(commands) == len(SCRIPTS)
     for command in commands:
         script = command.split("train_")[1].split(".py")[0]
         shallow = next(e for e in committed() if e.name == f"{script}-shallow").command_line(0)
