@@ -110,32 +110,49 @@ def markdown(columns, rows):
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (columns, ["---"] * len(columns), *rows))
 
 
-def table(group, found):
-    """The Markdown table of a group, or one over all architectures. found: as of read_records."""
-    return SPECIAL[group](found) if group in SPECIAL else quality_table(of_group(group, found))
+def table(group, found, whole=False):
+    """The Markdown table of a group, or one over all architectures. found: as of read_records.
+
+    whole: with all columns, as in summary.md. On other pages the tables of further questions have a few.
+    """
+    if group in SPECIAL:
+        return SPECIAL[group](found)
+    rows = of_group(group, found)
+    kinds = COLUMNS if whole else [kind for kind in COLUMNS if kind in (ON_PAGES if group in SCRIPTS else FURTHER)]
+    return quality_table(rows, kinds)
 
 
-def quality_table(rows):
+def quality_table(rows, kinds):
+    """kinds: of COLUMNS, besides the run, its command and its quality."""
     first = next(iter(rows))
     metrics = [m for m in QUALITY[first.script] if any(values(records, m[0]) for records in rows.values())]
-    columns = ["run", "command", "steps", "learning rate", "seeds", *(column for _, column, _ in metrics), "parameters"]
-    columns += ["training MiB", "checkpointed", "ms per step, all blocks", "one sample: layers evaluated", "ms"]
-    papers = ["paper"] * any(experiment.note for experiment in rows)
+    quality = [column for _, column, _ in metrics] or ["quality"]
     lines = []
     for experiment, records in rows.items():
-        cells = ["not run", *[NONE] * (len(columns) - 3)]
-        if records:
-            rate, result = records[0]["settings"]["learning_rate"], records[0]["result"]
-            seeds = str(len(records)) + (f" of {experiment.seeds}" if len(records) < experiment.seeds else "")
-            cells = [f"{result['steps']:,}", f"{rate:g}", seeds]
-            cells += [with_spread(values(records, name), decimals) for name, _, decimals in metrics]
-            cells += [f"{median(records, 'parameters') / 1e6:.2f} M"]
-            cells += [f"{median(records, memory, 'total') / 2**20:.1f}" for memory in MEMORIES]
-            cells += [f"{1000 * median(records, 'seconds_per_step_all_blocks'):.0f}"]
-            cells += [f"{median(records, 'one_sample', 'layer_evaluations'):,.0f}"]
-            cells += [f"{1000 * median(records, 'one_sample', 'seconds'):.1f}"]
-        lines.append([experiment.row, typed(experiment), *cells, *[experiment.note] * len(papers)])
-    return markdown([*columns, *papers], lines)
+        scores = [with_spread(values(records, name), decimals) for name, _, decimals in metrics] or [NONE]
+        cells = [COLUMNS[kind](experiment, records) if records else NONE for kind in kinds]
+        lines.append([experiment.row, typed(experiment), *(scores if records else ["not run", *scores[1:]]), *cells])
+    return markdown(["run", "command", *quality, *kinds], lines)
+
+
+def seeds_of(experiment, records):
+    return str(len(records)) + (f" of {experiment.seeds}" if len(records) < experiment.seeds else "")
+
+
+COLUMNS = {  # of a table of results: what stands in each, made of a row's Experiment and its records
+    "steps": lambda e, records: f"{records[0]['result']['steps']:,}",
+    "learning rate": lambda e, records: f"{records[0]['settings']['learning_rate']:g}",
+    "seeds": seeds_of,
+    "parameters": lambda e, records: f"{median(records, 'parameters') / 1e6:.2f} M",
+    "training MiB": lambda e, records: f"{median(records, MEMORIES[0], 'total') / 2**20:.1f}",
+    "checkpointed": lambda e, records: f"{median(records, MEMORIES[1], 'total') / 2**20:.1f}",
+    "ms per step, all blocks": lambda e, records: f"{1000 * median(records, 'seconds_per_step_all_blocks'):.0f}",
+    "one sample: layers evaluated": lambda e, records: f"{median(records, 'one_sample', 'layer_evaluations'):,.0f}",
+    "ms": lambda e, records: f"{1000 * median(records, 'one_sample', 'seconds'):.1f}",
+    "paper": lambda e, records: e.note,
+}
+FURTHER = ("training MiB",)  # the columns of further questions on other pages than summary.md
+ON_PAGES = (*FURTHER, "learning rate", "checkpointed", "ms per step, all blocks", "one sample: layers evaluated", "ms")
 
 
 def typed(experiment):
@@ -326,7 +343,7 @@ activations. `docs/running.md` says what each number means.
         data = {f"{r['settings']['data']} {r['data_sha256'][:12]}" for r in records}
         measured = re.sub('[{}"]', "", "; ".join((*sorted(machines), *sorted(data))))
         title, notes = GROUPS[group]
-        text += f"\n## {title}\n\n{notes} Measured on: {measured or NONE}.\n\n{table(group, found)}"
+        text += f"\n## {title}\n\n{notes} Measured on: {measured or NONE}.\n\n{table(group, found, whole=True)}"
     folder = f" --out out/results/{scale}/"  # where other runs look for the network that they start from
     starts = {experiment.init_from(0) for experiment in found}
     lines = (e.command_line(0) + (folder + e.file(0) if e.file(0) in starts else "") for e in found)

@@ -290,9 +290,10 @@ def cells_of(table):
 
 def test_a_table_says_what_the_files_say(laptop):
     found, stale = summary.read_records(laptop, "laptop")
-    rows = cells_of(summary.table("gpt", found))
+    rows = cells_of(summary.table("gpt", found, whole=True))
     assert not stale and len(rows) == 5
-    assert rows[-1]["run"] == "mean of 4 such networks" and rows[-1]["steps"] == "not run"
+    assert rows[-1]["run"] == "mean of 4 such networks" and rows[-1]["steps"] == "–"
+    assert rows[-1]["bits per character (lower is better)"] == "not run"
     assert rows[0] == {
         "run": "end to end", "command": "`python train_gpt.py --baseline`", "steps": "7", "seeds": "2 of 3",
         "learning rate": rows[0]["learning rate"],
@@ -304,6 +305,9 @@ def test_a_table_says_what_the_files_say(laptop):
         float(rows[0]["learning rate"]) == settings_of(next(e for e in found if e.name == "gpt-baseline")).learning_rate
     )
     assert rows[2]["bits per character (lower is better)"] == "2.000", "one seed has no spread"
+    pages, further = cells_of(summary.table("gpt", found)), cells_of(summary.table("gpt-depth", found))
+    assert pages[0]["learning rate"] == rows[0]["learning rate"] and "seeds" not in pages[0]
+    assert list(further[0]) == ["run", "command", "bits per character (lower is better)", "training MiB"]
 
 
 def test_the_main_table_has_the_command_of_each_architecture_and_what_its_blocks_cost(laptop):
