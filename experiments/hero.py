@@ -1,7 +1,7 @@
 """The README's animation: blocks are trained one after the other, and then paint letters together.
 
 python train_dit.py                                  # a run to take the blocks from
-python -m experiments.hero --run out/dit-blocks      # writes docs/pictures/hero.gif, and hero.png, its last picture
+python -m experiments.hero --run out/dit-blocks      # writes docs/pictures/hero.gif, and hero.png, a still
 """
 
 import argparse
@@ -122,7 +122,7 @@ def main():
     first, *others = (picture.quantize(64, dither=Image.Dither.NONE) for picture, _ in pictures)
     times = [round(1000 * seconds) for _, seconds in pictures]
     first.save(args.out / "hero.gif", save_all=True, append_images=others, duration=times, loop=0, optimize=True)
-    pictures[-1][0].save(args.out / "hero.png")
+    pictures[len(pictures) * 2 // 3][0].save(args.out / "hero.png")  # in the middle of the walk
     print(f"written: {args.out / 'hero.gif'}, {(args.out / 'hero.gif').stat().st_size / 1e6:.2f} MB, and hero.png")
 
 

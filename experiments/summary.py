@@ -34,8 +34,8 @@ CERTAIN = 0.05  # p below which a difference counts
 MEMORIES = "memory_bytes", "checkpointed_bytes"
 NAMES = {"vit": "ViT", "dit": "DiT", "mdm": "masked diffusion", "gpt": "GPT", "looped": "looped"}
 TASKS = {
-    "vit": "classify letters and digits", "dit": "generate letters and digits", "mdm": "fill in masked Python source",
-    "gpt": "write Python source", "looped": "write it with a looped network",
+    "vit": "classify letters", "dit": "generate letters", "mdm": "fill in masked code", "gpt": "write code",
+    "looped": "write code, looped",
 }  # fmt: skip
 
 
@@ -212,6 +212,7 @@ def verdict(better, p):
 
 def short(column):
     """A column's name with an arrow that says which way is better."""
+    column = column.replace("bits per character", "bits")
     return column.replace(" (higher is better)", " ↑").replace(" (lower is better)", " ↓")
 
 
@@ -232,7 +233,7 @@ def commands_table(found):
 
 def verdicts_table(found):
     """Blocks beside the whole network, and beside the better of the two controls that take their memory."""
-    columns = ["network", "end to end", "blocks", "best control of equal memory", "blocks are"]
+    columns = ["network", "end to end", "blocks", "best control of equal memory", "verdict"]
     lines = []
     for script in SCRIPTS:
         rows, (name, column, decimals) = by_slug(script, found), QUALITY[script][0]
@@ -240,14 +241,16 @@ def verdicts_table(found):
         controls = [rows[slug] for slug in ("shallow", "ensemble") if slug in rows and rows[slug][1]]
         if ours and theirs and controls:
             better = max if "higher" in column else min
-            control, best = better(controls, key=lambda row: statistics.mean(values(row[1], name)))
+            _, best = better(controls, key=lambda row: statistics.mean(values(row[1], name)))
+            count = best[0]["settings"].get("ensemble", 1)
+            several = f"mean of {count}" if count > 1 else "one"
             said = []
             for records, whom in ((theirs, "end to end"), (best, "the control")):
                 found_between = difference(ours, records, name, column)
                 words = {"ahead": "ahead of", "behind": "behind", "no clear difference": "level with"}
                 said.append(f"{words[verdict(found_between[1], found_between[3])]} {whom}" if found_between else "")
             scores = [with_spread(values(records, name), decimals) for records in (theirs, ours, best)]
-            cells = [*scores[:2], f"{scores[2]} ({control.row})", ", ".join(filter(None, said)) or "one seed"]
+            cells = [*scores[:2], f"{scores[2]} ({several})", ", ".join(filter(None, said)) or "one seed so far"]
             lines.append([f"{NAMES[script]}: {short(column)}", *cells])
     return markdown(columns, lines) if lines else ""
 
