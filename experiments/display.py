@@ -4,7 +4,7 @@ import base64
 import io
 import time
 import uuid
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 
 import matplotlib.pyplot as plt
 from IPython import get_ipython
@@ -45,14 +45,17 @@ def moving_line():
 
 
 class Progress:
-    """range(count), with a line that moves: name, step, loss and seconds left. The loop may set `loss`, a number."""
+    """range(count), with a line that moves: name, step, loss and seconds left. The loop may set `loss`, a number.
 
-    def __init__(self, name, count, unit="step"):
-        self.name, self.count, self.unit, self.loss = name, count, unit, None
+    say: of a moving_line() that several loops share; else the loop has a line of its own.
+    """
+
+    def __init__(self, name, count, unit="step", say=None):
+        self.name, self.count, self.unit, self.loss, self.say = name, count, unit, None, say
 
     def __iter__(self):
         began = shown = time.monotonic()
-        with moving_line() as say:
+        with nullcontext(self.say) if self.say else moving_line() as say:
             for step in range(self.count):
                 yield step
                 now = time.monotonic()

@@ -1,9 +1,11 @@
 """What the notebooks of the course share: feedback on a student's answer, and the size of a run."""
 
+import functools
+import inspect
 import linecache
-import marshal
 import os
 import traceback
+from contextlib import contextmanager
 
 import torch
 
@@ -16,45 +18,84 @@ def check(name, answer, passed, hints=("",), otherwise=NOT_USED):
 
     name: of the exercise, like "1.2". answer: a function or a class. passed: answer -> whether it is right; an error in
     it means that it is not, and is shown. hints: the idea; and nearly the code, for a second, different attempt.
-    otherwise: what to go on with while the answer is not right. Random numbers are drawn apart: whether an answer is
-    checked changes nothing further down.
+    otherwise: what to go on with while the answer is not right. An answer is checked apart: whatever it draws or sets
+    in torch changes nothing further down.
     """
     used = otherwise is not NOT_USED
+    until = " Until it is right the notebook goes on with nano_db's own." * used
+    right = False
+    with apart():
+        try:
+            right, fault, counts = bool(passed(answer)), "", True
+        except KeyboardInterrupt:
+            print(f"{name}: stopped before it was checked.{until}")
+            return otherwise if used else None
+        except (Exception, SystemExit) as error:
+            if missing := unwritten(error, answer):
+                print(f"{name}: not answered yet. Write {missing}, and run both cells.{until}")
+                return otherwise if used else None
+            fault, counts = explained(error, answer), not isinstance(error, NameError | SyntaxError)
+    if right:
+        print(f"{name}: right." + " The cells below use your answer: run them again." * used)
+        return answer if used else None
+    wrong = WRONG.setdefault(name, set())
+    if counts:  # a slip of the keyboard is no attempt
+        wrong.add(fingerprint(answer))
+    print(f"{name}: not yet. {fault}{hints[max(0, min(len(wrong), len(hints)) - 1)]}{until}")
+    return otherwise if used else None
+
+
+@contextmanager
+def apart():
+    """Random numbers, the default dtype and whether gradients are kept are the same afterwards as before."""
+    dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            right, fault = bool(passed(answer)), ""
-        except NotImplementedError:
-            until = " Until then the notebook goes on with nano_db's own." * used
-            print(f"{name}: not answered yet. Write your answer into the cell above, and run both cells.{until}")
-            return otherwise if used else None
-        except Exception as error:
-            right, fault = False, explained(error, answer)
-    if right:
-        print(f"{name}: right." + " From here on the notebook uses your answer." * used)
-    else:
-        wrong = WRONG.setdefault(name, set())
-        wrong.add(fingerprint(answer))
-        print(f"{name}: not yet. {fault}{hints[min(len(wrong), len(hints)) - 1]}")
-    return (answer if right else otherwise) if used else None
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_grad_enabled(gradients)
 
 
 def functions_of(answer):
-    """The functions that an answer consists of: itself, or the methods of a class."""
-    parts = vars(answer).values() if isinstance(answer, type) else [answer]
-    return [part for part in parts if hasattr(part, "__code__")]
+    """The functions that an answer consists of: itself, without decorators and fixed arguments; or those of a class."""
+    if isinstance(answer, type):
+        parts = [getattr(part, "__func__", part) for part in vars(answer).values()]
+    else:
+        answer = inspect.unwrap(answer)
+        answer = answer.func if isinstance(answer, functools.partial) else answer
+        parts = [answer if hasattr(answer, "__code__") else type(answer).__call__]
+    return [part for part in map(inspect.unwrap, filter(callable, parts)) if hasattr(part, "__code__")]
 
 
 def fingerprint(answer):
-    """The same for the same lines of code, wherever and whenever they were run."""
-    return tuple(marshal.dumps(part.__code__.replace(co_filename="")) for part in functions_of(answer))
+    """The same for the same code, wherever it stands and whatever comments it has."""
+
+    def of(code):
+        constants = [of(c) if inspect.iscode(c) else repr(c) for c in code.co_consts]
+        return code.co_code, code.co_names, tuple(constants)
+
+    return tuple(of(part.__code__) for part in functions_of(answer)) or repr(answer)
+
+
+def frames_of(error, answer):
+    """Those frames of an error that lie in the cell of the answer."""
+    files = {part.__code__.co_filename for part in functions_of(answer)}
+    return [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+
+
+def unwritten(error, answer):
+    """What is left to write, if the error is that of an unfinished stub. (PyTorch raises NotImplementedError, too.)"""
+    own, last = frames_of(error, answer), traceback.extract_tb(error.__traceback__)[-1]
+    if not isinstance(error, NotImplementedError) or str(error) or not own or own[-1] != last:
+        return ""
+    return f"{last.name} of the class above" if isinstance(answer, type) else "your answer into the cell above"
 
 
 def explained(error, answer):
     """An error as a sentence: type, message and, where it arose in the answer, the line."""
-    files = {part.__code__.co_filename for part in functions_of(answer)}
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
-    text = f"{type(error).__name__}: {str(error).strip() or 'no message'}".rstrip(".")
+    text, own = f"{type(error).__name__}: {str(error).strip() or 'no message'}".rstrip("."), frames_of(error, answer)
     if not own:
         return f"{text} (when the check looked at what it returned). "
     line = linecache.getline(own[-1].filename, own[-1].lineno).strip()

@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 
 HERE = Path(__file__).resolve().parent
-BESIDE = ("README.md",)  # what the notebooks link to
+BESIDE = ("README.md", "pictures")  # the index
 
 
 def without_solutions(notebook):
@@ -30,15 +30,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the folder for the copies, like students")
     out = parser.parse_args().out.resolve()
-    if out == HERE or (out.exists() and not out.is_dir()):
+    there = list(out.iterdir()) if out.is_dir() else []
+    others = [path for path in there if path.suffix != ".ipynb" and path.name not in (*BESIDE, ".ipynb_checkpoints")]
+    if out == HERE or (out.exists() and not out.is_dir()) or others:
         print(f"{parser.prog}: error: --out {out}: name another folder, beside {HERE.name}", file=sys.stderr)
         sys.exit(2)
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted(HERE.glob("*.ipynb")):
         nbformat.write(without_solutions(nbformat.read(path, as_version=4)), out / path.name)
-    for pattern in BESIDE:
-        for path in HERE.glob(pattern):
-            shutil.copy(path, out / path.name)
+    shutil.copy(HERE / "README.md", out / "README.md")
+    shutil.copytree(HERE / "pictures", out / "pictures", dirs_exist_ok=True)
     print(f"{len(list(out.glob('*.ipynb')))} notebooks without solutions: {out}")
     if out.parent != HERE.parent:
         print(f"to run them, move the folder beside {HERE.name}, into {HERE.parent}")

@@ -165,12 +165,14 @@ def test_a_student_goes_through_it(page, path):
         notebook.picture("slider")
     for name, stub, check, answer in list(exercises(notebook.source))[:2]:
         assert f"{name}: not answered yet" in notebook.texts()[check], "after Run All of an untouched notebook"
-        head = answer.partition(":\n")[0] if answer.startswith("def") else "class Broken"
-        notebook.type(
-            stub, f"{head}:\n    return nothing_of_this_name\n" if answer.startswith("def") else "Answer23 = 3"
-        )
-        notebook.run(stub, check)
-        assert f"{name}: not yet. " in (said := notebook.texts()[check]) and "Error: " in said
+        head, said = answer.partition(":\n")[0], []
+        for wrong in ("nothing_of_this_name", "None", "0"):  # a slip, which is no attempt, and two wrong answers
+            body = f"return {wrong}" if head.startswith("def") else f"def __init__(self, *_): self.edges = {wrong}"
+            notebook.type(stub, f"{head}:\n    {body}\n")
+            notebook.run(stub, check)
+            said.append(notebook.texts()[check])
+            assert f"{name}: not yet. " in said[-1]
+        assert "Error: " in said[0] and "in line" in said[0] and said[1] != said[2], "another hint"
         notebook.type(stub, answer)
         notebook.run(stub, check)
         assert f"{name}: right." in notebook.texts()[check]

@@ -1,3 +1,6 @@
+import functools
+import sys
+
 import pytest
 import torch
 
@@ -39,11 +42,15 @@ def broken(x):
 @pytest.mark.parametrize(
     "answer, line",
     [
-        (right, "1.2: right."),
-        (lambda x: torch.tensor(-2), "1.2: right."),
+        (right, "1.2: right.\n"),
+        (lambda x: torch.tensor(-2), "1.2: right.\n"),
         (wrong, "1.2: not yet. Mind the sign."),
         (unfinished, "1.2: not answered yet. Write your answer into the cell above, and run both cells."),
         (lambda x: torch.tensor([1, 2]), "1.2: not yet. RuntimeError: Boolean value of Tensor"),  # not one answer
+        (lambda x: torch.tensor([1]).softmax(0), "1.2: not yet. NotImplementedError: "),  # PyTorch's, not the stub's
+        (lambda x: sys.exit("done"), "1.2: not yet. SystemExit: done"),
+        (functools.partial(wrong), "1.2: not yet. Mind the sign."),
+        (max, "1.2: not yet. TypeError: "),
         (lambda x: None, "1.2: not yet. Mind the sign."),
     ],
 )
@@ -68,15 +75,26 @@ def test_the_second_hint_is_for_a_second_different_attempt(capsys):
         return capsys.readouterr().out.strip().rpartition("not yet. ")[2]
 
     assert [hint(wrong), hint(wrong), hint(unfinished)[:8]] == [HINTS[0], HINTS[0], "1.2: not"]
+    exec(compile("\n\n\ndef wrong(x):  # a comment\n    return x", "another cell", "exec"), same := {})
+    assert hint(same["wrong"]) == HINTS[0], "the same code elsewhere is no other attempt"
+    assert hint(lambda x: minus(x)).endswith(HINTS[0]), "nor is a name that is not there"  # noqa: F821
     assert hint(wrong_again) == hint(wrong) == HINTS[1]
     assert hint(wrong_again, "1.3") == HINTS[0], "another exercise"
 
 
+def test_decorated_answers_are_seen_through(capsys):
+    for name, body in (("1.2", wrong), ("1.2", wrong_again), ("1.3", functools.partial(wrong)), ("1.3", abs)):
+        check(name, torch.no_grad()(body) if name == "1.2" else body, is_minus, HINTS)
+    assert capsys.readouterr().out.count(HINTS[1]) == 2
+    check("1.4", torch.no_grad()(broken), is_minus, HINTS)
+    assert "return y / 0  # here" in capsys.readouterr().out
+
+
 def test_the_notebook_goes_on_with_a_right_answer_and_else_with_the_librarys(capsys):
     assert check("1.2", right, is_minus, HINTS, otherwise=abs) is right
-    assert "the notebook uses your answer" in capsys.readouterr().out
+    assert "The cells below use your answer" in capsys.readouterr().out
     assert check("1.2", wrong, is_minus, HINTS, otherwise=abs) is abs
-    assert "your answer" not in capsys.readouterr().out
+    assert "use your answer" not in (out := capsys.readouterr().out) and "goes on with nano_db's own" in out
     assert check("1.2", unfinished, is_minus, HINTS, otherwise=None) is None
     assert "goes on with nano_db's own" in capsys.readouterr().out
     assert check("1.2", right, is_minus, HINTS) is None, "nothing is shown below the cell"
@@ -99,6 +117,36 @@ def test_an_answer_may_be_a_class(capsys):
     out = capsys.readouterr().out
     assert out.count("AttributeError: 'Counter' object has no attribute 'missing'") == out.count(HINTS[0]) == 2
     assert "self.at = start + self.missing" in out and out.count(HINTS[1]) == 1
+
+
+def test_an_unfinished_class_is_told_what_is_missing(capsys):
+    class Half:
+        def __init__(self):
+            self.edges = [1, 2]
+
+        def route(self, sigma):
+            raise NotImplementedError
+
+    check("2.3", Half, lambda answer: answer().route(1.0), HINTS)
+    assert capsys.readouterr().out.startswith("2.3: not answered yet. Write route of the class above")
+
+
+def test_a_check_that_is_stopped_leaves_what_the_notebook_needs(capsys):
+    def stopped(answer):
+        raise KeyboardInterrupt
+
+    assert check("1.2", right, stopped, HINTS, otherwise=abs) is abs
+    assert capsys.readouterr().out.startswith("1.2: stopped")
+
+
+def test_what_an_answer_sets_in_torch_is_set_back():
+    def careless(x):
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(False)
+        return -x
+
+    check("1.2", careless, is_minus)
+    assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
 
 
 def test_random_numbers_are_drawn_apart():

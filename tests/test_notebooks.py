@@ -71,7 +71,7 @@ def faults_of_exercises(notebook):
             faults.append(f"{name}: the check does not follow the stub")
         if not text_of(checks[name][1]).startswith(f"{name}: not answered yet. "):
             faults.append(f"{name}: the stub does not raise NotImplementedError: {text_of(checks[name][1])!r}")
-        if text_of(solutions[name][1]) != f"{name}: right.\n":
+        if text_of(solutions[name][1]) != f"solution {name}: right.\n":
             faults.append(f"{name}: the solution is not right: {text_of(solutions[name][1])!r}")
         if definitions(solutions[name][1].source) & definitions(stubs[name][1].source):
             faults.append(f"{name}: the solution overwrites the answer, and the check would say right to an empty stub")
@@ -132,11 +132,13 @@ READS = {  # the last of the committed results that a notebook reads, where they
 
 def those_that_can_run(paths, slow=True):
     """Notebooks as parameters; some wait for what they read. Where they are run, they are slow (but for one)."""
+    found = []
     for path in paths:
         marks = [pytest.mark.slow] if slow and not path.stem.startswith("01") else []
         if path.stem in READS and not (ROOT / "results" / "laptop" / READS[path.stem]).exists():
             marks.append(pytest.mark.skip(reason=f"it reads results/laptop/{READS[path.stem]}, which is not there yet"))
-        yield pytest.param(path, id=path.stem, marks=marks)
+        found.append(pytest.param(path, id=path.stem, marks=marks))
+    return found
 
 
 @pytest.mark.parametrize("path", those_that_can_run(PATHS))
@@ -147,14 +149,14 @@ def test_it_runs_in_reduced_size_and_its_exercises_hold(path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", those_that_can_run(PATHS[1:]))
-def test_it_goes_on_with_right_answers(path, monkeypatch):
+def test_a_students_copy_with_right_answers_runs_to_its_end_and_uses_them(path, monkeypatch):
     monkeypatch.setenv("NANO_DB_REDUCED", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    notebook = execute(answered(nbformat.read(path, as_version=4)), path.parent)
+    notebook = execute(student_copies.without_solutions(answered(nbformat.read(path, as_version=4))), path.parent)
     used = 0
     for name, (_, cell) in tagged(notebook, "check").items():
         uses = "otherwise=" in cell.source
-        assert text_of(cell) == f"{name}: right." + " From here on the notebook uses your answer." * uses + "\n"
+        assert text_of(cell) == f"{name}: right." + " The cells below use your answer: run them again." * uses + "\n"
         used += uses
     assert used or path.stem.startswith("09"), "no answer is used"  # notebook 9 reads results
 
@@ -183,14 +185,66 @@ def test_the_copies_for_students_have_no_solutions(tmp_path, monkeypatch, capsys
         assert tagged(notebook, "check").keys() == tagged(before, "check").keys() == tagged(before, "solution").keys()
 
 
-@pytest.mark.parametrize("out", [".", "notebooks", "notebooks/README.md"])
-def test_copies_for_students_overwrite_no_notebook(out, monkeypatch, capsys):
-    out = ROOT / "notebooks" if out == "." else ROOT / out
+@pytest.mark.parametrize("out", [".", "notebooks", "notebooks/README.md", "tests", "docs"])
+def test_copies_for_students_overwrite_nothing_else(out, monkeypatch, capsys):
+    out = ROOT / out
     monkeypatch.setattr(sys, "argv", ["student_copies.py", "--out", str(out)])
     with pytest.raises(SystemExit) as stopped:
         student_copies.main()
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and "name another folder" in err and err.count("\n") == 1
+
+
+def test_copies_for_students_may_be_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["student_copies.py", "--out", str(tmp_path)])
+    student_copies.main()
+    student_copies.main()
+
+
+SETTING_UP = [  # what is around the notebook, whether it is on Colab, the address; what is said, or None
+    ("nothing", False, "OWNER", "in this cell, write the account"),
+    ("nothing", True, "OWNER", "in this cell, write the account"),
+    ("nothing", False, "somebody", "git clone https://github.com/somebody/nano_db"),
+    ("nothing", True, "somebody", None),
+    ("a clone from before", True, "somebody", None),
+    ("the project", False, "OWNER", None),
+]
+
+
+@pytest.mark.parametrize("around, colab, owner, said", SETTING_UP)
+def test_a_notebook_that_stands_alone_says_what_is_missing(around, colab, owner, said, tmp_path, monkeypatch):
+    for name in {code_cells(nbformat.read(path, as_version=4))[0].source for path in PATHS}:
+        source = name.replace("OWNER/nano_db", f"{owner}/nano_db")
+    here, cloned = tmp_path / "notebooks", []
+    here.mkdir()
+    if around == "the project":
+        (tmp_path / "nano_db").mkdir()
+        (tmp_path / "nano_db" / "block.py").touch()
+    if around == "a clone from before":
+        (here / "nano_db" / "notebooks").mkdir(parents=True)
+
+    def run(command, check):
+        cloned.append(command[-1])
+        (here / "nano_db" / "notebooks").mkdir(parents=True)
+
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
+    if colab:
+        monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    if said:
+        with pytest.raises(Exception, match=said) as missing:
+            exec(source, {"__name__": "cell"})
+        assert missing.value._render_traceback_() == [str(missing.value)], "one sentence, and no traceback"
+    else:
+        exec(source, {"__name__": "cell"})
+        assert sys.path[0] == ".." and (Path.cwd() == here) is (around == "the project")
+    assert cloned == ["https://github.com/somebody/nano_db"] * (around == "nothing" and colab and not said)
+
+
+def test_all_notebooks_set_up_alike():
+    assert len({code_cells(nbformat.read(path, as_version=4))[0].source for path in PATHS}) == 1
 
 
 def test_an_export_to_html_shows_no_solution():
@@ -242,7 +296,7 @@ def executed(stub, check, solution):
     cells = [
         new_code_cell(setup), new_code_cell(stub, metadata={"tags": ["exercise"], "exercise": "1.3"}),
         new_code_cell(f'check("1.3", answer, lambda answer: {check})', metadata=hidden | {"tags": ["check"]}),
-        new_code_cell(f'{solution}\ncheck("1.3", solution, lambda answer: {check})', metadata=hidden),
+        new_code_cell(f'{solution}\ncheck("solution 1.3", solution, lambda answer: {check})', metadata=hidden),
     ]  # fmt: skip
     cells[-1].metadata.tags = ["solution"]
     return execute(new_notebook(cells=cells), ROOT / "notebooks")

@@ -1,0 +1,35 @@
+"""The small pictures of the index: one of each notebook, taken from its outputs.
+
+python notebooks/thumbnails.py      # writes notebooks/pictures/00.png, 01.png, ...
+"""
+
+import base64
+import io
+from pathlib import Path
+
+import nbformat
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+CHOSEN = {  # a piece of the code of the cell whose picture stands for the notebook
+    "00": "draw_images(folder", "01": "40 paths, from noise to data", "02": "explore(show_partitions",
+    "03": "moments = [*partition.edges", "04": "draw_images(picture", "05": "of_few = stack.posterior(few)",
+    "06": "unigram = posterior_of", "07": "A text being unmasked", "08": "letters by K steps", "09": "cases = [(L, B",
+}  # fmt: skip
+SIZE = 260, 110
+
+
+def picture_of(path):
+    """The picture below the chosen cell of a notebook, on white."""
+    piece = CHOSEN[path.name[:2]]
+    (cell,) = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code" and piece in c.source]
+    (data,) = [o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})]
+    picture = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+    picture.thumbnail(SIZE)
+    return picture
+
+
+if __name__ == "__main__":
+    (HERE / "pictures").mkdir(exist_ok=True)
+    for path in sorted(HERE.glob("*.ipynb")):
+        picture_of(path).save(HERE / "pictures" / f"{path.name[:2]}.png", optimize=True)
