@@ -284,7 +284,7 @@ def main(flags=None):
 
     for _ in run.rounds():
         for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, mine
-            block = first_weights(build, b, settings, text, partition)  # from the seed and b alone
+            block = first_weights(build, b, settings, text, partition)  # depends only on the seed and b
             optimizer = make_optimizer(block, settings)
             for _ in run.steps(b, block, optimizer):  # goes on from the file; seeds, sets the rate, logs, saves
                 x, y = batch(run.batch_size, settings, text, partition)

@@ -5,8 +5,8 @@
     python train_mdm.py --eval-only --fill "The ???? of" --gap "?"     # fill the gaps of a text
 
 Here noise is masking (masking.py): at time t each letter is unmasked with probability alpha(t). Each block is a small
-transformer that looks both ways and predicts masked letters. It trains alone, on its own interval of alpha. Unlike in a
-GPT, a block sees the data itself, partly masked: it is a specialist for how much is masked.
+transformer that looks both ways and predicts masked letters. It trains independently, on its own interval of alpha. Unlike
+in a GPT, a block sees the data itself, partly masked: it is a specialist for how much is masked.
 """
 
 from dataclasses import dataclass
@@ -193,7 +193,7 @@ def main(flags=None):
 
     for _ in run.rounds():
         for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, mine
-            block = first_weights(build, b, settings, text, schedule)  # from the seed and b alone
+            block = first_weights(build, b, settings, text, schedule)  # depends only on the seed and b
             optimizer = make_optimizer(block, settings)
             for _ in run.steps(b, block, optimizer):  # goes on from the file; seeds, sets the rate, logs, saves
                 (x,) = batch(run.batch_size, settings, text, schedule)

@@ -86,8 +86,8 @@ RECIPES = {
     "paper": dict(head="paper", predict="active", loss_weight="edm", noise="paper"),
 }
 NOISE = {
-    # Below sigma = 0.25 z alone identifies 98% of 10 classes, and the image need not be looked at. Ours spends nearly
-    # all of its draws above. The paper's is EDM's, made for images.
+    # Below sigma = 0.25 z by itself identifies 98% of 10 classes, and the image need not be looked at. Ours spends
+    # nearly all of its draws above. The paper's is EDM's, made for images.
     "nano": LogNormal(p_mean=1.0, p_std=0.8, sigma_min=0.2, sigma_max=20.0),
     "paper": LogNormal(p_mean=-1.2, p_std=1.2, sigma_min=0.002, sigma_max=80.0),
 }
@@ -191,7 +191,7 @@ def main(flags=None):
 
     for _ in run.rounds():
         for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, mine
-            block = first_weights(build, b, settings, images, partition)  # from the seed and b alone
+            block = first_weights(build, b, settings, images, partition)  # depends only on the seed and b
             optimizer = make_optimizer(block, settings)
             for _ in run.steps(b, block, optimizer):  # goes on from the file; seeds, sets the rate, logs, saves
                 x, y = batch(run.batch_size, settings, images, partition)

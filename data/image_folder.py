@@ -100,7 +100,7 @@ def classes_of(folder):
 
 def held_out(classes, folder):
     """Both sides of {class: paths}: a tenth of each class, and at least one picture, is held out. Which ones follows
-    from their names alone, so that it is the same everywhere.
+    only from their names, so that it is the same everywhere.
     """
     train, test = {}, {}
     for name, paths in classes.items():

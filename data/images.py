@@ -33,7 +33,7 @@ class Images:
     """train, test: (N, channels, height, width) uint8, with labels (N,) int64, whose names are `classes`.
 
     mirrors: may an image be mirrored without becoming something else? (Shifted it may be: a letter stays that letter.)
-    sha256: of all pixels and labels. p_mean, sigma_data: EDM's constants for a network that paints such images, and
+    sha256: of all pixels and labels. p_mean, sigma_data: EDM's constants for a network that generates such images, and
     `why` these. missing: why there is nothing to train and to score on, where a run is to sample without its images.
     """
 
@@ -114,7 +114,7 @@ def load_images(name="glyphs", folder="data/cache", count=18_000, size=32, kept=
 
 
 def edm_constants(name, images):
-    """(p_mean, sigma_data, why) for a network that paints these images. Where nobody has tried which are best,
+    """(p_mean, sigma_data, why) for a network that generates these images. Where nobody has tried which are best,
     sigma_data is measured, and p_mean is EDM's, moved along: noise is much or little only beside the pixels.
     """
     if name in NOISE_LEVELS:

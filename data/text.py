@@ -162,7 +162,7 @@ def load_text(name="python", tokenizer="char", folder="data/cache", seq_len=1, e
             raise UsageError(f"--data {name}: {len(part)} {side} tokens are too few for --seq-len {seq_len}")
     if (train == train[0]).all() and (heldout == train[0]).all():
         only = tokens.decode(train[:1].tolist())
-        raise UsageError(f"--data {name} consists of the token {only!r} alone: there is nothing to learn")
+        raise UsageError(f"--data {name} consists only of the token {only!r}: there is nothing to learn")
     if name not in TEXTS:
         print(f"{name}: {len(text):,} characters, {tokens.classes:,} different tokens, the last tenth is held out")
     if export > (windows := (len(heldout) - 1) // seq_len):

@@ -1,7 +1,7 @@
 """Is a difference between two methods real? A paired t-test over seeds.
 
 Runs of one seed share data, batches and noise, so their scores are not independent. The difference is taken within
-each seed, and the test looks at these few numbers alone (Student 1908).
+each seed, and the test looks only at these few numbers (Student 1908).
 """
 
 import math

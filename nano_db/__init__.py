@@ -1,4 +1,4 @@
-"""nano_db: train a deep network block by block, each block alone, as a denoiser for its own noise levels.
+"""nano_db: train a deep network block by block, each block independently, as a denoiser for its own noise levels.
 
 Reading order: schedule (noise levels) -> partition (who owns which) -> heads (what targets are, and who answers) ->
 layers -> block (the loss: the whole method) -> stack (the blocks assembled) -> sampler (the walk from noise to data) ->

@@ -1,4 +1,4 @@
-"""A DiffusionBlock: some layers, trained alone to undo noise of one interval of levels; and the end-to-end baseline.
+"""A DiffusionBlock: some layers, trained independently to undo noise of one interval; and the end-to-end baseline.
 
 A block owns every parameter it trains, from the input embedding to the output head: no trainable tensor is shared, so
 a block can be trained anywhere, in any order. Its loss is the whole method.
@@ -45,7 +45,7 @@ class DiffusionBlock(nn.Module):
         """Denoising at random levels of the block's own span: the mean over samples of w(sigma_i) * loss_i.
 
         With clean_weight the block is also asked for p(y | x) where z says nothing (ours): at z = 0 there is no
-        likelihood term, and the head has only what the trunk found in x. Under little noise z alone names y, so
+        likelihood term, and the head has only what the trunk found in x. Under little noise z gives y away, so
         without this a late block hardly learns to read x. The trunk is evaluated once for both.
         """
         where = "cpu" if y.device.type == "mps" else y.device  # MPS has no float64

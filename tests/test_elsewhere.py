@@ -340,7 +340,7 @@ def test_a_text_of_one_byte_pair_teaches_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr("data.text.GPT2Tokenizer", Words)
     (tmp_path / "a.txt").write_text(" the" * 1000)
-    with pytest.raises(UsageError, match="consists of the token ' the' alone"):
+    with pytest.raises(UsageError, match="consists only of the token ' the'"):
         load_text(str(tmp_path / "a.txt"), "gpt2", seq_len=8)
 
 

@@ -1,4 +1,4 @@
-"""Work in a process of its own: an error of CUDA spoils a process, and what hangs can only be killed."""
+"""Work in a process of its own: an error of CUDA ruins a process, and what hangs can only be killed."""
 
 import faulthandler
 import multiprocessing

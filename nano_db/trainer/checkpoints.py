@@ -96,7 +96,7 @@ def append_json(path, record):
     line = json.dumps(record).encode() + b"\n"
     with explained(f"cannot write {path}: make room, then run again", OSError), open(path, "ab+") as file:
         if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-            line = b"\n" + line  # a killed process left half a line: it stays alone, and read_metrics skips it
+            line = b"\n" + line  # a killed process left half a line, which read_metrics skips
         file.write(line)
 
 

@@ -4,8 +4,8 @@ torchrun (or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_POR
 blocks, process r trains block r. With more blocks, a process takes several, one after the other. With more processes,
 those of one block form a group, which is ordinary data-parallel training: each draws its own local batch, from (seed,
 block, step, rank), and the gradients are averaged. What a group sends stays in the group, because the only process
-group that a process ever joins is its block's; a process that trains alone joins none. Between blocks nothing passes
-but, at the end of the training, a count of who has finished, so that process 0 knows when to evaluate. Files do the
+group that a process ever joins is its block's; a process with a block to itself joins none. Between blocks nothing
+passes but, at the end of the training, a count of who has finished, so that process 0 knows when to evaluate. Files do the
 rest (run.py).
 """
 
@@ -23,7 +23,7 @@ from nano_db.errors import UsageError
 
 @dataclass(frozen=True)
 class Group:
-    """The processes that train one block, seen from that of number `rank` of `size`. Most often it is alone.
+    """The processes that train one block, seen from that of number `rank` of `size`. Most often there is only one.
 
     store: where the members find each other (a torch.distributed.Store).
     """

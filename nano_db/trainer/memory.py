@@ -45,7 +45,7 @@ def allocator_peak(module, batch, optimizer, context=nullcontext()):  # noqa: B0
 
 
 def _activation_bytes(module, batch, fixed, context):
-    """See training_bytes. What is recomputed is watched, to see what it saves when it is evaluated alone."""
+    """See training_bytes. What is recomputed is watched, to see what it saves when it is evaluated separately."""
     # By _cdata: the fake tensors of experiments/plan.py have no data_ptr.
     fixed = {tensor.untyped_storage()._cdata for tensor in fixed}
     levels, held = [({}, [0])], []  # {storage: its bytes} kept; what each part keeps while it is evaluated again

@@ -5,7 +5,7 @@ it. This one mechanism gives the memory saving (weights, gradients, optimizer st
 exact resume, and workers on other machines.
 
 Every step draws all its randomness from (seed, block, step). So neither the order in which blocks take turns, nor an
-interruption, nor training a block alone elsewhere can change its weights: bit for bit on a CPU.
+interruption, nor training a block elsewhere can change its weights: bit for bit on a CPU.
 """
 
 import gc
@@ -75,7 +75,7 @@ def autocast(settings):
 
 
 def first_weights(build, b, settings, *shared):
-    """build(b, settings, *shared) on the device: block b, with weights that depend on the seed and b alone."""
+    """build(b, settings, *shared) on the device: block b, with weights that depend only on the seed and b."""
     if settings.compile:
         gc.collect()  # a compiled network refers to itself: the block before is still there
     seed_from(settings.seed, b, *FIRST_WEIGHTS)
