@@ -5,8 +5,8 @@
     python train_mdm.py --eval-only --fill "The ???? of" --gap "?"     # fill the gaps of a text
 
 Here noise is masking (masking.py): at time t each letter is unmasked with probability alpha(t). Each block is a small
-transformer that looks both ways and predicts masked letters. It trains independently, on its own interval of alpha. Unlike
-in a GPT, a block sees the data itself, partly masked: it is a specialist for how much is masked.
+transformer that looks both ways and predicts masked letters. It trains independently, on its own interval of alpha.
+Unlike in a GPT, a block sees the data itself, partly masked: it is a specialist for how much is masked.
 """
 
 from dataclasses import dataclass

@@ -5,8 +5,8 @@ blocks, process r trains block r. With more blocks, a process takes several, one
 those of one block form a group, which is ordinary data-parallel training: each draws its own local batch, from (seed,
 block, step, rank), and the gradients are averaged. What a group sends stays in the group, because the only process
 group that a process ever joins is its block's; a process with a block to itself joins none. Between blocks nothing
-passes but, at the end of the training, a count of who has finished, so that process 0 knows when to evaluate. Files do the
-rest (run.py).
+passes but, at the end of the training, a count of who has finished, so that process 0 knows when to evaluate. Files do
+the rest (run.py).
 """
 
 import os
