@@ -313,7 +313,7 @@ def test_utf_16_is_named(tmp_path, encoding):
 def test_a_text_of_one_character_teaches_nothing(small, tmp_path):
     (tmp_path / "a.txt").write_text("a" * 1000)
     code, _, err = small("--data", tmp_path / "a.txt", "--out", tmp_path / "run")
-    assert code == 2 and "the token 'a' alone: there is nothing to learn" in err and err.count("\n") == 1, err
+    assert code == 2 and "only of the token 'a': there is nothing to learn" in err and err.count("\n") == 1, err
 
 
 def test_a_large_vocabulary_says_its_memory_before_the_training(cli, tmp_path):
