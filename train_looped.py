@@ -64,7 +64,7 @@ PRESETS = {
     "tiny": dict(prelude=1, core=2, coda=1, width=24, heads=2, seq_len=16, batch_size=8, steps=40, warmup=5,
                  sample_length=20, eval_windows=8, sampling_steps=4, data="pydocs"),
     "tiny-baseline": dict(steps=10, sampling_steps=8),
-    "laptop": dict(seq_len=64, batch_size=16, steps=3000, warmup=300, rounds=2),
+    "laptop": dict(seq_len=64, batch_size=16, steps=3000, warmup=300, rounds=2, learning_rate=3e-3),
     "laptop-baseline": dict(steps=400, warmup=40, sampling_steps=32),  # about the same seconds
     "gpu": dict(width=384, heads=6, seq_len=256, batch_size=64, steps=6000, warmup=300),
     "gpu-baseline": dict(steps=800, warmup=40, sampling_steps=32),

@@ -21,8 +21,7 @@ SCALES = {"laptop": {}, "tiny": dict(preset="tiny", steps=10, samples=0)}  # fla
 # What the command of the blocks says although it is the preset's.
 BLOCKS = {"gpt": dict(blocks=4)}
 # The control of a block's size at its own best learning rate (table `rates`).
-SHALLOW_RATE = {"vit": 3e-3, "dit": 3e-3, "mdm": 3e-3, "gpt": 3e-3, "looped": 3e-3}
-RATES = dict.fromkeys(SCRIPTS, (1e-3, 3e-3, 1e-2))  # of which each method takes its best
+SHALLOW_RATE = {"vit": 3e-3, "dit": 3e-3, "mdm": 3e-3, "gpt": 3e-3, "looped": 1e-3}
 GROUPS = {  # the tables: their titles, and what to know about them; first what the paper has in their place
     "vit": ("Vision transformer", "The paper: CIFAR-100, 12 layers of width 128, patch 4, 3 blocks; accuracy in %."),
     "dit": ("Diffusion transformer", "The paper: CIFAR-10, DiT-S/2, 3 blocks; FID, which frechet_small is not."),
@@ -66,6 +65,11 @@ def steps_of(script, scale, baseline=False):
 def rate_flag(script, scale, rate, baseline=True):
     """The flag of a learning rate, where it is not the preset's own."""
     return {} if rate == preset(script, scale, baseline).get("learning_rate", 1e-3) else dict(learning_rate=rate)
+
+
+def rates(script, method):
+    """The three learning rates of which a method takes its best: around it, a factor of three apart."""
+    return (3e-4, 1e-3, 3e-3) if (script, method) == ("looped", "shallow") else (1e-3, 3e-3, 1e-2)
 
 
 def cut(script, scale):
@@ -170,11 +174,13 @@ def has_recipes(script):
 def add_rates(tables):
     """The runs at a preset's own rates are those of the main table, and made once."""
     for script in SCRIPTS if tables.scale != "tiny" else ("gpt",):
-        for rate in RATES[script]:
-            of_blocks, of_whole = (rate_flag(script, tables.scale, rate, baseline) for baseline in (False, True))
-            methods = {"blocks": BLOCKS.get(script, {}) | of_blocks, "baseline": dict(baseline=True) | of_whole}
-            methods |= {"shallow": shallow(script, tables.scale, rate)}
-            for method, flags in methods.items():
+        for method in ("blocks", "baseline", "shallow"):
+            for rate in rates(script, method):
+                if method == "shallow":
+                    flags = shallow(script, tables.scale, rate)
+                else:
+                    flags = BLOCKS.get(script, {}) if method == "blocks" else dict(baseline=True)
+                    flags = flags | rate_flag(script, tables.scale, rate, baseline=method == "baseline")
                 slug, row = f"{script}-{method}-{rate:g}", f"{script}, {method}, {rate:g}"
                 tables.add("rates", slug, row, script=script, **flags)
 
