@@ -5,7 +5,6 @@ It needs Chromium and Playwright's driver, which are no requirements of the proj
 """
 
 import os
-import re
 import secrets
 import shutil
 import socket
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from test_notebooks import those_that_can_run
+from test_notebooks import answered, tagged, those_that_can_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -140,18 +139,11 @@ def text_of(output):
     return text if isinstance(text, str) else "".join(text)
 
 
-def exercises(source):
-    """[(name, index of the stub, index of the check, right answer)] of the first two exercises."""
-    found = {}
-    for i, cell in enumerate(source.cells):
-        for tag in cell.metadata.get("tags", []):
-            found.setdefault(cell.metadata.get("exercise"), {})[tag] = i
-    for name, places in list(found.items()):
-        if name and len(places) == 3:
-            answer = source.cells[places["solution"]].source
-            answer = answer[: answer.rindex("\ncheck(")].rstrip()
-            answer = re.sub(r"\bsolution_", "answer_", re.sub(r"\bSolution(?=\d)", "Answer", answer))
-            yield name, places["exercise"], places["check"], answer
+def exercises(path):
+    """[(name, index of the stub, index of the check, right answer)] of the notebook's exercises."""
+    source = answered(nbformat.read(path, as_version=4))
+    checks = tagged(source, "check")
+    return [(name, stub, checks[name][0], cell.source) for name, (stub, cell) in tagged(source, "exercise").items()]
 
 
 @pytest.mark.parametrize("path", those_that_can_run(PATHS))
@@ -167,7 +159,7 @@ def test_a_student_goes_through_it(page, path):
     if moved:
         page.locator(f"{SHOWN} input[type=range]").scroll_into_view_if_needed()
         notebook.picture("slider")
-    for name, stub, check, answer in list(exercises(notebook.source))[:2]:
+    for name, stub, check, answer in exercises(path)[:2]:
         assert f"{name}: not answered yet" in notebook.texts()[check], "after Run All of an untouched notebook"
         head, said = answer.partition(":\n")[0], []
         for wrong in ("nothing_of_this_name", "None", "0"):  # a slip, which is no attempt, and two wrong answers
