@@ -19,7 +19,9 @@ from nano_db.heads import log_likelihood, make_target_embeddings
 from nano_db.partition import make_partition
 from nano_db.sampler import euler_walk
 from nano_db.schedule import LogNormal, equal_probability_grid, quantiles
+from nano_db.trainer.command import command
 from nano_db.trainer.plots import block_colours, plt
+from nano_db.trainer.settings import Parser
 
 DOCS = Path(__file__).parents[1] / "docs"
 X, Y, Z, GREY = "#1971c2", "#e69f00", "#d6336c", "#868e96"  # condition, target, noise; and what is none of these
@@ -352,5 +354,11 @@ def draw_all(folder=DOCS):
         plt.close(figure)
 
 
+def main():
+    parser = Parser(prog="python -m experiments.schematics", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=DOCS, help="a folder (default docs)")
+    draw_all(parser.parse_args().out)
+
+
 if __name__ == "__main__":
-    draw_all()
+    command(main)

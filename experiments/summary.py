@@ -31,6 +31,12 @@ COMPARED = (  # in the table of differences
     ("blocks-few", "baseline"), ("blocks-few", "shallow-few"),
 )  # fmt: skip
 CERTAIN = 0.05  # p below which a difference counts
+AGAINST_END_TO_END = {"ahead": "win", "no clear difference": "tie", "behind": "loss"}
+AGAINST_CONTROL = {
+    "ahead": "ahead of the control",
+    "no clear difference": "level with the control",
+    "behind": "behind the control",
+}
 MEMORIES = "memory_bytes", "checkpointed_bytes"
 NAMES = {"vit": "ViT", "dit": "DiT", "mdm": "masked diffusion", "gpt": "GPT", "looped": "looped"}
 TASKS = {
@@ -225,7 +231,7 @@ def commands_table(found):
         (blocks, ours), (_, theirs) = rows["blocks"], rows["baseline"]
         if ours and theirs:
             seconds = [r["result"]["seconds_per_step_all_blocks"] * r["result"]["steps"] for r in ours]
-            scores = [with_spread(values(records, name), decimals) for records in (ours, theirs)]
+            scores = [f"{statistics.mean(values(records, name)):.{decimals}f}" for records in (ours, theirs)]
             minutes = f"{statistics.median(seconds) / 60:.0f}"
             lines.append([typed(blocks), TASKS[script], minutes, short(column), *scores])
     return markdown(columns, lines) if lines else ""
@@ -245,12 +251,11 @@ def verdicts_table(found):
             count = best[0]["settings"].get("ensemble", 1)
             several = f"mean of {count}" if count > 1 else "one"
             said = []
-            for records, whom in ((theirs, "end to end"), (best, "the control")):
-                found_between = difference(ours, records, name, column)
-                words = {"ahead": "ahead of", "behind": "behind", "no clear difference": "level with"}
-                said.append(f"{words[verdict(found_between[1], found_between[3])]} {whom}" if found_between else "")
+            for records, words in ((theirs, AGAINST_END_TO_END), (best, AGAINST_CONTROL)):
+                if between := difference(ours, records, name, column):
+                    said.append(words[verdict(between[1], between[3])])
             scores = [with_spread(values(records, name), decimals) for records in (theirs, ours, best)]
-            cells = [*scores[:2], f"{scores[2]} ({several})", ", ".join(filter(None, said)) or "one seed so far"]
+            cells = [*scores[:2], f"{scores[2]} ({several})", ", ".join(said) or "one seed so far"]
             lines.append([f"{NAMES[script]}: {short(column)}", *cells])
     return markdown(columns, lines) if lines else ""
 

@@ -343,7 +343,7 @@ def test_a_verdict_names_the_better_control_and_what_is_certain(laptop):
     found = summary.read_records(laptop, "laptop")[0]
     (row,) = cells_of(summary.table("verdicts", found))
     assert row["best control of equal memory"] == "2.201 ± 0.001 (mean of 4)"
-    assert row["verdict"] == "level with end to end, ahead of the control" and row["network"] == "GPT: bits ↓"
+    assert row["verdict"] == "tie, ahead of the control" and row["network"] == "GPT: bits ↓"
     (row,) = cells_of(summary.table("commands", found))
     assert row["command"] == "`python train_gpt.py --blocks 4`" and row["minutes"] == f"{0.5 * 7 / 60:.0f}"
     for slug in ("blocks", "baseline", "shallow", "ensemble"):

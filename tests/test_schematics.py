@@ -20,9 +20,6 @@ from nano_db.schedule import LogNormal
 from nano_db.trainer.plots import plt
 
 each_picture = pytest.mark.parametrize("name", PICTURES)
-PAGES = [ROOT / "README.md", *(page for room in ("docs", "notebooks", "tests") for page in (ROOT / room).glob("*.md"))]
-LINKS = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8"))]
-LOCAL = sorted({(str(page.relative_to(ROOT)), link) for page, link in LINKS if not link.startswith("https://")})
 
 
 @pytest.fixture(scope="module")
@@ -115,16 +112,6 @@ def test_the_step_by_hand_of_method_md_is_what_the_code_computes():
     inner = log_likelihood(z, 1.0, rows)[0]
     for numbers in (inner, inner.exp()):
         assert ", ".join(f"{number:.3f}" for number in numbers.tolist()) in text
-
-
-@pytest.mark.parametrize("page, link", LOCAL)
-def test_local_links_lead_somewhere(page, link):
-    name, _, anchor = link.partition("#")
-    there = (ROOT / page).parent / name if name else ROOT / page
-    assert there.exists()
-    if anchor:  # as GitHub makes it of a heading
-        headings = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.MULTILINE)
-        assert anchor in [re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings]
 
 
 def test_the_account_is_named_only_where_the_teachers_command_finds_it():

@@ -1,0 +1,157 @@
+"""README and docs: commands run, or have flags that exist; minutes are those of the records; links lead somewhere."""
+
+import contextlib
+import io
+import json
+import re
+import runpy
+import shlex
+import statistics
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from nano_db.trainer.plots import plt
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # of runpy
+# In the order in which a reader would type: a later page uses what an earlier one has trained.
+FIRST = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("running.md", "your-own-data.md"))]
+PAGES = [*FIRST, *sorted({p for room in ("docs", "notebooks", "tests") for p in (ROOT / room).glob("*.md")} - {*FIRST})]
+LINKS = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8"))]
+LOCAL = sorted({(str(page.relative_to(ROOT)), link) for page, link in LINKS if not link.startswith("https://")})
+TINY = {  # what makes a command short
+    "train_": "--preset tiny --steps 2 --warmup 0 --rounds 1",
+    "experiments.benchmark": "--preset tiny --pairs 1",
+    "experiments.neighbours": "--steps 2 --glyphs 200 --test-images 50",
+}
+# Not run: what downloads, needs a GPU or several machines, or takes an afternoon (other tests run these, smaller).
+ELSEWHERE = re.compile(r"cifar|text8|preset paper|ulimit|torchrun|srun|pytest|experiments\.(gpu|results --jobs)")
+
+
+def in_blocks(page):
+    """The command lines of a page's fenced blocks."""
+    blocks = re.findall(r"^```(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [
+        line
+        for block in blocks
+        for line in block.splitlines()[1:]
+        if re.search(r"python (-m|[\w/]+\.py)|^torchrun", line)
+    ]
+
+
+def in_text(text):
+    """The commands that stand between backticks; they may be broken into lines."""
+    return re.findall(r"`(python (?:-m |[\w/]+\.py)[^`]*)`", " ".join(text.split()))
+
+
+def arguments(line):
+    """What follows `python` in a line, up to its comment: (["train_gpt.py"] or ["-m", "experiments.plan"], flags)."""
+    words = shlex.split(line, comments=True)
+    start = next(i for i, word in enumerate(words) if word == "-m" or word.endswith(".py"))
+    target = 1 + (words[start] == "-m")
+    return words[start : start + target], words[start + target :]
+
+
+def run(target, flags):
+    """Run a command in this process, as `python` would: (its exit code, what it printed)."""
+    printed, before = io.StringIO(), sys.argv
+    code = 0
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            if target[0] == "-m":
+                sys.argv = [target[1], *flags]
+                runpy.run_module(target[1], run_name="__main__", alter_sys=True)
+            else:
+                sys.argv = [target[0], *flags]
+                runpy.run_path(str(ROOT / target[0]), run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv = before
+        plt.close("all")
+    return code, printed.getvalue()
+
+
+def commands():
+    """{(target, flags): the page that names them}, of all pages and of what the scripts say of themselves."""
+    found = {}
+    for path in (*PAGES, *sorted(ROOT.glob("train_*.py"))):
+        text = path.read_text(encoding="utf-8")
+        lines = (
+            [*in_blocks(path), *in_text(text)] if path.suffix == ".md" else re.findall(r"^    (python .*)$", text, re.M)
+        )
+        for line in lines:
+            if "pytest" not in line:
+                found[tuple(map(tuple, arguments(line)))] = path.name
+    return found
+
+
+def test_the_flags_of_every_command_exist():
+    helps, unknown = {}, []
+    for (target, flags), page in commands().items():
+        known = helps.setdefault(target, run(target, ["--help"])[1])
+        for argument in flags:  # `experiments.plan gpt` takes the flags of train_gpt.py as well
+            script = (f"train_{argument}.py",)
+            if target[0] == "-m" and (ROOT / script[0]).exists():
+                known += helps.setdefault(script, run(script, ["--help"])[1])
+        assert "--help" in known, target
+        names = [flag.partition("=")[0] for flag in flags if flag.startswith("--")]
+        unknown += [(page, *target, name) for name in names if not re.search(rf"(?<!\S){name}(?![\w-])", known)]
+    assert not unknown
+    assert len(helps) > 12
+
+
+@pytest.mark.slow
+@pytest.mark.whole
+def test_the_command_blocks_run_in_the_order_of_the_pages(tmp_path, monkeypatch):
+    """In one folder, small: a later command finds what an earlier one has trained."""
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    for folder in ("pictures", "FOLDER"):
+        for name in ("cat", "dog"):
+            (tmp_path / folder / name).mkdir(parents=True)
+            for i in range(12):
+                plt.imsave(tmp_path / folder / name / f"{i}.png", random.random((32, 32, 3)))
+    (tmp_path / "mine.txt").write_text("The sun rises over the hill, and the dog barks at the cat.\n" * 200)
+    ran = 0
+    for page in PAGES:
+        for line in in_blocks(page):
+            if ELSEWHERE.search(line):
+                continue
+            target, flags = arguments(line)
+            if "--eval-only" not in flags:
+                flags = [*flags, *next((TINY[name].split() for name in TINY if target[-1].startswith(name)), [])]
+            code, printed = run(target, flags)
+            assert code == 0, f"{page.name}: {line}\n{printed}"
+            ran += 1
+    assert ran > 20
+    assert {"gpt-blocks", "gpt-four", "dit-converted", "my-vit", "mine"} <= {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
+
+
+@pytest.mark.parametrize("path", ["README.md", "train_gpt.py"])
+def test_minutes_are_those_of_the_records(path):
+    """Within a factor of two: computers differ by more. (The README's table of commands is made from the records.)"""
+    records = [json.loads(file.read_text()) for file in (ROOT / "results" / "laptop").glob("gpt-blocks-s*.json")]
+    seconds = [r["result"]["seconds_per_step_all_blocks"] * r["settings"]["steps"] for r in records]
+    text = " ".join((ROOT / path).read_text(encoding="utf-8").split())
+    (claim,) = re.findall(r"(\w+) minutes on one CPU core", text)
+    assert 0.5 < float({"ten": 10}.get(claim, claim)) / (statistics.median(seconds) / 60) < 2
+
+
+@pytest.mark.parametrize("page, link", LOCAL)
+def test_local_links_lead_somewhere(page, link):
+    name, _, anchor = link.partition("#")
+    there = (ROOT / page).parent / name if name else ROOT / page
+    assert there.exists()
+    if anchor:  # as GitHub makes it of a heading
+        headings = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.MULTILINE)
+        assert anchor in [re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings]
+
+
+def test_pages_are_short_enough_to_be_read():
+    lengths = {page: len(page.read_text(encoding="utf-8")) for page in PAGES}
+    assert lengths.pop(ROOT / "README.md") <= 8_000 and max(lengths.values()) <= 16_000
