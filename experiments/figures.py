@@ -8,15 +8,19 @@ from nano_db.trainer.plots import plt, save_figure
 def draw_depth(path, panels):
     """depth.png of results: quality against the layers of a network or of a block, one panel per table.
 
-    panels: {(title, unit): {label: {layers: one number per seed}}}
+    panels: {(title, unit): {label: {layers: one number per seed}}}. A dotted line marks the deepest network of all.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.8), layout="constrained", squeeze=False)
     for ax, ((title, unit), lines) in zip(axes[0], panels.items(), strict=True):
-        for style, (label, seeds) in zip(("o--", "s-", "^:")[: len(lines)], lines.items(), strict=True):
-            means, spreads = [np.mean(v) for v in seeds.values()], [np.std(v, ddof=len(v) > 1) for v in seeds.values()]
-            ax.errorbar(list(seeds), means, spreads, fmt=style, capsize=3, label=label)
+        for style, colour, (label, seeds) in zip(("s--", "o-"), ("black", "tab:blue"), lines.items(), strict=True):
+            ax.plot(list(seeds), [np.mean(numbers) for numbers in seeds.values()], style, color=colour, label=label)
+            for layers, numbers in seeds.items():
+                ax.plot([layers] * len(numbers), numbers, ".", color=colour, ms=4, alpha=0.5)
         ticks = sorted({layers for seeds in lines.values() for layers in seeds})
-        ax.set(xscale="log", xlabel="layers of the network, or of a block", ylabel=unit, title=title)
+        whole = [np.mean(seeds[ticks[-1]]) for seeds in lines.values() if ticks[-1] in seeds]
+        if whole:
+            ax.axhline(whole[0], color="grey", ls=":", label="the whole network")
+        ax.set(xscale="log", xlabel="layers of the network, or of a block (log scale)", ylabel=unit, title=title)
         ax.set_xticks(ticks, ticks)
         ax.minorticks_off()
         ax.legend()
@@ -44,7 +48,7 @@ def draw_equal_memory(path, panels):
             for memory, face in ((plain, colour), (saving, "white")):
                 ax.plot([memory] * len(numbers), numbers, ".", color=colour, ms=4, alpha=0.5)
                 ax.plot(memory, mean, marker, color=colour, mfc=face, ms=9)
-        ax.set(xscale="log", title=title, xlabel="training memory (MiB)", ylabel=unit)
+        ax.set(xscale="log", title=title, xlabel="training memory (MiB, log scale)", ylabel=unit)
         if "lower" in unit:
             ax.invert_yaxis()  # up is better in every panel
         memories = [memory for plain, saving, _ in methods.values() for memory in (plain, saving)]
