@@ -1,7 +1,7 @@
 """The README's animation: blocks are trained one after the other, and then paint letters together.
 
 python train_dit.py                                  # a run to take the blocks from
-python -m experiments.hero --run out/dit-blocks      # writes docs/pictures/hero.gif, and hero.png, a still
+python -m experiments.hero --seed 1                  # writes docs/pictures/hero.gif, and hero.png, a still
 """
 
 import argparse
@@ -61,7 +61,7 @@ class Scene:
             box = FancyBboxPatch((middle - 100, 62), 200, 120, "round,pad=0,rounding_size=12", lw=2.5, ec=colour)
             self.boxes.append(self.ax.add_patch(box))
             self.ax.text(middle, 148, f"block {b}", ha="center", size=14, weight="bold")
-            self.ax.text(middle, 118, f"noise σ from {high:.2g} to {low:.2g}", ha="center", size=10)
+            self.ax.text(middle, 118, f"noise σ: {high:.2g} to {low:.2g}", ha="center", size=10)
             self.ax.text(middle - 84, 83, "trained", size=9, va="center")
             self.ax.add_patch(plt.Rectangle((middle - 32, 76), 116, 14, fc=PAPER, ec="grey", lw=0.8))
             self.bars.append(self.ax.add_patch(plt.Rectangle((middle - 32, 76), 0, 14, fc=colour, lw=0)))
@@ -117,12 +117,13 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the noise that the letters start from")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "pictures", help="a folder")
     args = parser.parse_args()
-    pictures = frames(*walk_of(args.run, args.word, args.seed))
+    states, *known = walk_of(args.run, args.word, args.seed)
+    pictures = frames(states, *known)
     args.out.mkdir(parents=True, exist_ok=True)
     first, *others = (picture.quantize(64, dither=Image.Dither.NONE) for picture, _ in pictures)
     times = [round(1000 * seconds) for _, seconds in pictures]
     first.save(args.out / "hero.gif", save_all=True, append_images=others, duration=times, loop=0, optimize=True)
-    pictures[len(pictures) * 2 // 3][0].save(args.out / "hero.png")  # in the middle of the walk
+    pictures[-len(states) // 2][0].save(args.out / "hero.png")  # in the middle of the walk
     print(f"written: {args.out / 'hero.gif'}, {(args.out / 'hero.gif').stat().st_size / 1e6:.2f} MB, and hero.png")
 
 

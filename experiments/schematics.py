@@ -160,13 +160,13 @@ def draw_gradients():
         arrow(ax, (452, y), (491, y), colour=GREY)
         arrow(ax, (641, y + 8), (692, y + 8), colour=GREY)
         arrow(ax, (692, y - 8), (641, y - 8), style=DASHED)
-        say(ax, 838, y, "in memory" if trains else "in its file", color="black" if trains else GREY)
+        say(ax, 838, y, "in memory" if trains else "on disk", color="black" if trains else GREY)
     arrow(ax, (292, 68), (332, 68), colour=GREY)
     arrow(ax, (452, 68), (412, 68), style=DASHED)
     box(ax, 592, 68, 40, 26, "", "black", tint=0.04, style="--")
     say(ax, 342, 68, "forward", ha="left")
     say(ax, 462, 68, "gradient", ha="left")
-    say(ax, 622, 68, "in memory: weights, gradients,\nAdamW's averages, activations", ha="left")
+    say(ax, 622, 68, "in memory: weights, gradients,\nAdamW's state, activations", ha="left")
     say(ax, 566, 22, "No arrow leads from one block to another.", 10)
     return figure
 
@@ -204,7 +204,7 @@ def draw_levels(blocks=4):
         xlim=(-5, 5), ylim=(-3.6, 3.6), aspect="equal", xlabel="first coordinate of z", ylabel="second coordinate of z"
     )
     right.set_title(
-        "One after the other, they walk from noise to data\n(colour: the block that takes the step)", size=11
+        "One after the other, blocks walk from noise to data\n(colour: the block that takes the step)", size=11
     )
     right.set(xticks=range(-4, 5, 2), yticks=range(-2, 3, 2))
     right.legend(loc="upper right")

@@ -32,11 +32,7 @@ COMPARED = (  # in the table of differences
 )  # fmt: skip
 CERTAIN = 0.05  # p below which a difference counts
 AGAINST_END_TO_END = {"ahead": "win", "no clear difference": "tie", "behind": "loss"}
-AGAINST_CONTROL = {
-    "ahead": "ahead of the control",
-    "no clear difference": "level with the control",
-    "behind": "behind the control",
-}
+AGAINST_CONTROL = {"ahead": "beats control", "no clear difference": "like control", "behind": "loses to control"}
 MEMORIES = "memory_bytes", "checkpointed_bytes"
 NAMES = {"vit": "ViT", "dit": "DiT", "mdm": "masked diffusion", "gpt": "GPT", "looped": "looped"}
 TASKS = {

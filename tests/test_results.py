@@ -343,7 +343,7 @@ def test_a_verdict_names_the_better_control_and_what_is_certain(laptop):
     found = summary.read_records(laptop, "laptop")[0]
     (row,) = cells_of(summary.table("verdicts", found))
     assert row["best control of equal memory"] == "2.201 ± 0.001 (mean of 4)"
-    assert row["verdict"] == "tie, ahead of the control" and row["network"] == "GPT: bits ↓"
+    assert row["verdict"] == "tie, beats control" and row["network"] == "GPT: bits ↓"
     (row,) = cells_of(summary.table("commands", found))
     assert row["command"] == "`python train_gpt.py --blocks 4`" and row["minutes"] == f"{0.5 * 7 / 60:.0f}"
     for slug in ("blocks", "baseline", "shallow", "ensemble"):
@@ -473,6 +473,24 @@ def test_the_table_of_the_readme_is_of_the_commands_that_it_names():
         for line in (f"{command} --seed 0", f"python train_{script}.py --baseline --seed 0", shallow):
             assert recorded[line] or line == shallow, line
             assert {record["settings"]["preset"] for record in recorded[line]} <= {"laptop"}
+
+
+def test_the_numbers_in_the_readmes_text_are_those_of_the_records():
+    """What stands outside its tables: the bullets, and the output of the main job, which is seed 0."""
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    runs = {experiment.name: records for experiment, records in committed().items()}
+    for script, metric, pattern in (
+        ("dit", "edm_loss", r"in 3 blocks reaches a loss of ([\d.]+), the whole network ([\d.]+)\. "),
+        ("gpt", "bits_per_char", r"in 4 blocks reaches ([\d.]+) bits per character, the whole network ([\d.]+)\. "),
+    ):
+        for name, shown in zip(("blocks", "baseline"), *re.findall(pattern, text), strict=True):
+            decimals = len(shown.partition(".")[2])
+            mean = statistics.mean(summary.values(runs[f"{script}-{name}"], metric))
+            assert f"{mean:.{decimals}f}" == shown, (script, name)
+    first = next(record["result"] for record in runs["gpt-blocks"] if record["seed"] == 0)
+    blocks, whole = (first[key]["total"] for key in ("memory_bytes", "baseline_memory_bytes"))
+    assert f"{first['metrics']['bits_per_char']:.4f} bits per character (upper bound)" in text
+    assert f"{blocks / 2**20:.2f} MiB ({blocks / whole:.3f}) {whole / 2**20:.2f} MiB (1.000)" in text
 
 
 def committed(scale="laptop"):
