@@ -2,5 +2,5 @@
 
 
 def first_tenths(text):
-    """How many characters of a text train, where its data set has no split of its own: the first 90%."""
+    """The number of training characters in a text whose data set has no split of its own: the first 90%."""
     return len(text) * 9 // 10

@@ -1,8 +1,8 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky 2009), from the official archives: photographs of 32 x 32 pixels.
 
-A binary archive holds files of equal records: label bytes (one; for CIFAR-100 two, coarse then fine), then 3,072 bytes
-of pixels, a plane each of red, green and blue. The archive for Python, which torchvision uses, holds the same arrays in
-pickles. Nothing is unpickled (pickles are read as lists of opcodes), and nothing is unpacked to the disk.
+A binary archive holds files of records of equal length: label bytes (one; for CIFAR-100 two, coarse then fine), then
+3,072 bytes of pixels, one plane each for red, green and blue. The archive for Python, which torchvision uses, holds the
+same arrays in pickles. Nothing is unpickled (pickles are read as lists of opcodes), and nothing is unpacked to disk.
 """
 
 import hashlib
@@ -27,9 +27,9 @@ class Archive:
     folder: str  # inside the archive
     train: tuple[str, ...]
     test: tuple[str, ...]
-    names: str  # the file of class names, a line each
-    label_bytes: int  # a record; the last one is the label
-    # Of the archive for Python: its folder; files with their md5, those to train on first; keys of labels and names.
+    names: str  # the file of class names, one per line
+    label_bytes: int  # per record; the last one is the label
+    # In the archive for Python: its folder; files with their md5, training files first; keys of labels and names.
     python_folder: str
     python_files: dict[str, str]
     keys: tuple[str, str]
@@ -71,9 +71,9 @@ def is_here(name, folder="data/cache"):
 def load(name, folder):
     """((images, labels) to train on, the same to test on, class names); images (N, 3, 32, 32) uint8, labels (N,).
 
-    Read from `folder`/cifar-10-batches-bin (unpacked, as it is), or from `folder`/cifar-10-batches-py (as torchvision
-    unpacks it), or else from the official archive in `folder`, which is downloaded if it is not there. The latter two
-    must have their md5 checksums; cifar100 likewise.
+    Read from `folder`/cifar-10-batches-bin (unpacked; not checked), or from `folder`/cifar-10-batches-py (as
+    torchvision unpacks it), or else from the official archive in `folder`, which is downloaded if it is not there. The
+    md5 checksums of the latter two must match. cifar100 works the same way.
     """
     about = ARCHIVES[name]
     unpacked = Path(folder) / about.folder
@@ -100,7 +100,7 @@ def _assemble(about, source, read):
             records = records.reshape(-1, about.label_bytes + int(np.prod(PIXELS)))
             labels = records[:, about.label_bytes - 1].astype(np.int64)
             if labels.max() >= len(names):
-                raise ValueError(f"the label {labels.max()}, but {len(names)} classes")
+                raise ValueError(f"found label {labels.max()}, but only {len(names)} classes")
             parts.append((records[:, about.label_bytes :].reshape(-1, *PIXELS), labels))
         return *parts, names
     except (OSError, ValueError) as error:  # from a folder: an archive has passed its checksum
@@ -129,7 +129,7 @@ def _opcodes(path, md5):
 
 
 def _list_after(opcodes, key):
-    """The numbers or strings of the list that stands after a key: it comes in parts, each from a mark to APPENDS."""
+    """The numbers or strings in the list that follows a key. It comes in parts, each from MARK to APPENDS."""
     values, previous = [], ""
     for name, argument in opcodes[[argument for _, argument in opcodes].index(key) + 1 :]:
         if name in ("SHORT_BINSTRING", "BININT1"):
@@ -142,7 +142,7 @@ def _list_after(opcodes, key):
 
 
 def _pixels(opcodes):
-    """The array (N, 3, 32, 32): by far the longest string. Before it stands whether columns come first in it."""
+    """The array (N, 3, 32, 32): by far the longest string. The boolean before it tells whether it is column-major."""
     at = max(range(len(opcodes)), key=lambda i: len(opcodes[i][1]) if isinstance(opcodes[i][1], str) else 0)
     columns_first = next(name for name, _ in reversed(opcodes[:at]) if name in ("NEWTRUE", "NEWFALSE")) == "NEWTRUE"
     pixels = np.frombuffer(bytearray(opcodes[at][1], "latin-1"), np.uint8)

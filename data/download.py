@@ -1,4 +1,4 @@
-"""Fetch one file over https, once, and trust it only by its checksum."""
+"""Fetch one file over https, once, and trust it only if its checksum matches."""
 
 import hashlib
 import http.client
@@ -11,16 +11,16 @@ from pathlib import Path
 
 from nano_db.errors import UsageError
 
-TRIES, PAUSE = 3, 2  # and seconds between two of them
+TRIES, PAUSE = 3, 2  # attempts, and seconds between them
 CHUNK = 2**20  # bytes
 REPORT_EVERY = 5  # seconds
 
 
 def fetch(url, path, checksum, size, algorithm="sha256"):
-    """Return `path`, downloaded from `url` if it is not there yet; whichever way, its content has this checksum.
+    """Return `path`, downloaded from `url` if it is not there yet. Either way, its content has this checksum.
 
-    algorithm: the checksum's, of those hashlib has. size: bytes expected; a longer answer is cut off. There are three
-    tries; each resumes where the last was cut short. Raises UsageError without network or with a wrong checksum.
+    algorithm: of the checksum, any that hashlib has. size: bytes expected; a longer response is cut off. There are
+    three attempts; each resumes where the last was cut short. Raises UsageError without network or for a wrong file.
     """
     path = Path(path)
     if os.path.exists(path):
@@ -45,10 +45,10 @@ def fetch(url, path, checksum, size, algorithm="sha256"):
                     return path
                 if have >= size:
                     part.write_bytes(b"")
-                    raise OSError(f"what came is another file: its {algorithm} is not {checksum[:16]}...")
+                    raise OSError(f"the server sent a different file: its {algorithm} is not {checksum[:16]}...")
                 raise OSError(f"it was cut short, after {have:,} of {size:,} bytes")
             except (OSError, http.client.HTTPException) as error:  # URLErrors and time-outs are OSErrors
-                if getattr(error, "code", 0) == 416:  # there is no more of it, and what there is is not sound
+                if getattr(error, "code", 0) == 416:  # all of it was received, and it is corrupt
                     part.write_bytes(b"")
                 reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
                 reason = reason or type(error).__name__
@@ -61,16 +61,16 @@ def fetch(url, path, checksum, size, algorithm="sha256"):
 
 
 def _download(url, part, size):
-    """Append to the file `part` what is still to come, if the server can begin in the middle; else begin anew."""
+    """Append the rest to the file `part` if the server can resume in the middle; otherwise start again."""
     have = part.stat().st_size
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=30) as answer:
-        if not getattr(answer, "url", url).startswith("https://"):  # also where a redirection led
+        if not getattr(answer, "url", url).startswith("https://"):  # also after redirects
             raise OSError("not https")
         partial = getattr(answer, "status", 200) == 206
         have, reported = have if partial else 0, time.monotonic()
         with open(part, "ab" if partial else "wb") as file:
-            while chunk := answer.read(min(CHUNK, size + 1 - have)):  # a byte too many shows that it is another file
+            while chunk := answer.read(min(CHUNK, size + 1 - have)):  # one byte too many: it is another file
                 file.write(chunk)
                 have += len(chunk)
                 if time.monotonic() - reported > REPORT_EVERY:

@@ -1,6 +1,6 @@
-"""Labelled pictures made on the spot: digits and letters in the fonts that matplotlib carries along. No network needed.
+"""Labelled pictures drawn on the spot: digits and letters in the fonts that come with matplotlib. No network needed.
 
-Test fonts are other fonts than training fonts, so that the test asks for the letter and not for a memory of it.
+Test fonts differ from training fonts, so that a network must recognise the letter and cannot just remember its picture.
 """
 
 import functools
@@ -15,7 +15,7 @@ from matplotlib.textpath import TextPath
 from matplotlib.transforms import Affine2D
 
 CLASSES = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-SIZE = 32  # pixels a side
+SIZE = 32  # pixels per side
 LETTER = 19  # height of a capital in pixels, before it is scaled
 TRAIN_FONTS = (
     "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique", "DejaVuSansMono-Bold",
@@ -29,7 +29,7 @@ TEST_FONTS = ("DejaVuSansMono", "DejaVuSerif-Bold", "STIXGeneral", "STIXGeneralB
 def make(fonts, count, seed):
     """Draw `count` glyphs: images (count, 1, 32, 32) uint8, white on black, and labels (count,), as numpy arrays.
 
-    Classes and fonts take turns. Each glyph is scaled, sheared, turned and shifted a little, made bolder or thinner.
+    Classes and fonts are balanced. Each glyph is scaled, sheared, rotated and shifted a little, made bolder or thinner.
     """
     random = np.random.default_rng(seed)
     files = [Path(matplotlib.get_data_path(), "fonts", "ttf", f"{font}.ttf") for font in fonts]
@@ -53,7 +53,7 @@ def _draw(outline, random):
     renderer = RendererAgg(SIZE, SIZE, 72)
     pen, change = renderer.new_gc(), random.uniform(-0.7, 1.0)
     pen.set_linewidth(abs(change))
-    pen.set_foreground("white" if change > 0 else "black")  # a black outline takes from the stroke's edge
+    pen.set_foreground("white" if change > 0 else "black")  # a black outline thins the stroke
     renderer.draw_path(pen, outline, place, (1.0, 1.0, 1.0))
     red, _, _, cover = np.asarray(renderer.buffer_rgba(), dtype=np.float32).transpose(2, 0, 1)
     return np.round(red * cover / 255)  # (32, 32)

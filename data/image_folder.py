@@ -1,10 +1,10 @@
-"""Pictures of one's own: a folder with a subfolder for each class (the convention of torchvision's ImageFolder).
+"""Your own pictures: a folder with one subfolder per class (the convention of torchvision's ImageFolder).
 
     FOLDER/cat/1.png, FOLDER/cat/2.jpg, FOLDER/dog/...              a tenth of each class is held out
-    FOLDER/train/cat/..., FOLDER/test/cat/..., FOLDER/train/dog/... or what is held out has a folder of its own
+    FOLDER/train/cat/..., FOLDER/test/cat/..., FOLDER/train/dog/... or a folder of their own for held-out pictures
 
-PNG or JPEG, of any size: the short side is resized to `size` pixels, and the middle is cut out. There is one channel if
-all pictures are grey, else there are three. Where a picture is transparent it becomes white.
+PNG or JPEG, of any size: the short side is resized to `size` pixels, and the middle is cut out. Images have one
+channel if all pictures are grey, otherwise three. Transparent areas become white.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ from PIL import Image, ImageOps
 from nano_db.errors import UsageError, is_out_of_memory
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
-HELD_OUT = 10  # one picture in so many
+HELD_OUT = 10  # one picture in this many
 REPORT_EVERY = 5  # seconds
-ORIENTATION = 0x0112  # the EXIF tag, and what turns a picture upright by its value
+ORIENTATION = 0x0112  # the EXIF tag; below, by its value, the operation that turns a picture upright
 TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 UPRIGHT = {value: Image.Transpose[name] for value, name in enumerate(TURNS, start=2)}
-LARGE = 100 * 2**20  # bytes, beyond which the memory is said before it is taken
+LARGE = 100 * 2**20  # bytes; above this, the memory needed is printed before it is allocated
 
 
 def load(folder, size):
@@ -41,16 +41,16 @@ def load(folder, size):
             train, test = classes_of(sides["train"]), classes_of(sides["test"])
         elif "train" in sides or "test" in sides:
             found = f"{folder} holds the folders {', '.join(path.name for path in sides.values())}"
-            advice = "leave train and test alone, if they are no classes, or else rename the class"
+            advice = "a split needs exactly the folders train and test; if one of them is a class, rename it"
             raise UsageError(f"{found}: {advice}")
         else:
             train, test = held_out(classes_of(folder), folder)
     except OSError as error:
         raise UsageError(f"{folder} cannot be read ({error.strerror})") from error
     if unknown := [name for name in test if name not in train]:
-        raise UsageError(f"{folder}: the class {unknown[0]} has pictures to test on and none to train on")
+        raise UsageError(f"{folder}: the class {unknown[0]} has pictures to test on but none to train on")
     if untested := [name for name in train if name not in test]:
-        print(f"without pictures to test on: {', '.join(untested)}")
+        print(f"classes without pictures to test on: {', '.join(untested)}")
     classes = list(train)
     number = {name: label for label, name in enumerate(classes)}
     labelled = [(path, number[name]) for side in (train, test) for name, paths in side.items() for path in paths]
@@ -61,13 +61,13 @@ def load(folder, size):
 
 
 def folders_in(folder):
-    """Its subfolders by name (Path itself sorts in another order on Windows), without those that systems make."""
+    """Subfolders sorted by name (Path's own order differs on Windows), without those that operating systems create."""
     folders = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "." and path.name != "__MACOSX"]
     return sorted(folders, key=lambda path: path.name)
 
 
 def files_in(folder):
-    """All files in a folder and its subfolders, but for hidden ones, and for what is no file (a pipe would wait)."""
+    """All files in a folder and its subfolders, except hidden ones and special files (reading a pipe would block)."""
     for inside, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if name[0] != "."]
         yield from (path for name in names if name[0] != "." and (path := Path(inside, name)).is_file())
@@ -94,18 +94,18 @@ def classes_of(folder):
         advice = f"convert the {count} other files" if count else "a class needs pictures"
         raise UsageError(f"{folder / empty[0]} holds no PNG or JPEG: {advice}")
     if others:
-        print(f"left out, as no PNG or JPEG in the folder of a class: {len(others)}, such as {others[0]}")
+        print(f"files skipped, not a PNG or JPEG in a class folder: {len(others)}, such as {others[0]}")
     return found
 
 
 def held_out(classes, folder):
-    """Both sides of {class: paths}: a tenth of each class, and at least one picture, is held out. Which ones follows
-    only from their names, so that it is the same everywhere.
+    """Split {class: paths} in two: a tenth of each class, but at least one picture, is held out. The choice depends
+    only on names, so it is the same on every machine.
     """
     train, test = {}, {}
     for name, paths in classes.items():
         if len(paths) < 2:
-            raise UsageError(f"{paths[0]} is the only picture of its class: one more is needed, to hold it out")
+            raise UsageError(f"{paths[0]} is the only picture of its class: add one more, which will be held out")
         chosen = set(sorted(paths, key=lambda path: digest(path.relative_to(folder)))[: max(1, len(paths) // HELD_OUT)])
         test[name] = [path for path in paths if path in chosen]
         train[name] = [path for path in paths if path not in chosen]
@@ -117,7 +117,7 @@ def digest(path):
 
 
 def read_all(paths, size):
-    """All pictures as one array (N, 1 or 3, size, size) of bytes, saying now and then how far it has come."""
+    """All pictures as one array (N, 1 or 3, size, size) of bytes. Prints its progress now and then."""
     try:
         images = np.empty((len(paths), 3, size, size), np.uint8)
     except MemoryError as error:
@@ -161,7 +161,7 @@ def read(path, size):
 
 def to_rgb(image):
     """A picture in mode "RGB", whatever it was; white where it is transparent."""
-    if image.mode.startswith("I"):  # grey of 16 bits, of which 8 are kept
+    if image.mode.startswith("I"):  # 16-bit grey, of which 8 bits are kept
         deep = np.array(image, np.float32)
         deep[deep == image.info.get("transparency")] = 2**16 - 1
         return Image.fromarray((deep / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")

@@ -17,10 +17,10 @@ from nano_db.errors import UsageError
 
 PADDING = 4  # pixels
 EDM = (-1.2, 0.5)  # p_mean and sigma_data (Karras et al. 2022), for photographs
-# Glyphs are black or white, and decide what they are under far more noise than photographs.
+# Glyphs are black or white, so that they can be told apart under far more noise than photographs.
 NOISE_LEVELS = {"glyphs": (0.5, 0.9), **dict.fromkeys(cifar.ARCHIVES, EDM)}
 NAMES = ("glyphs", *cifar.ARCHIVES, *mnist.SOURCES)
-MIRRORED = (*cifar.ARCHIVES, "fashion-mnist")  # of your own pictures nobody knows: letters must not be mirrored
+MIRRORED = (*cifar.ARCHIVES, "fashion-mnist")  # your own may be letters, which must not be mirrored
 
 
 def to_floats(images):
@@ -32,9 +32,9 @@ def to_floats(images):
 class Images:
     """train, test: (N, channels, height, width) uint8, with labels (N,) int64, whose names are `classes`.
 
-    mirrors: may an image be mirrored without becoming something else? (Shifted it may be: a letter stays that letter.)
-    sha256: of all pixels and labels. p_mean, sigma_data: EDM's constants for a network that generates such images, and
-    `why` these. missing: why there is nothing to train and to score on, where a run is to sample without its images.
+    mirrors: may an image be mirrored without becoming something else? (It can always be shifted.) sha256: of
+    all pixels and labels. p_mean, sigma_data: EDM's constants for a network that generates such images; why: where
+    these come from. missing: why there is nothing to train or score on, if a run is to sample without its images.
     """
 
     train: torch.Tensor
@@ -64,8 +64,8 @@ class Images:
         return to_floats(self.train[rows.to(self.train.device)])
 
     def batch(self, batch_size, augmentation="none", device="cpu"):
-        """Random training images as floats (B, C, H, W) and labels (B,), by torch's global generator. augmentation:
-        "none"; "flip" mirrors every other one, where `mirrors`; "standard" also shifts it by up to PADDING pixels.
+        """Random training images as floats (B, C, H, W) and labels (B,), from torch's global generator. augmentation:
+        "none"; "flip" mirrors each with probability 1/2, if `mirrors`; "standard" also shifts by up to PADDING pixels.
         """
         self.train, self.train_labels = self.train.to(device), self.train_labels.to(device)  # once
         chosen = torch.randint(len(self.train), (batch_size,), device=device)
@@ -89,10 +89,10 @@ class Images:
 
 def load_images(name="glyphs", folder="data/cache", count=18_000, size=32, kept=None):
     """Images. name: one of NAMES, or the path of a folder of pictures (image_folder.py). count: how many glyphs to draw
-    to train on; a fifth as many more to test on. size: side of the folder's pictures, in pixels.
+    for training; a fifth as many are drawn for testing. size: side of the folder's pictures, in pixels.
 
-    kept: of a run that is only to be used (trainer/checkpoints.kept). Where its images are not here, the Images can
-    neither train nor score, and say why (`missing`).
+    kept: what a run that is only to be used has kept of its data (trainer/checkpoints.kept). If its images are not on
+    this machine, the Images can neither train nor score, and say why (`missing`).
     """
     kept = kept or {}
     try:
@@ -114,16 +114,16 @@ def load_images(name="glyphs", folder="data/cache", count=18_000, size=32, kept=
 
 
 def edm_constants(name, images):
-    """(p_mean, sigma_data, why) for a network that generates these images. Where nobody has tried which are best,
-    sigma_data is measured, and p_mean is EDM's, moved along: noise is much or little only beside the pixels.
+    """(p_mean, sigma_data, why) for a network that generates these images. For data without known constants,
+    sigma_data is measured, and EDM's p_mean shifts with it: what counts is the noise relative to the pixels.
     """
     if name in NOISE_LEVELS:
-        return *NOISE_LEVELS[name], f"known of {name}"
+        return *NOISE_LEVELS[name], f"known for {name}"
     values, counts = to_floats(torch.arange(256)).double().numpy(), np.zeros(256)
-    for image in images:  # of all at once it would take eight times their memory
+    for image in images:  # all at once would take eight times their memory
         counts += np.bincount(image.ravel(), minlength=256)
     mean = np.average(values, weights=counts)
-    std = max(0.01, float(np.average((values - mean) ** 2, weights=counts)) ** 0.5)  # of a single grey 0
+    std = max(0.01, float(np.average((values - mean) ** 2, weights=counts)) ** 0.5)  # 0 if all pixels are one grey
     return round(EDM[0] + math.log(std / EDM[1]), 5), round(std, 5), "measured on the training pixels"
 
 
@@ -136,5 +136,5 @@ def read_images(name, folder, count, size):
         if name in names:
             return module.load(name, folder)
     if not os.path.isdir(name):  # Path would raise for a name that is too long
-        raise UsageError(f"--data {name} is no folder: choose {', '.join(NAMES)}, or the path of a folder of pictures")
+        raise UsageError(f"--data {name} is not a folder: choose {', '.join(NAMES)}, or the path of one with pictures")
     return image_folder.load(name, size)

@@ -1,8 +1,8 @@
 """MNIST (LeCun, Cortes, Burges 1998) and Fashion-MNIST (Xiao, Rasul, Vollgraf 2017): ten classes, 28 x 28 grey pixels.
 
 The files are in the idx format: two zero bytes, the type of the numbers (8: bytes), the number of axes, the length of
-each axis as four bytes, big end first; then the numbers. Two black pixels are added at each side: 32 x 32 pixels can be
-cut into patches of 2, 4 and 8.
+each axis as four bytes, big-endian; then the numbers. Two black pixels are added on each side: 32 x 32 pixels can be
+cut into patches of 2, 4 or 8 pixels per side.
 """
 
 import gzip
@@ -63,6 +63,6 @@ def parse_idx(content):
     """The array in an idx file of bytes. Raises ValueError for anything else."""
     axes = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
     if not axes or len(content) < 4 + 4 * axes:
-        raise ValueError("no idx file of bytes")
+        raise ValueError("not an idx file of bytes")
     shape = np.frombuffer(content, ">u4", axes, offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(*map(int, shape))

@@ -1,8 +1,8 @@
 """The source code of Python's own standard library, some 9.5 million characters. No network needed.
 
-The library differs between versions of Python (of 3.11 it is 9.4 million characters of 96 kinds, in 573 files), and a
-little between distributors. Numbers of different versions cannot be compared to the last digit; the checksum of the
-text is written in the run's config.json.
+The library differs between versions of Python (that of 3.11 has 9.4 million characters, 96 of them distinct, in 573
+files), and a little between distributors. Scores from different versions cannot be compared to the last digit; the
+checksum of the text is written to the run's config.json.
 """
 
 import functools
@@ -12,19 +12,19 @@ from pathlib import Path
 
 from nano_db.errors import UsageError
 
-# Tests are of another kind; tables are made by machines; packages that the user installed are not the library's.
+# Tests are a different kind of code; tables are machine-generated; installed packages are not part of the library.
 LEFT_OUT = {"test", "tests", "idle_test", "encodings", "pydoc_data", "turtledemo", "site-packages", "dist-packages"}
-MADE_ON_INSTALLING = ("_sysconfigdata", "config-")  # how names begin
-HELD_OUT = 0.9  # and above: files, by the share of all checksums that are smaller than theirs
+MADE_ON_INSTALLING = ("_sysconfigdata", "config-")  # prefixes of names
+HELD_OUT = 0.9  # a file is held out if its checksum, scaled to [0, 1), is at least this
 
 
 @functools.lru_cache(maxsize=1)  # a process may train several times
 def text(folder=None):
-    """(all files, one after the other; how many characters of them train). folder: not needed.
+    """(all files, one after the other; the number of training characters). folder: not needed.
 
-    The checksum of a file's path decides where it stands, and so on which side: held-out text is of other modules than
-    training text, and a file is on the same side in every version of Python. Files that are not ASCII are left out.
-    Raises UsageError where Python has no library in source.
+    The checksum of a file's path decides its place in the text, and so its side: held-out text is from other modules
+    than training text, and a file is on the same side in every version of Python. Files that are not ASCII are skipped.
+    Raises UsageError if this Python comes without the source code of its library.
     """
     root, files = Path(sysconfig.get_path("stdlib")), []
     for path in root.rglob("*.py"):

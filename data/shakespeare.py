@@ -11,6 +11,6 @@ SIZE = 1_115_394  # bytes, and characters
 
 
 def text(folder):
-    """(the text, how many characters train), from `folder`/tinyshakespeare.txt, downloaded there if it is missing."""
+    """(the text, the number of training characters), from `folder`/tinyshakespeare.txt, downloaded if it is missing."""
     whole = fetch(URL, Path(folder) / "tinyshakespeare.txt", SHA256, SIZE).read_text(encoding="utf-8")
     return whole, first_tenths(whole)

@@ -12,7 +12,7 @@ import torch
 from data import first_tenths, pydocs, python_source, shakespeare, text8
 from nano_db.errors import UsageError
 
-TEXTS = {  # each returns (text, how many characters of it train)
+TEXTS = {  # each returns (text, the number of its training characters)
     "python": python_source.text, "pydocs": pydocs.text, "shakespeare": shakespeare.text, "text8": text8.text
 }  # fmt: skip
 
@@ -24,11 +24,11 @@ class CharTokenizer:
         self.vocabulary = "".join(sorted(set(text)))
         self.classes = len(self.vocabulary)
         codes = codes_of(self.vocabulary)
-        self._tokens = np.full(int(codes.max()) + 2, -1, np.int32)  # by code; the last is for larger ones
+        self._tokens = np.full(int(codes.max()) + 2, -1, np.int32)  # by code point; the last: all above
         self._tokens[codes] = np.arange(self.classes)
 
     def encode(self, text):
-        """Tokens of `text`, an array of whole numbers. Raises UsageError for characters that are not in the data."""
+        """Tokens of `text`, an array of integers. Raises UsageError for characters that are not in the data."""
         tokens = self._tokens[np.minimum(codes_of(text), len(self._tokens) - 1)]
         if (tokens < 0).any():
             unknown = sorted(set(text) - set(self.vocabulary))
@@ -71,10 +71,10 @@ class GPT2Tokenizer:
 
 @dataclass
 class Text:
-    """train, heldout: tokens, in the smallest integers that hold them. Settings may be chosen by the first half of the
-    held-out tokens; the second is what scores are reported of. characters_per_token: of the held-out text. sha256: of
-    the whole text, and of where it is cut, unless that is after nine tenths. missing: why there is nothing to train or
-    score on, where a run is to write without the text that it was trained on; then heldout is only its opening.
+    """train, heldout: tokens, in the smallest integers that hold them. Settings may be chosen on the first half of the
+    held-out tokens; scores are reported on the second. characters_per_token: of the held-out text. sha256: of the whole
+    text, and of where it is cut, unless that is after nine tenths. missing: why there is nothing to train or score on,
+    if a run is to generate without the text that it was trained on; then heldout has only its opening.
     """
 
     train: torch.Tensor
@@ -86,11 +86,11 @@ class Text:
 
     @property
     def opening(self):
-        """The first held-out tokens, which samples continue where there is no prompt."""
+        """The first held-out tokens, which samples continue if there is no prompt."""
         return self.heldout[:16].tolist()
 
     def keeps(self):
-        """What a run has to keep in order to write, or to be trained further, without this text."""
+        """What a run has to keep in order to generate, or to be trained further, without this text."""
         return {"vocabulary": self.tokenizer.vocabulary, "opening": self.tokenizer.decode(self.opening)}
 
     def frequencies(self):
@@ -99,7 +99,7 @@ class Text:
         return counts / counts.sum()
 
     def batch(self, batch_size, seq_len, device="cpu"):
-        """Random windows of the training text, by torch's global generator: x (B, T), and y (B, T) that follow."""
+        """Random windows of the training text, from torch's global generator: x (B, T), and next tokens y (B, T)."""
         self.train = self.train.to(device)  # once: from then on a step copies nothing
         starts = torch.randint(len(self.train) - seq_len, (batch_size, 1), device=device)
         windows = self.train[starts + torch.arange(seq_len + 1, device=device)].long()
@@ -111,8 +111,8 @@ class Text:
         return {"validation": self.heldout[:middle], "test": self.heldout[middle:]}[name]
 
     def heldout_batches(self, batch_size, seq_len, device="cpu", windows=0, half=None):
-        """The held-out text, or a half of it, in windows that do not overlap, each token predicted once; a shorter rest
-        is left out. windows: how many, evenly spread over it; 0 for all.
+        """The held-out text, or a half of it, in windows that do not overlap, each token predicted once; a shorter
+        remainder is left out. windows: how many, evenly spaced; 0 for all.
         """
         tokens = self.half(half) if half else self.heldout
         there = (len(tokens) - 1) // seq_len
@@ -127,14 +127,14 @@ class Text:
 
 
 def load_text(name="python", tokenizer="char", folder="data/cache", seq_len=1, export=0, kept=None):
-    """A Text. name: one of TEXTS, or the path of a UTF-8 file, of whose characters the first 90% train, and the rest is
-    held out.
+    """A Text. name: one of TEXTS, or the path of a UTF-8 file: the first 90% of its characters are for training, and
+    the rest is held out.
 
-    kept: of a run (trainer/checkpoints.kept), for its vocabulary. With its "sha256" the run is only to be used: where
-    its text is not here, the Text can neither train nor score, and says why (`missing`).
+    kept: what a run has kept of its data (trainer/checkpoints.kept): its vocabulary. With a "sha256" the run is only to
+    be used: if its text is not on this machine, the Text can neither train nor score, and says why (`missing`).
 
-    Raises UsageError for an unknown name, a file that cannot be read, a text of a single token, or with characters that
-    are not in a kept vocabulary, or in which fewer than `export` windows of seq_len tokens are held out, or none.
+    Raises UsageError for an unknown name, a file that cannot be read, or a text that has only one distinct token, has
+    characters outside a kept vocabulary, or is too short for two held-out windows of seq_len tokens, or for `export`.
     """
     kept = kept or {}
     try:
@@ -171,7 +171,7 @@ def load_text(name="python", tokenizer="char", folder="data/cache", seq_len=1, e
 
 
 def read_text(name, folder):
-    """(text, how many characters of it train, its checksum) of one of TEXTS, or of a UTF-8 file."""
+    """(text, the number of its training characters, its checksum) of one of TEXTS, or of a UTF-8 file."""
     if not name:
         raise UsageError(
             "--preset paper needs --data: the path of a UTF-8 text, such as the paper's LM1B or OpenWebText "
@@ -185,7 +185,7 @@ def read_text(name, folder):
 
 
 def _read_file(name):
-    """(the text of a file, without a byte-order mark, and with every line end as "\\n"; how many characters train)."""
+    """(a file's text, without a byte-order mark, with every line end as "\\n"; the number of training characters)."""
     try:
         content = Path(name).read_bytes()
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):

@@ -16,8 +16,8 @@ TRAIN, VALIDATION = 90_000_000, 5_000_000  # characters: the usual split. The la
 
 
 def text(folder):
-    """(the first 95% of the text, how many characters train), from `folder`/text8 or `folder`/text8.zip; the archive is
-    downloaded if neither is there.
+    """(the first 95% of the text, the number of training characters), from `folder`/text8 or `folder`/text8.zip; the
+    archive is downloaded if neither is there.
     """
     source = Path(folder) / "text8"
     try:

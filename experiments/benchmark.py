@@ -1,8 +1,8 @@
-"""Time blocks against the end-to-end network, and count bytes, without a run:
+"""Time blocks against the end-to-end network, and count their memory, without a training run:
 
     python -m experiments.benchmark gpt --pairs 20 --blocks 4
 
-Flags after the script's name are its own.
+Flags after the script's name are passed to it.
 """
 
 import statistics
@@ -29,14 +29,14 @@ def script_and_settings(name, flags):
     script = script_named(name)
     for flag in (argument.split("=")[0] for argument in flags):
         if flag in ("--out", "--eval-only", "--init-from"):
-            raise UsageError(f"{flag} does nothing here, where no run is made or read: drop it")
+            raise UsageError(f"{flag} has no effect here, because no run is written or read: drop it")
     with tempfile.TemporaryDirectory() as folder:  # in which no run has left settings to resume with
         flags, recipes = [*flags, "--out", folder], getattr(script, "RECIPES", None)
         return script, read_settings(name, script.Settings, script.PRESETS, recipes, flags=flags)
 
 
 def take_step(script, network, optimizer, settings, shared):
-    """A training step as the scripts take it. Returns its loss, and the norm of the gradient."""
+    """One training step, as in the scripts. Returns its loss, and the norm of the gradient."""
     with autocast(settings):
         loss = network.loss(*script.batch(settings.batch_size, settings, *shared))
     loss.backward()
@@ -47,7 +47,7 @@ def take_step(script, network, optimizer, settings, shared):
 
 
 class Contestant:
-    """Networks in training, in turn: all blocks, or the end-to-end network."""
+    """Networks that are trained in turn: all blocks, or the end-to-end network."""
 
     def __init__(self, script, settings, shared):
         self.script, self.settings, self.shared = script, settings, shared
@@ -58,7 +58,7 @@ class Contestant:
                 network.network.compile()
 
     def train(self, step):
-        """One step of each network, as the scripts take it."""
+        """One step of each network, as in the scripts."""
         settings = self.settings
         for b, (network, optimizer) in enumerate(zip(self.networks, self.optimizers, strict=True)):
             network.train()
@@ -76,17 +76,17 @@ class Contestant:
 
 
 def time_pairs(works, pairs, settings):
-    """Time two works, which are functions of the step, in turn: (their median seconds, quartiles of the ratio of the
-    first to the second). Machines drift: the ratios are those within a pair.
+    """Time two functions of the step alternately: (their median seconds, quartiles of the ratio of the first to the
+    second). Ratios are taken within a pair of timings, because the speed of a machine drifts.
     """
-    times = [[seconds_of(settings, work, step) for work in works] for step in range(pairs + 2)][2:]  # warm
+    times = [[seconds_of(settings, work, step) for work in works] for step in range(pairs + 2)][2:]  # warm-up left out
     ratios = [a / b for a, b in times]
     quartiles = statistics.quantiles(ratios, n=4) if pairs > 1 else ratios * 3
     return [statistics.median(side) for side in zip(*times, strict=True)], quartiles
 
 
 def compare(label, works, pairs, settings):
-    """Time two works and print the result."""
+    """Time two functions and print the result."""
     (ours, theirs), (low, middle, high) = time_pairs(works, pairs, settings)
     seconds = f"{1000 * ours:.1f} ms, end to end {1000 * theirs:.1f} ms"
     print(f"{label} {seconds}; ratio in pairs {middle:.3f} (quartiles {low:.3f}, {high:.3f})")
@@ -101,7 +101,7 @@ def main():
     if args.pairs < 1:
         raise UsageError(f"--pairs must be at least 1, not {args.pairs}")
     if "--baseline" in flags:
-        raise UsageError("--baseline: blocks are timed against it, so drop it")
+        raise UsageError("--baseline: drop this flag; the end-to-end network is timed anyway")
     if is_one_of_several():
         raise UsageError("a benchmark times a single process: start it without torchrun")
     script, settings = script_and_settings(args.script, flags)

@@ -1,4 +1,4 @@
-"""Runs side by side: `python -m experiments.compare out/a out/b ...` In brackets, ratios to the first run."""
+"""Runs side by side: `python -m experiments.compare out/a out/b ...` Ratios to the first run are in brackets."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What moves in a notebook: a line while a cell computes, and a picture with a slider."""
+"""The moving parts of a notebook: a progress line while a cell computes, and a picture with a slider."""
 
 import base64
 import io
@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from IPython import get_ipython
 from IPython.display import HTML, display
 
-EVERY = 0.3  # seconds between two changes of a line
+EVERY = 0.3  # seconds between updates of a line
 SLIDER = """
 <div id="{id}"><img src="data:image/png;base64,{start}"><p>Run this cell again to get its slider.</p></div>
 <script>
@@ -32,7 +32,7 @@ SLIDER = """
 
 @contextmanager
 def moving_line():
-    """A line below the cell: `with moving_line() as say: say("half of it")`. What was said last stays."""
+    """A line below the cell: `with moving_line() as say: say("half of it")`. The last text stays."""
     handle, shown = display({"text/plain": ""}, raw=True, display_id=True), ""
 
     def say(text):
@@ -47,7 +47,7 @@ def moving_line():
 class Progress:
     """range(count), with a line that moves: name, step, loss and seconds left. The loop may set `loss`, a number.
 
-    say: of a moving_line() that several loops share; else the loop has a line of its own.
+    say: from a moving_line() that several loops share; otherwise the loop has a line of its own.
     """
 
     def __init__(self, name, count, unit="step", say=None):
@@ -69,7 +69,7 @@ class Progress:
 
 @contextmanager
 def in_one_line(afterwards):
-    """Show what is printed inside as one line that moves, and `afterwards` in the end: a run prints its seconds."""
+    """Show printed text as one moving line, and finally `afterwards`, without the seconds that a run prints."""
 
     class Last(io.TextIOBase):
         def write(self, text):
@@ -86,9 +86,9 @@ def in_one_line(afterwards):
 def explore(draw, start, **values):
     """Show the figure that draw(start) returns; with a slider over `values` where somebody can move it.
 
-    values: one list, under the name of draw's argument: explore(draw, 1.0, sigma=[0.1, 1.0]). All figures are drawn at
-    once, so that the slider needs no kernel, follows the hand, and works in a saved notebook. A program that executes a
-    notebook allows no questions to its user (allow_stdin), and gets the first figure only, which is what GitHub shows.
+    values: one list, under the name of draw's argument: explore(draw, 1.0, sigma=[0.1, 1.0]). All figures are drawn in
+    advance, so that the slider needs no kernel, reacts at once, and works in a saved notebook. A program that executes
+    a notebook allows no prompts (allow_stdin): it gets only draw(start), which is what GitHub shows.
     """
     ((name, choices),) = values.items()
     choices = list(choices)

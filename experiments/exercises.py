@@ -14,15 +14,15 @@ NOT_USED = object()
 
 
 def check(name, answer, passed, hints=("",), otherwise=NOT_USED):
-    """Say whether an answer is right, and return what the notebook goes on with, if it uses the answer at all.
+    """Say whether an answer is right, and return what later cells should use, if they use the answer at all.
 
     name: of the exercise, like "1.2". answer: a function or a class. passed: answer -> whether it is right; an error in
-    it means that it is not, and is shown. hints: the idea; and nearly the code, for a second, different attempt.
-    otherwise: what to go on with while the answer is not right. An answer is checked apart: whatever it draws or sets
-    in torch changes nothing further down.
+    it means that it is not, and is shown. hints: the idea; then nearly the code, for a second, different attempt.
+    otherwise: what later cells use while the answer is not right. An answer is checked in isolation: the random numbers
+    it draws and the torch settings it changes do not affect later cells.
     """
     used = otherwise is not NOT_USED
-    until = " Until it is right the notebook goes on with nano_db's own." * used
+    until = " Until it is right, the notebook uses nano_db's own version." * used
     right = False
     with apart():
         try:
@@ -39,7 +39,7 @@ def check(name, answer, passed, hints=("",), otherwise=NOT_USED):
         print(f"{name}: right." + " The cells below use your answer: run them again." * used)
         return answer if used else None
     wrong = WRONG.setdefault(name, set())
-    if counts:  # a slip of the keyboard is no attempt
+    if counts:  # a typo is not an attempt
         wrong.add(fingerprint(answer))
     print(f"{name}: not yet. {fault}{hints[max(0, min(len(wrong), len(hints)) - 1)]}{until}")
     return otherwise if used else None
@@ -47,7 +47,7 @@ def check(name, answer, passed, hints=("",), otherwise=NOT_USED):
 
 @contextmanager
 def apart():
-    """Random numbers, the default dtype and whether gradients are kept are the same afterwards as before."""
+    """The random state, the default dtype and whether gradients are recorded are the same afterwards as before."""
     dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -103,5 +103,5 @@ def explained(error, answer):
 
 
 def reduced(full, small):
-    """`full`, or `small` where the environment has NANO_DB_REDUCED set: for tests that have seconds."""
+    """`full`, or `small` where the environment has NANO_DB_REDUCED set: for tests that must be fast."""
     return small if os.environ.get("NANO_DB_REDUCED") else full

@@ -29,15 +29,15 @@ def draw_depth(path, panels):
 
 METHODS = {  # of equal_memory.png: marker and colour
     "end to end": ("s", "black"), "blocks": ("o", "tab:blue"), "one shallow network": ("^", "tab:orange"),
-    "mean of B such": ("v", "tab:green"),
+    "mean of B such networks": ("v", "tab:green"),
 }  # fmt: skip
 
 
 def draw_equal_memory(path, panels):
-    """equal_memory.png of results: quality against training memory, one panel per architecture. Up and left wins.
+    """equal_memory.png of results: quality against training memory, one panel per architecture. Up and left is better.
 
     panels: {(title, unit): {one of METHODS: (MiB, MiB with checkpointed activations, one number per seed)}}. A line
-    joins the two, for checkpointing changes no weight; what is hollow is checkpointed. Small dots are seeds.
+    joins the two, because checkpointing changes no weight; hollow markers are checkpointed. Small dots are seeds.
     """
     figure, axes = plt.subplots(2, 3, figsize=(10, 6), layout="constrained")
     for ax, ((title, unit), methods) in zip(axes.flat, panels.items(), strict=False):

@@ -1,4 +1,4 @@
-"""The README's animation: blocks are trained one after the other, and then paint letters together.
+"""The README's animation: blocks are trained one after the other, and then generate letters together.
 
 python train_dit.py                                  # a run to take the blocks from
 python -m experiments.hero --seed 1                  # writes docs/pictures/hero.gif, and hero.png, a still
@@ -22,7 +22,7 @@ from nano_db.trainer.plots import block_colours, plt
 from nano_db.trainer.run import Run, noise_identity
 from nano_db.trainer.settings import Parser
 
-FAINT, PAPER = 0.18, "white"  # what a block that waits is drawn with
+FAINT, PAPER = 0.18, "white"  # opacity of a block that waits; background
 SECONDS = {"training": 0.35, "sampling": 0.2, "end": 3.0}
 
 
@@ -30,11 +30,11 @@ def walk_of(folder, word, seed):
     """(states of a walk to the letters of `word`, the Partition, sigma_data) by the blocks of a run of train_dit.py."""
     config = read_config(folder)
     if config["script"] != "dit" or config["settings"]["baseline"]:
-        raise UsageError(f"--run {folder} is no run of train_dit.py in blocks")
+        raise UsageError(f"--run {folder} is not a run of train_dit.py with blocks")
     settings = train_dit.Settings(**config["settings"] | {"out": str(folder), "device": "cpu", "dtype": "float32"})
     images, partition = train_dit.prepare(settings)
     if unknown := set(word) - set(images.classes):
-        raise UsageError(f"--word {word}: the run knows no {min(unknown)!r}, only {' '.join(images.classes)}")
+        raise UsageError(f"--word {word}: the run has no class {min(unknown)!r}, only {' '.join(images.classes)}")
     _, sigma_data = train_dit.noise_levels(settings, images)
     depends_on = {"data_sha256": images.sha256, "sigma_data": sigma_data, **noise_identity(partition)}
     run = Run("dit", settings, images.keeps(), **depends_on)
@@ -113,8 +113,8 @@ def main():
     parser = Parser(prog="python -m experiments.hero", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--run", type=Path, default=Path("out/dit-blocks"), help="a finished run of train_dit.py")
-    parser.add_argument("--word", default="BLOCKS", help="what is painted (default BLOCKS)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise that the letters start from")
+    parser.add_argument("--word", default="BLOCKS", help="letters to generate (default BLOCKS)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the initial noise")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "pictures", help="a folder")
     args = parser.parse_args()
     states, *known = walk_of(args.run, args.word, args.seed)

@@ -1,4 +1,4 @@
-"""A denoiser known in closed form, to try samplers without training: data from a mixture of round Gaussians."""
+"""A denoiser in closed form, to try samplers without training: the data is a mixture of isotropic Gaussians."""
 
 import math
 

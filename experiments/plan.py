@@ -1,9 +1,9 @@
-"""How many blocks make a network fit into a memory? Counted before any training, and without that memory:
+"""How many blocks does a network need to fit into your memory? Counted before training, on any machine:
 
     python -m experiments.plan gpt --preset paper --dtype bfloat16 --memory 8GB
 
-Flags after the script's name are its own. A training step is taken with torch's fake tensors, which have shapes and
-types but no numbers. So a step of any size is counted on any machine, in seconds. The counts are those of
+Flags after the script's name are passed to it. A training step is taken with torch's fake tensors, which have
+shapes and types but no numbers. So a step of any size is counted on any machine, in seconds. The counts are those of
 nano_db/trainer/memory.py.
 """
 
@@ -29,7 +29,7 @@ CHOSEN_HERE = ("--blocks", "--baseline", "--layer-split", "--checkpoint-activati
 
 
 def parse_bytes(text):
-    """Bytes, of a text such as "8GB" or "500 MiB". Raises UsageError for another text."""
+    """The number of bytes in a text such as "8GB" or "500 MiB". Raises UsageError for any other text."""
     match = re.fullmatch(r"\s*(\d+\.?\d*)\s*(\w+)\s*", text)
     if not match or match[2] not in UNITS or not float(match[1]):
         raise UsageError(f"--memory {text}: write it like 8GB; units: {', '.join(UNITS)}")
@@ -38,7 +38,7 @@ def parse_bytes(text):
 
 def largest_network(script, settings, data, levels):
     """The largest network of these settings, in training mode, and a batch for it. data, levels: what script.prepare
-    has returned for another number of blocks.
+    has returned, perhaps for another number of blocks.
     """
     if isinstance(levels, Partition):  # where the edges are makes no difference to the bytes
         levels = make_partition(levels.noise, networks(settings))
@@ -51,8 +51,8 @@ def largest_network(script, settings, data, levels):
 
 
 def step_bytes(script, settings, *shared):
-    """Bytes by part (trainer/memory.py) of a training step of the largest network; the rest: see there. Counted on the
-    CPU: a GPU may be too small even for the weights.
+    """Bytes by part (trainer/memory.py) of a training step of the largest network, counted on the CPU: a GPU may be
+    too small even for the weights. For the arguments see largest_network.
     """
     settings = replace(settings, device="cpu")
     network, batch = largest_network(script, settings, *shared)
@@ -66,8 +66,8 @@ def step_bytes(script, settings, *shared):
 
 
 def plans(name, flags):
-    """Yield (B, checkpointed, bytes by part) of training in B blocks, B = 1 being the end-to-end network. Of several B
-    whose largest block has as many layers, the smallest.
+    """Yield (B, checkpointed, bytes by part) of training in B blocks, B = 1 being the end-to-end network. If several B
+    have equally deep largest blocks, only the smallest B is tried.
     """
     script, settings = script_and_settings(name, [*NOT_COUNTED.get(name, ()), *flags])
     shared = script.prepare(end_to_end(settings))  # which may sample in fewer steps than there are blocks
@@ -80,7 +80,7 @@ def plans(name, flags):
 def main():
     parser = Parser(prog="python -m experiments.plan", description=__doc__, allow_abbrev=False)
     parser.add_argument("script", choices=("vit", "dit", "mdm", "gpt"), help="train_<script>.py; its flags may follow")
-    parser.add_argument("--memory", help="what there is, like 8GB")
+    parser.add_argument("--memory", help="memory available, like 8GB")
     args, flags = parser.parse_known_args()
     room = parse_bytes(args.memory) if args.memory else math.inf
     for flag in (argument.split("=")[0] for argument in flags):  # "--blocks 4" and "--blocks=4"

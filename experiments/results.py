@@ -1,7 +1,7 @@
-"""The tables of results, by one command: `python -m experiments.results --jobs 2`
+"""The tables of results, from one command: `python -m experiments.results --jobs 2`
 
-It runs the commands of the tables (tables.py) that have no file yet, on the CPU, with one thread each. What comes out
-goes into results/<scale>: one JSON file per run with its exact command, versions and machine, and summary.md. You can
+It runs the commands of the tables (tables.py) that have no file yet, on the CPU, with one thread each. The results
+go into results/<scale>: one JSON file per run with its exact command, versions and machine, and summary.md. You can
 interrupt it at any time; run the same command again to resume. A run that fails does not stop the others.
 """
 
@@ -56,7 +56,7 @@ def run_all(todo, jobs, out, folder):
                 time.sleep(0.1)
         finally:
             for process in running:
-                process.terminate()  # upon which it saves
+                process.terminate()  # it saves, and then exits
             for process in running:
                 process.wait()
     if stop:
@@ -71,7 +71,7 @@ def start(experiment, seed, out):
     line = [sys.executable, *experiment.command(seed, folder.parents[1]), "--out", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with open(f"{folder}.log", "w", encoding="utf-8") as log:
-        # A session of its own: Ctrl-C comes only to us, and we tell each run once.
+        # A session of its own: Ctrl-C reaches only us, and we signal each run once.
         where = {"cwd": ROOT, "stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
         return subprocess.Popen(line, env=environment, **where)
 
@@ -97,7 +97,7 @@ def keep_record(experiment, seed, out, folder, jobs):
 
 
 def checkpointed_bytes(name, settings):
-    """What the memory of a run's training, by part, would be with checkpointed activations: counted."""
+    """Counts the training memory, by part, that a run would need with checkpointed activations."""
     script = SCRIPTS[name]
     settings = replace(script.Settings(**settings), checkpoint_activations=True)
     network, batch = largest_network(script, settings, *script.prepare(settings))
@@ -111,9 +111,9 @@ def main():
     parser.add_argument("--only", metavar="TABLE,...", help="only these tables (default: all of the scale)")
     parser.add_argument("--out", type=Path, default="out/results", help="where the runs are kept (default out/results)")
     parser.add_argument("--results", type=Path, default="results", help="where the tables are kept (default results)")
-    parser.add_argument("--list", action="store_true", help="run nothing: show what there is to run")
-    parser.add_argument("--summary-only", action="store_true", help="run nothing: make the tables of what is there")
-    pages = "renew the marked tables of these Markdown files, too (default README.md and docs/*.md)"
+    parser.add_argument("--list", action="store_true", help="run nothing: list what is left to run")
+    parser.add_argument("--summary-only", action="store_true", help="run nothing: make the tables from the runs so far")
+    pages = "also update the marked tables in these Markdown files (default README.md and docs/*.md)"
     parser.add_argument("--readme", nargs="*", type=Path, metavar="FILE", help=pages)
     args = parser.parse_args()
     out, folder, todo, failed = args.out / args.scale, args.results / args.scale, {}, []
@@ -131,9 +131,9 @@ def main():
             print(f"{experiment.name:40} {len(missing)} of {experiment.seeds} to run  {experiment.row}")
     files = {experiment.file(seed): (experiment, seed) for experiment in found for seed in range(experiment.seeds)}
     networks = {experiment.init_from(seed) for experiment, seed in todo.values()} - {""}
-    todo |= {name: files[name] for name in networks if not (out / name).exists()}  # its record is no network
+    todo |= {name: files[name] for name in networks if not (out / name).exists()}  # a record has no weights
     if args.list:
-        return print(f"to run: {len(todo)}; a run of preset laptop takes a core some eight minutes")
+        return print(f"to run: {len(todo)}; a run of preset laptop takes about eight minutes on one core")
     folder.mkdir(parents=True, exist_ok=True)
     if not args.summary_only:
         first = sorted(todo.values(), key=lambda job: job[1])  # seed 0 of every row: whole tables can be read early

@@ -24,7 +24,7 @@ from nano_db.trainer.plots import block_colours, plt
 from nano_db.trainer.settings import Parser
 
 DOCS = Path(__file__).parents[1] / "docs"
-X, Y, Z, GREY = "#1971c2", "#e69f00", "#d6336c", "#868e96"  # condition, target, noise; and what is none of these
+X, Y, Z, GREY = "#1971c2", "#e69f00", "#d6336c", "#868e96"  # condition, target, noise; everything else
 DASHED = (0, (3, 2))
 LABEL_NOISE = LogNormal(1.0, 0.8, 0.2, 20.0)  # of train_vit.py
 
@@ -52,7 +52,7 @@ def box(ax, x, y, width, height, text, colour, size=10, tint=0.13, style="-"):
 
 
 def arrow(ax, *points, colour="black", style="-"):
-    """From the first point through the others, with a head at the last."""
+    """An arrow from the first point through the others, with its head at the last."""
     ax.plot(*zip(*points[:-1], strict=True), color=colour, lw=1.4, ls=style, solid_capstyle="butt")
     how = dict(arrowstyle="-|>", color=colour, lw=1.4, ls=style, shrinkA=0, shrinkB=0, mutation_scale=12)
     ax.annotate("", points[-1], points[-2], arrowprops=how)
@@ -104,8 +104,8 @@ def draw_networks():
     """The five architectures, bottom to top, and where noise enters them: as in train_*.py, recipe nano."""
     figure, ax = canvas(900, 540)
     own = block_colours(4)[1]
-    back = [(270, 134, "L/B layers,\nlooking back")]  # (height of the middle, height, text)
-    around = [(270, 134, "L/B layers,\nlooking\neverywhere")]
+    back = [(270, 134, "L/B layers,\ncausal\nattention")]  # (height of the middle, height, text)
+    around = [(270, 134, "L/B layers,\nbidirectional\nattention")]
     loop = [(216, 36, "prelude"), (270, 40, "core, looped"), (324, 36, "coda")]
     z, sigma, label, time = ("z, σ", Z), ("σ", Z), ("x", X), ("t", Z)  # what enters from the side, by height
     for i, (name, given, layers, head, answer, enters, words) in enumerate((
@@ -115,7 +115,7 @@ def draw_networks():
          "Noise enters at the head.\nThe layers read only x,\nand run once per image."),
         ("DiT", ("z: a noisy image", Z), around, "EDM head", "D: the image", {400: z, 290: sigma, 250: label},
          "The layers read z.\nσ and the class x modulate\nthem, at each step."),
-        ("masked diffusion", ("z: text with gaps", Z), around, "lm_head", "p(masked letters)", {270: time},
+        ("masked diffusion", ("z: masked text", Z), around, "lm_head", "p(masked letters)", {270: time},
          "Noise masks letters: z is\nthe text itself. The time t\nmodulates each layer."),
         ("looped", ("x: the text so far", X), loop, "posterior head", "p(next token)", {400: z, 270: z},
          "z takes the place of the\nstate. One block serves\nall noise levels."),
@@ -212,7 +212,7 @@ def draw_levels(blocks=4):
 
 
 def draw_walk(blocks=4):
-    """Walks of a number from noise to data, by the exact denoiser; the density that they follow, in grey."""
+    """A single number walks from noise to data with the exact denoiser; the density of z is grey."""
     noise, data, spread = LogNormal(sigma_max=20.0), GaussianMixture([[-1.1], [0.0], [1.1]], std=0.05), 0.9
     partition = make_partition(noise, blocks)
 
@@ -246,7 +246,7 @@ def draw_walk(blocks=4):
 
 
 def label_walks(steps=60):
-    """Class names, and the exact p(y | z, x) at each step, (steps, 3, V): of two walks from noise, of one from 0."""
+    """Class names, and the exact p(y | z, x) at each step, (steps, 3, V): two walks from noise, and one from 0."""
     names, prior = ["cat", "dog", "fox", "owl", "bee"], torch.tensor([0.42, 0.27, 0.16, 0.1, 0.05])  # p(y | x)
     target_embeddings, found = make_target_embeddings(len(names), 16), []
     sigmas = [*quantiles(LABEL_NOISE, steps - 1).tolist(), 0.0]  # the last step begins at sigma_min
@@ -284,7 +284,7 @@ def draw_label(blocks=3):
 
 
 def draw_cheatsheet(columns=3, margin=28, top=754):
-    """docs/cheatsheet.md on a page of A4, across: each line of the file is a line of the page."""
+    """docs/cheatsheet.md on a landscape A4 page: each line of the file is a line of the page."""
     figure, ax = canvas(1169, 827)
     own, width, renderer = (
         block_colours(4)[1],
@@ -356,7 +356,7 @@ def draw_all(folder=DOCS):
 
 def main():
     parser = Parser(prog="python -m experiments.schematics", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--out", type=Path, default=DOCS, help="a folder (default docs)")
+    parser.add_argument("--out", type=Path, default=DOCS, help="output folder (default docs)")
     draw_all(parser.parse_args().out)
 
 

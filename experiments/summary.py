@@ -24,7 +24,8 @@ QUALITY = {  # by script: the metric, its column, decimals
     **{"mdm": (BITS,), "gpt": (BITS,), "looped": (BITS,)},
 }
 MAIN = {  # columns of the main table, and which rows of an architecture they are
-    "blocks": "blocks", "end to end": "baseline", "one shallow network": "shallow", "mean of B such": "ensemble",
+    "blocks": "blocks", "end to end": "baseline", "one shallow network": "shallow",
+    "mean of B such networks": "ensemble",
 }  # fmt: skip
 COMPARED = (  # in the table of differences
     ("blocks", "baseline"), ("blocks", "shallow"), ("blocks", "ensemble"),
@@ -95,14 +96,14 @@ def with_spread(numbers, decimals):
 
 
 def median(records, *keys):
-    """Median of result[key][key]... over the records: a run that was slow once does not count."""
+    """Median of result[key][key]... over the records: a single slow run does not matter."""
     return statistics.median(reduce(getitem, keys, record["result"]) for record in records)
 
 
 def ratio(records, others, *keys):
-    """Median of the ratios of result[key][key]... in `records` to that in `others`, over the seeds that both have.
+    """Median of the ratios of result[key][key]... in `records` to those in `others`, over the seeds that both have.
 
-    Runs of one seed are made soon after each other, so that a machine that is slower an hour later does less harm.
+    Runs of one seed are close together in time, so a machine that slows down later distorts the ratio less.
     """
     ours, theirs = ({r["seed"]: reduce(getitem, keys, r["result"]) for r in some} for some in (records, others))
     return statistics.median(ours[seed] / theirs[seed] for seed in ours.keys() & theirs.keys())
@@ -113,9 +114,9 @@ def markdown(columns, rows):
 
 
 def table(group, found, whole=False):
-    """The Markdown table of a group, or one over all architectures. found: as of read_records.
+    """The Markdown table of a group, or one over all architectures. found: as returned by read_records.
 
-    whole: with all columns, as in summary.md. On other pages the tables of further questions have a few.
+    whole: with all columns, as in summary.md. On other pages, the tables of further questions have only a few.
     """
     if group in SPECIAL:
         return SPECIAL[group](found)
@@ -141,7 +142,7 @@ def seeds_of(experiment, records):
     return str(len(records)) + (f" of {experiment.seeds}" if len(records) < experiment.seeds else "")
 
 
-COLUMNS = {  # of a table of results: what stands in each, made of a row's Experiment and its records
+COLUMNS = {  # of a table of results: how to fill each from a row's Experiment and its records
     "steps": lambda e, records: f"{records[0]['result']['steps']:,}",
     "learning rate": lambda e, records: f"{records[0]['settings']['learning_rate']:g}",
     "seeds": seeds_of,
@@ -219,7 +220,7 @@ def short(column):
 
 
 def commands_table(found):
-    """What each script gives, in blocks and end to end, and how long its training took."""
+    """The score of each script, in blocks and end to end, and the training time of its blocks."""
     columns = ["command", "task", "minutes", "measure", "blocks", "end to end (`--baseline`)"]
     lines = []
     for script in SCRIPTS:
@@ -234,7 +235,7 @@ def commands_table(found):
 
 
 def verdicts_table(found):
-    """Blocks beside the whole network, and beside the better of the two controls that take their memory."""
+    """Blocks compared with the whole network, and with the better of the two controls of equal memory."""
     columns = ["network", "end to end", "blocks", "best control of equal memory", "verdict"]
     lines = []
     for script in SCRIPTS:
@@ -331,13 +332,13 @@ def fill(text, results):
 
 
 def summary(found, scale):
-    """The text of summary.md. found: as of read_records."""
+    """The text of summary.md. found: as returned by read_records."""
     text = f"""# Results of preset {scale}
 
 `python -m experiments.results --scale {scale}` wrote this page from the JSON files beside it. Quality is the
-mean ± standard deviation over seeds, on the half of the held-out data by which nothing was chosen. Seconds are medians:
-two runs at a time, one thread each. Memory is that of the largest network in training, as it is and with checkpointed
-activations. `docs/running.md` says what each number means.
+mean ± standard deviation over seeds, on the half of the held-out data not used to choose settings. Times are medians,
+with two runs at a time, one thread each. Memory is that of the largest network in training, without and with
+checkpointed activations. `docs/running.md` says what each number means.
 """
     text += f"\n## All architectures\n\n{main_table(found) or 'Not run.' + chr(10)}"
     text += f"\n## Which differences are real\n\n{differences_table(found) or 'Not run.' + chr(10)}"
@@ -351,7 +352,7 @@ activations. `docs/running.md` says what each number means.
     folder = f" --out out/results/{scale}/"  # where other runs look for the network that they start from
     starts = {experiment.init_from(0) for experiment in found}
     lines = (e.command_line(0) + (folder + e.file(0) if e.file(0) in starts else "") for e in found)
-    text += "\n## Commands\n\nRows of several seeds also have `--seed 1` and `--seed 2`.\n"
+    text += "\n## Commands\n\nRows with several seeds were also run with `--seed 1` and `--seed 2`.\n"
     return f"{text}\n```\n" + "\n".join(dict.fromkeys(lines)) + "\n```\n"
 
 

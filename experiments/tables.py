@@ -1,8 +1,8 @@
-"""The experiments behind the tables of results: which commands they are, and in which rows they stand.
+"""The experiments behind the tables of results: their commands, and their rows in the tables.
 
-A command is one that a reader types: a script at its preset, a few flags, and a seed. In a table blocks and the
-networks beside them take equally many steps, in which equally many layers are evaluated (the paper's budget rule);
-rows that do otherwise say so.
+A command is one that a reader can type: a script at its preset, a few flags, and a seed. In a table, blocks and the
+networks compared with them take the same number of steps, and evaluate the same number of layers in them (the paper's
+budget rule); rows that differ say so.
 """
 
 import shlex
@@ -18,11 +18,11 @@ import train_vit
 
 SCRIPTS = {"vit": train_vit, "dit": train_dit, "mdm": train_mdm, "gpt": train_gpt, "looped": train_looped}
 SCALES = {"laptop": {}, "tiny": dict(preset="tiny", steps=10, samples=0)}  # flags of all commands; tiny: for tests
-# What the command of the blocks says although it is the preset's.
+# Flags that the command of the blocks shows although the preset already sets them.
 BLOCKS = {"gpt": dict(blocks=4)}
-# The control of a block's size at its own best learning rate (table `rates`).
+# Best learning rate of the control, a network of a block's size (table `rates`).
 SHALLOW_RATE = {"vit": 3e-3, "dit": 3e-3, "mdm": 3e-3, "gpt": 3e-3, "looped": 1e-3}
-GROUPS = {  # the tables: their titles, and what to know about them; first what the paper has in their place
+GROUPS = {  # the tables: their titles, and notes, which begin with the paper's counterpart
     "vit": ("Vision transformer", "The paper: CIFAR-100, 12 layers of width 128, patch 4, 3 blocks; accuracy in %."),
     "dit": ("Diffusion transformer", "The paper: CIFAR-10, DiT-S/2, 3 blocks; FID, which frechet_small is not."),
     "mdm": ("Masked diffusion", "The paper: text8, 12 layers of width 768, 3 blocks; bits per character."),
@@ -32,13 +32,13 @@ GROUPS = {  # the tables: their titles, and what to know about them; first what 
                "partitioned: B = 1, and the control of a block's size is a plain transformer of all layers."),
     "rates": ("Learning rates", "Seed 0. Each method takes the rate that is best on the validation half of the "
               "held-out data; all tables report the other half."),
-    "vit-depth": ("How deep must a block be? Vision transformer", "12 layers in all. Rows of blocks stand beside a "
-                  "plain network of as many layers as one of them has."),
-    "gpt-depth": ("How deep must a block be? Autoregressive transformer", "The same comparison, of 8 layers."),
-    "vit-recipes": ("Recipes of the vision transformer", "What the clean term brings, and recipe paper."),
-    "gpt-recipes": ("From recipe nano to recipe paper, a flag at a time", "A row differs from the first in what it "
-                    "names."),
-    "dit-conversion": ("Blocks that start from a trained network", "Half of the steps of the network. Every run has "
+    "vit-depth": ("How deep must a block be? Vision transformer", "12 layers in total. Blocks are compared with "
+                  "plain networks that have as many layers as one block."),
+    "gpt-depth": ("How deep must a block be? Autoregressive transformer", "The same comparison, with 8 layers."),
+    "vit-recipes": ("Recipes of the vision transformer", "The effect of the clean term, and recipe paper."),
+    "gpt-recipes": ("From recipe nano to recipe paper, one flag at a time", "A row differs from the first only "
+                    "in what it names."),
+    "dit-conversion": ("Blocks that start from a trained network", "Half as many steps as the network. Every run has "
                        "its own warm-up and cosine."),
     "dit-plateau": ("One run to the plateau: diffusion transformer", "Five times the steps of the preset, one seed."),
     "vit-cifar10": ("Vision transformer on photographs", "CIFAR-10, one seed."),
@@ -68,17 +68,17 @@ def rate_flag(script, scale, rate, baseline=True):
 
 
 def rates(script, method):
-    """The three learning rates of which a method takes its best: around it, a factor of three apart."""
+    """The three learning rates from which a method takes its best, a factor of three apart."""
     return (3e-4, 1e-3, 3e-3) if (script, method) == ("looped", "shallow") else (1e-3, 3e-3, 1e-2)
 
 
 def cut(script, scale):
-    """(blocks, layers in all) of a script's preset."""
+    """(blocks, layers in total) of a script's preset."""
     return BLOCKS.get(script, preset(script, scale)).get("blocks", 1), preset(script, scale).get("layers")
 
 
 def shallow(script, scale, rate=None):
-    """The flags of the control of a block's size, at its best learning rate or at another."""
+    """The flags of the control, a network of a block's size, at its best learning rate or at another."""
     if script == "looped":
         sizes = dict(recurrences=1, sampling_steps=1, steps=steps_of(script, scale))
     else:
@@ -113,7 +113,7 @@ class Experiment:
         return f"{self.name}-s{seed}"
 
     def init_from(self, seed):
-        """The file name of the run with whose network this one begins."""
+        """The file name of the run from whose network this one starts."""
         return Path(self.given("--init-from", "").format(seed=seed, out="")).name
 
     def given(self, flag, default=None):
@@ -122,13 +122,13 @@ class Experiment:
 
 
 class Tables:
-    """The rows of a scale, `found`. A row with the flags of one of an earlier table has its name and files."""
+    """The rows of a scale, in `found`. A row with the same flags as one of an earlier table shares its files."""
 
     def __init__(self, scale):
         self.scale, self.found, self.seeds = scale, [], 1 if scale == "tiny" else 3
 
     def add(self, table, slug, row, note="", seeds=None, script=None, **changes):
-        """Without `seeds` a row has one, or as many as the earlier row with its flags."""
+        """Without `seeds` a row has one seed, or as many as the earlier row with the same flags."""
         script, flags = script or table.split("-")[0], []
         for name, value in (SCALES[self.scale] | changes).items():
             flags += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
@@ -164,7 +164,7 @@ def add_architectures(tables):
     few = steps_of("looped", tables.scale, baseline=True)
     if few != steps_of("looped", tables.scale):
         add("blocks-few", "one noisy pass, as many steps as Huginn", "", tables.seeds, steps=few)
-        add("shallow-few", "the plain transformer, as many", "", tables.seeds, **control | dict(steps=few))
+        add("shallow-few", "the plain transformer, as many steps", "", tables.seeds, **control | dict(steps=few))
 
 
 def has_recipes(script):
@@ -172,7 +172,7 @@ def has_recipes(script):
 
 
 def add_rates(tables):
-    """The runs at a preset's own rates are those of the main table, and made once."""
+    """Runs at a preset's own rates are those of the main table, and are run only once."""
     for script in SCRIPTS if tables.scale != "tiny" else ("gpt",):
         for method in ("blocks", "baseline", "shallow"):
             for rate in rates(script, method):
@@ -190,7 +190,7 @@ def of_layers(depth):
 
 
 def add_depth(tables):
-    """A block of the main table's depth, and one of another."""
+    """Blocks of the main table's depth, and of one other depth."""
     for script, other in (("vit", 2), ("gpt", 4)):
         B, layers = cut(script, tables.scale)
         rate = rate_flag(script, tables.scale, SHALLOW_RATE[script])
@@ -222,12 +222,12 @@ def add_conversion(tables):
     start = dict(init_from=f"{{out}}/{tables.scale}/dit-baseline-s{{seed}}")
     add("network", "the network", baseline=True)
     add("further", "the network, trained further", baseline=True, **start, **half)
-    add("nothing", "blocks from nothing", **half)
+    add("nothing", "blocks from scratch", **half)
     add("started", "blocks that start from the network", **start, **half)
 
 
 def add_plateau(tables):
-    """Evaluated on the way, in rounds: the curves."""
+    """These runs are evaluated in rounds during training, for the curves."""
     changes = dict(steps=LONGER * steps_of("dit", tables.scale), rounds=10)
     add_controls(tables, "dit-plateau", "dit", changes)
 
@@ -238,7 +238,7 @@ def add_photographs(tables):
 
 
 def add_controls(tables, table, script, changes):
-    """End to end, blocks, one shallow network and the mean of B such, with `changes`."""
+    """End to end, blocks, one shallow network and the mean of B such networks, with `changes`."""
     (B, layers), control = cut(script, tables.scale), shallow(script, tables.scale)
     add = partial(tables.add, table, **changes)
     add("baseline", "end to end", baseline=True)

@@ -28,7 +28,7 @@ def without_solutions(notebook):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the folder for the copies, like students")
+    parser.add_argument("--out", type=Path, required=True, help="the folder for the copies, for example students")
     out = parser.parse_args().out.resolve()
     there = list(out.iterdir()) if out.is_dir() else []
     others = [path for path in there if path.suffix != ".ipynb" and path.name not in (*BESIDE, ".ipynb_checkpoints")]

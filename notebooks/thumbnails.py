@@ -1,4 +1,4 @@
-"""The small pictures of the index: one of each notebook, taken from its outputs.
+"""Thumbnails for the index: one per notebook, taken from its outputs.
 
 python notebooks/thumbnails.py      # writes notebooks/pictures/00.png, 01.png, ...
 """

@@ -89,7 +89,7 @@ def test_a_benchmark_prints_ratios_and_costs_and_leaves_no_file(benchmark_of, te
 
 
 def test_bad_demands_on_a_benchmark_get_one_line(benchmark_of):
-    for flags, message in ((("--pairs", 0), "--pairs must be at least 1"), (("--baseline",), "timed against it")):
+    for flags, message in ((("--pairs", 0), "--pairs must be at least 1"), (("--baseline",), "the end-to-end network is timed anyway")):
         with pytest.raises(UsageError, match=message):
             benchmark_of("vit", *flags)
 
@@ -111,5 +111,5 @@ def test_several_processes_are_refused(monkeypatch):
 
 @pytest.mark.parametrize("flag", ["--out=there", "--eval-only", "--init-from=there"])
 def test_flags_of_a_run_are_refused_where_there_is_none(flag):
-    with pytest.raises(UsageError, match="does nothing here, where no run is made or read"):
+    with pytest.raises(UsageError, match="has no effect here, because no run is written or read"):
         benchmark.script_and_settings("gpt", ["--preset", "tiny", flag])

@@ -82,8 +82,8 @@ def test_a_server_that_cannot_begin_in_the_middle_begins_anew(tmp_path, server):
     [
         (lambda: Answer(CONTENT, cut=3000), "cut short, after 3,000 of 5,120 bytes"),
         (lambda: Answer(CONTENT, cut=0), "cut short, after 0 of 5,120 bytes"),
-        (lambda: Answer(CONTENT[::-1]), "what came is another file: its sha256"),
-        (lambda: Answer(CONTENT + b"more"), "what came is another file: its sha256"),
+        (lambda: Answer(CONTENT[::-1]), "the server sent a different file: its sha256"),
+        (lambda: Answer(CONTENT + b"more"), "the server sent a different file: its sha256"),
         (lambda: urllib.error.URLError("no route"), "no route"),
         (lambda: TimeoutError("timed out"), "timed out"),
         (lambda: http.client.RemoteDisconnected("Remote end closed"), "Remote end closed"),

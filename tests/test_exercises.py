@@ -94,9 +94,9 @@ def test_the_notebook_goes_on_with_a_right_answer_and_else_with_the_librarys(cap
     assert check("1.2", right, is_minus, HINTS, otherwise=abs) is right
     assert "The cells below use your answer" in capsys.readouterr().out
     assert check("1.2", wrong, is_minus, HINTS, otherwise=abs) is abs
-    assert "use your answer" not in (out := capsys.readouterr().out) and "goes on with nano_db's own" in out
+    assert "use your answer" not in (out := capsys.readouterr().out) and "uses nano_db's own" in out
     assert check("1.2", unfinished, is_minus, HINTS, otherwise=None) is None
-    assert "goes on with nano_db's own" in capsys.readouterr().out
+    assert "uses nano_db's own" in capsys.readouterr().out
     assert check("1.2", right, is_minus, HINTS) is None, "nothing is shown below the cell"
 
 

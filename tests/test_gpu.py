@@ -137,7 +137,7 @@ def test_a_stage_that_fails_is_reported_and_passed_over(tmp_path, stages, capsys
     code, found, text = started(tmp_path)
     assert code == 1 and [s["status"] for s in found["stages"]] == ["failed", "failed", "passed", "failed"]
     assert "**failed**: the stage itself: ValueError: a fault" in text and "**failed**: gpt: no good" in text
-    assert "its process ended with exit code 3: see log.txt; it was at a killer" in text
+    assert "its process ended with exit code 3: see log.txt; last activity: a killer" in text
     assert "| first | 1 of 1 | 0 |" in text
     _, *lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 7 and lines[0].startswith("1. What of works?") and "1 of 2 failed" in lines[0]
@@ -161,7 +161,7 @@ def test_what_the_time_does_not_allow_is_left_out(tmp_path, stages, hurried):
     gpu.STAGES[:] = [stage._replace(share=0.01) for stage in gpu.STAGES]  # 0.6 s of the minute
     code, found, text = started(tmp_path, *hurried)
     assert code == 0
-    assert [s["status"] for s in found["stages"]] == ["passed as far as the time went", "passed"]
+    assert [s["status"] for s in found["stages"]] == ["passed as far as time allowed", "passed"]
     assert "2. What of speed? | passed (1 of 1 passed" in text
 
 
@@ -169,13 +169,13 @@ def test_what_the_time_does_not_allow_is_left_out(tmp_path, stages, hurried):
 def test_a_stage_that_hangs_before_its_first_result_has_failed(tmp_path, stages, hurried, number):
     stages(stub(["a check", {"passed": None, "said": "no"}][: 1 + number], wait_for=60))
     code, _, text = started(tmp_path, *hurried)
-    assert code == 1 and "no result in " in text and "it was at a check" in text
+    assert code == 1 and "no result in " in text and "last activity: a check" in text
 
 
 def test_a_stage_in_which_all_is_left_out_has_not_passed(tmp_path, stages):
     stages(stub([{"passed": None, "said": "no"}]), stub([]))
     code, found, _ = started(tmp_path)
-    assert code == 0 and [s["status"] for s in found["stages"]] == ["left out for time"] * 2
+    assert code == 0 and [s["status"] for s in found["stages"]] == ["left out for lack of time"] * 2
 
 
 def test_only_the_stages_asked_for_run(tmp_path, stages):
@@ -248,7 +248,7 @@ def test_an_interruption_says_where_the_report_is(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(gpu, "run_stages", interrupted)
     with pytest.raises(SystemExit) as stop:
         gpu.main([*CPU, "--out", str(tmp_path / "out")])
-    assert stop.value.code == 130 and "nothing was found yet" in capsys.readouterr().err
+    assert stop.value.code == 130 and "there are no results yet" in capsys.readouterr().err
 
 
 def test_no_gpu_is_one_line(tmp_path):

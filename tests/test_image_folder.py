@@ -145,7 +145,7 @@ def test_files_that_are_no_pictures_are_left_out_and_said(tmp_path, capsys):
     (train, _), (test, _), classes = image_folder.load(tmp_path, 8)
     assert len(train) == len(test) == 2 and classes == ["cat", "dog"]
     out = capsys.readouterr().out
-    assert "left out, as no PNG or JPEG in the folder of a class: 3, such as" in out
+    assert "files skipped, not a PNG or JPEG in a class folder: 3, such as" in out
 
 
 def broken(content):
@@ -173,9 +173,9 @@ def bomb(folder):
         (lambda folder: fill(folder, 1), "0.png is the only picture of its class"),
         (lambda folder: (fill(folder, 2) / "empty").mkdir(), "empty holds no PNG or JPEG"),
         (lambda folder: save(fill(folder, 2) / "cow" / "1.webp"), "cow holds no PNG or JPEG: convert the"),
-        (lambda folder: fill(folder / "train", 2), "leave train and test alone"),
+        (lambda folder: fill(folder / "train", 2), "a split needs exactly the folders train and test"),
         (lambda folder: fill(fill(folder / "train", 2).parent / "val", 2), "holds the folders train, val"),
-        (lambda folder: fill(folder, 2, classes=("train", "car")), "or else rename the class"),
+        (lambda folder: fill(folder, 2, classes=("train", "car")), "if one of them is a class, rename it"),
         (lambda folder: fill(fill(folder / "train", 2).parent / "test", 1, ("cow",)), "the class cow has pictures to"),
         (lambda folder: fill(folder, 2, classes=("a\nb",)), "'a\\nb' contains unprintable characters"),
         (broken(b""), "broken.png cannot be read as PNG or JPEG"),
@@ -324,7 +324,7 @@ def test_a_dit_is_trained_on_a_folder_at_noise_levels_of_its_own(cli, pictures, 
     "flags, message",
     [
         (("--image-size", "32"), "--image-size does nothing with --data glyphs"),
-        (("--data", "nowhere"), "nowhere is no folder: choose glyphs, cifar10, cifar100, mnist, fashion-mnist, or"),
+        (("--data", "nowhere"), "nowhere is not a folder: choose glyphs, cifar10, cifar100, mnist, fashion-mnist, or"),
         (("--data", "", "--image-size", "16"), "--data is empty"),
         (("--image-size", "12"), "patches of 8 pixels must divide"),
     ],

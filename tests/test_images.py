@@ -130,8 +130,8 @@ def test_an_archive_with_another_checksum_is_not_trusted(tmp_path):
     "name, content, message",
     [
         ("data_batch_3.bin", records(6, 3).tobytes()[:-1], "cannot reshape"),
-        ("data_batch_1.bin", b"\x0a" + records(1, 0).tobytes()[1:], "the label 10, but 10 classes"),
-        ("batches.meta.txt", b"cat\ndog\n", "but 2 classes"),
+        ("data_batch_1.bin", b"\x0a" + records(1, 0).tobytes()[1:], "found label 10, but only 10 classes"),
+        ("batches.meta.txt", b"cat\ndog\n", "but only 2 classes"),
         ("data_batch_5.bin", None, "data_batch_5.bin"),
     ],
 )

@@ -319,7 +319,7 @@ def test_the_main_table_has_the_command_of_each_architecture_and_what_its_blocks
     dit, frechet, gpt = cells_of(summary.main_table(summary.read_records(laptop, "laptop")[0]))
     assert dit["command of the blocks"] == "`python train_dit.py`" and frechet["command of the blocks"] == ""
     assert gpt["command of the blocks"] == "`python train_gpt.py --blocks 4`"
-    assert dit["end to end"] == dit["blocks"] == "0.2000" and dit["mean of B such"] == "–"
+    assert dit["end to end"] == dit["blocks"] == "0.2000" and dit["mean of B such networks"] == "–"
     shares = [dit[name] for name in ("training memory: blocks", "end to end, checkpointed", "both")]
     assert shares == ["0.33", "0.50", "0.17"]
     assert frechet["blocks"] == "0.500" and gpt["blocks"].startswith("2.150 ± ")

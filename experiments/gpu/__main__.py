@@ -4,9 +4,9 @@
 
 Four stages, the most important first: (1) does it work, (2) what does a step cost, (3) how much memory does a step
 take, (4) training runs in blocks and end to end. Each stage has a process and a time limit of its own, and its results
-are written to report.md and report.json at once, so that neither a fault nor the end of the time loses them. Nothing is
+are written to report.md and report.json at once, so neither a failure nor the time limit can lose them. Nothing is
 downloaded. With --minutes 60 stage 4 trains all five scripts, with --minutes 600 also the paper's vision transformer on
-CIFAR-100. Without a GPU, --device cpu runs what a CPU can show.
+CIFAR-100. Without a GPU, --device cpu runs the parts that work on a CPU.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from nano_db.trainer.settings import Parser
 
 
 class Stage(NamedTuple):
-    """share: how much of all the time is kept for it while others run."""
+    """share: the part of the total time that is reserved for it while others run."""
 
     number: int
     name: str
@@ -47,8 +47,8 @@ STAGES = (
     Stage(3, "memory", "How much memory does a step take?", memory.run, 0.12),
     Stage(4, "job", "Training runs", job.run, 0.4),
 )
-RESERVE = 5  # seconds: a stage with less is not begun, and so much is kept for the end
-ANSWERS = 120  # seconds in which a device has to say what it is
+RESERVE = 5  # seconds: a stage with less is not started, and this much is kept for the end
+ANSWERS = 120  # seconds within which the device must identify itself
 
 
 def read_options(flags):
@@ -56,7 +56,7 @@ def read_options(flags):
     parser = Parser(prog="python -m experiments.gpu", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all stages (default %(default)g)")
-    parser.add_argument("--out", default="out/gpu", help="folder of the report (default %(default)s)")
+    parser.add_argument("--out", default="out/gpu", help="folder for the report (default %(default)s)")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="(default %(default)s)")
     parser.add_argument("--preset", choices=("gpu", "tiny"), help="scale of stages 2 to 4 (default gpu; on a CPU tiny)")
     parser.add_argument("--stages", default="1,2,3,4", help="numbers of the stages to run (default %(default)s)")
@@ -76,7 +76,7 @@ def read_options(flags):
 
 
 def run_stages(stages, options, whole, end):
-    """Run the stages until `end`, fill the report `whole`, and print a line each."""
+    """Run the stages until `end`, fill the report `whole`, and print one line per stage."""
     found = [{"number": s.number, "name": s.name, "question": s.question, "status": report.NOT_BEGUN} for s in stages]
     whole["stages"] = [stage | {"seconds": 0.0, "at": "", "records": []} for stage in found]
     for i, (stage, result) in enumerate(zip(stages, whole["stages"], strict=True)):
@@ -89,8 +89,8 @@ def run_stages(stages, options, whole, end):
 
 
 def run_stage(work, options, stage, whole):
-    """Run one stage for at most options.seconds, and write what it finds at once. stage: its part of the report. The
-    texts among what it finds say what it is at.
+    """Run one stage for at most options.seconds, and write its results at once. stage: its part of the report.
+    Strings among the results name what it does next.
     """
     clock, stage["status"] = time.monotonic(), report.RUNNING
     try:
@@ -109,10 +109,10 @@ def run_stage(work, options, stage, whole):
     except TimeoutError:
         stage["status"] = report.PARTLY
         if stage["at"] and not any(record.get("passed") for record in stage["records"]):
-            said = f"no result in {options.seconds:.0f} s; it was at {stage['at']}"
+            said = f"no result in {options.seconds:.0f} s; last activity: {stage['at']}"
             stage["records"].append({"passed": False, "said": said})
     except RuntimeError as error:
-        stage["records"].append({"passed": False, "said": f"{error}; it was at {stage['at'] or 'its beginning'}"})
+        stage["records"].append({"passed": False, "said": f"{error}; last activity: {stage['at'] or 'start'}"})
     except KeyboardInterrupt:
         stage["status"] = report.STOPPED
         raise
@@ -133,7 +133,7 @@ def save(whole, options):
 
 
 def ask_device(options):
-    """What is known about the device, in words, by name. Raises UsageError if it does not answer, or there is none."""
+    """{name: text} of what is known about the device. Raises UsageError if it does not answer, or there is none."""
     about = {}
     try:
         for found in found_by(describe, replace(options, seconds=ANSWERS)):
@@ -141,13 +141,13 @@ def ask_device(options):
     except (TimeoutError, RuntimeError) as error:
         about["said"] = f"the device does not answer ({str(error) or f'in {ANSWERS} s'})"
     if "device" not in about:
-        raise UsageError(f"{about['said']}; --device cpu runs what a CPU can show")
+        raise UsageError(f"{about['said']}; --device cpu runs the parts that work on a CPU")
     return {name: text for name, text in about.items() if name not in ("passed", "said")}
 
 
 def start(stages, options, end):
     """Ask the device what it is, then run the stages until `end`. Returns the exit code."""
-    with tempfile.TemporaryDirectory() as folder:  # of this process, for those of the stages may be killed
+    with tempfile.TemporaryDirectory() as folder:  # made by this process, because a stage's may be killed
         options = replace(options, scratch=Path(folder))
         about = ask_device(replace(options, out=options.scratch))
         with explained(f"cannot make {options.out}: choose another --out", OSError):
@@ -167,7 +167,7 @@ def main(flags=None):
         code = start(stages, options, begun + 60 * options.minutes)
     except KeyboardInterrupt:
         path = options.out / "report.md"
-        found = f"what was found is in {path}" if path.exists() else "nothing was found yet"
+        found = f"the results so far are in {path}" if path.exists() else "there are no results yet"
         print(f"\nstopped; {found}", file=sys.stderr)
         code = 130
     finally:

@@ -1,4 +1,4 @@
-"""Work in a process of its own: an error of CUDA ruins a process, and what hangs can only be killed."""
+"""Work in a process of its own: a CUDA error ruins its process, and a process that hangs can only be killed."""
 
 import faulthandler
 import multiprocessing
@@ -19,7 +19,7 @@ import torch
 from experiments.gpu.cases import one_line
 from nano_db import __version__
 
-# A forked process need not import again; but CUDA must not have been touched before, so the command never does.
+# A forked process need not import again, but CUDA must not be initialised before the fork: the command never does so.
 PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 PATIENCE = 10  # seconds to wait for a process that was killed
 
@@ -36,7 +36,7 @@ def found_by(work, options):
         while wait([ours, process.sentinel], max(0.0, end - time.monotonic())):
             try:
                 found = ours.recv() if ours.poll() else None
-            except (EOFError, OSError):  # it died while it sent
+            except (EOFError, OSError):  # it died while sending
                 found = None
             if found is None:
                 process.join(PATIENCE)
@@ -75,14 +75,14 @@ def work_apart(work, options, connection):
                 print(f"\n--- {found}")
                 connection.send(found)
                 if isinstance(found, dict) and is_spoiled(found.get("said", "")):
-                    raise RuntimeError("the rest was left out: after an error of CUDA a process can do no more")
+                    raise RuntimeError("the rest was left out: after a CUDA error a process cannot continue")
         except Exception as error:
             traceback.print_exc()
             connection.send({"passed": False, "said": one_line(error)})
 
 
 def is_spoiled(said):
-    """Whether after this fault CUDA answers nothing but the same again. (Statuses of cuBLAS bear its name only.)"""
+    """Whether CUDA repeats this error on every later call. (A cuBLAS status does not, despite its name.)"""
     return "CUDA error" in said and "CUBLAS_STATUS" not in said
 
 
@@ -94,7 +94,7 @@ def end_with_parent():
 
 
 def describe(options):
-    """Yield {"device": in words}, and what else a reader of the report has to know; or why there is no GPU."""
+    """Yield {"device": its name}, and what else a reader of the report must know; or why there is no GPU."""
     if options.device == "cuda":
         with warnings.catch_warnings(record=True) as caught:
             found = torch.cuda.is_available()

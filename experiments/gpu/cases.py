@@ -22,7 +22,7 @@ PAPER = "blocks, paper's recipe"
 METHODS = {"blocks": (), "end to end": ("--baseline",)}
 ALL_METHODS = METHODS | {PAPER: ("--recipe", "paper")}
 OUT_OF_MEMORY = "out of memory"
-OF_GLYPHS = ("positions", "pooling")  # settings that glyphs want otherwise than photographs
+OF_GLYPHS = ("positions", "pooling")  # settings that differ between glyphs and photographs
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Options:
 
 
 def configure(name, preset, *flags):
-    """(script, settings, flags) of train_<name>.py. Where the preset's photographs are not on this machine it is given
-    glyphs, with positions of their own: nothing is downloaded here.
+    """(script, settings, flags) of train_<name>.py. If the preset's photographs are not on this machine, glyphs take
+    their place, with settings of their own (OF_GLYPHS): nothing is downloaded here.
     """
     script = script_named(name)
     wanted, laptop = script.PRESETS[preset].get("data", ""), script.PRESETS["laptop"]
@@ -55,13 +55,13 @@ def configure(name, preset, *flags):
 
 
 def baseline_of(settings):
-    """The settings of the end-to-end network. Of the looped one's random number of recurrences, the mean."""
+    """The settings of the end-to-end network. The looped one takes its mean number of recurrences each time."""
     whole = end_to_end(settings)
     return replace(whole, recurrences=round(1 + whole.mean_recurrence)) if hasattr(whole, "recurrences") else whole
 
 
 def few_images(settings):
-    """Settings for which no more images are drawn than a batch or two take: where only bytes and seconds count."""
+    """Settings that draw only as many images as a batch or two need, for when only bytes and seconds matter."""
     few = {"glyphs": 2 * settings.batch_size, "frechet_images": 0}
     return replace(settings, **{name: value for name, value in few.items() if hasattr(settings, name)})
 
@@ -89,12 +89,12 @@ def train(run, script, shared, stop_after=None):
 
 
 def is_true_gpu(device):
-    """Whether CUDA's own runtime can be asked: PyTorch without CUDA has none, whatever device it pretends to have."""
+    """Whether the CUDA runtime can be queried: PyTorch without CUDA has none, whatever device it pretends to have."""
     return device == "cuda" and torch.backends.cuda.is_built()
 
 
 def warm_up(device):
-    """Let a GPU allocate and load what it keeps: cuBLAS has a workspace for each thread, and the backward pass one."""
+    """Let a GPU allocate and load what it keeps: cuBLAS has a workspace for each thread, also for the backward pass."""
     layer = torch.nn.Linear(64, 64).to(device)
     for rounds in (False, True):
         with torch.autocast(device, torch.bfloat16, enabled=rounds):
@@ -106,7 +106,7 @@ def computes_bfloat16(device):
 
 
 def attempt(work, *args):
-    """What work(*args) returns, a dictionary; where it fails, why in one line: one failure must not cost the rest."""
+    """The dictionary that work(*args) returns; if it fails, one with the reason, so that the rest still runs."""
     try:
         return work(*args)
     except Exception as error:
@@ -114,13 +114,13 @@ def attempt(work, *args):
         fault = OUT_OF_MEMORY if is_out_of_memory(error) else one_line(error)
     gc.collect()
     if is_true_gpu("cuda") and torch.cuda.is_initialized():
-        with suppress(RuntimeError):  # after an error of CUDA, this is another one
+        with suppress(RuntimeError):  # after a CUDA error, this raises it again
             torch.cuda.empty_cache()
     return {"passed": False, "said": fault}
 
 
 def attempts(about, work, *args):
-    """Yield in words what is attempted, then its record: `about`, with what attempt(work, *args) returns."""
+    """Yield a text that says what is attempted, then its record: `about`, with what attempt(work, *args) returns."""
     yield ", ".join(map(str, about.values()))
     yield about | attempt(work, *args)
 

@@ -13,7 +13,7 @@ from experiments.gpu.cases import ALL_METHODS, METHODS, OUT_OF_MEMORY, SCRIPTS, 
 from experiments.gpu.report import QUALITY
 from nano_db.trainer.checkpoints import read_metrics
 
-# Flags for an evaluation, the most thorough first, and the steps of training that it takes as long as. The DiT's takes
+# Flags for an evaluation, the most thorough first, and how many training steps would take as long. The DiT's takes
 # longest: it evaluates an image at 24 noise levels, and samples others in 50 steps with guidance.
 EVALUATIONS = {
     "dit": (
@@ -25,7 +25,7 @@ EVALUATIONS = {
 }
 USUAL = (((), 0),)
 UNWRITTEN = {"gpt": ("--samples", "0")}  # in the rehearsal, as the report measures what a token costs
-REHEARSED, FEWEST = 10, 20  # steps of the rehearsal; fewer than the latter teach nothing
+REHEARSED, FEWEST = 10, 20  # steps of the rehearsal; minimum steps of a run that can learn anything
 PLANNED, EVALUATING = 0.85, 0.2  # of the time left: for the runs, as estimates can be wrong; for their evaluation
 READ = 600  # characters of a sample that the report shows
 
@@ -38,7 +38,7 @@ def run(options):
         if cifar.is_here("cifar100"):
             jobs.append(("vit", "paper", ALL_METHODS))
         else:
-            said = "CIFAR-100 is not here: python train_vit.py --preset paper downloads it"
+            said = "CIFAR-100 is missing: python train_vit.py --preset paper downloads it"
             yield {"script": "vit", "preset": "paper", "passed": None, "said": said}
     end = time.monotonic() + options.seconds
     warm_up(options.device)  # what a process does once must not count as a part of each run
@@ -48,8 +48,8 @@ def run(options):
 
 
 def trained(name, preset, methods, options, seconds):
-    """Yield the records of one script's runs: first each method by a few steps, to learn how many fit into so many
-    seconds; then all in earnest, the steps of the preset scaled by one factor, the schedule with them.
+    """Yield the records of one script's runs: first a few steps of each method, to estimate how many fit into
+    `seconds`; then the real runs, for the preset's steps, and their schedule, scaled by one factor.
     """
     clock, about, plans = time.monotonic(), {"script": name, "preset": preset}, {}
     evaluations = EVALUATIONS.get(name, USUAL) if preset != "tiny" else USUAL
@@ -82,7 +82,7 @@ def trained(name, preset, methods, options, seconds):
 
 def rehearse(name, preset, flags, options):
     """The record of a failure, or fixed: seconds of a run besides its steps; pace: seconds of a step of all blocks;
-    full: the preset's steps; saving: flags without which the run does not fit into the memory.
+    full: the preset's steps; saving: flags without which the run does not fit into memory.
     """
     for saving in ((), ("--checkpoint-activations",)):
         found = attempt(paced, name, preset, (*flags, *saving), options)
@@ -106,9 +106,9 @@ def paced(name, preset, flags, options):
 
 
 def start(name, preset, flags, options, folder, steps):
-    """Train by the script itself. Returns the settings of the preset, and what is in result.json."""
+    """Train with the script itself. Returns the settings of the preset, and the content of result.json."""
     script, settings, flags = configure(name, preset, "--device", options.device, *flags)
-    script.main([*flags, "--steps", str(steps), "--rounds", "1", "--out", str(folder)])  # fewer steps warm up for less
+    script.main([*flags, "--steps", str(steps), "--rounds", "1", "--out", str(folder)])  # fewer steps, shorter warm-up
     return settings, json.loads((folder / "result.json").read_text(encoding="utf-8"))
 
 

@@ -1,4 +1,4 @@
-"""Stage 3. How much memory does a step take? The allocator's peak beside the bytes that `plan` counts for it."""
+"""Stage 3. How much memory does a step take? The allocator's peak, compared with the bytes that `plan` counts."""
 
 import gc
 from dataclasses import replace
@@ -25,7 +25,7 @@ from experiments.plan import largest_network, step_bytes
 from nano_db.trainer.memory import allocator_peak, training_bytes
 from nano_db.trainer.run import autocast, make_optimizer
 
-CLASSES = {"cifar10": 10, "cifar100": 100, "text8": 27, "": 50257}  # of data that may not be here; "": GPT-2's
+CLASSES = {"cifar10": 10, "cifar100": 100, "text8": 27, "": 50257}  # of data that may be missing; "": GPT-2's
 
 
 def run(options):
@@ -44,9 +44,9 @@ def run(options):
 
 
 def step_held(script, settings, shared, method, checkpointed):
-    """Bytes of a step of the largest network: as `plan` counts them, as they are counted in a true step, and the most
-    that the allocator held, less what it held before. A GPU's kernels keep other tensors for the backward pass than
-    those of a CPU, on which `plan` counts, and autocast rounds other ones; so only a CPU's counts must agree.
+    """Bytes of a step of the largest network: as `plan` counts them, as counted in a real step, and the allocator's
+    peak minus what it held before. GPU kernels keep different tensors for the backward pass than the CPU kernels with
+    which `plan` counts, and autocast rounds different ones. So the counts must agree only on a CPU.
     """
     settings = replace(settings, checkpoint_activations=checkpointed)
     settings = baseline_of(settings) if method == "end to end" else settings
@@ -54,9 +54,9 @@ def step_held(script, settings, shared, method, checkpointed):
     record |= {"dtype": settings.dtype} | attempt(true_step, script, settings, shared)
     if "counted" in record:
         agree = record["counted"] == record["planned"]
-        record |= {"passed": True} if agree or settings.device != "cpu" else {"passed": False, "said": "a wrong plan"}
+        record |= {"passed": True} if agree or settings.device != "cpu" else {"passed": False, "said": "counts differ"}
     elif settings.device == "cuda" and record["said"] == OUT_OF_MEMORY:
-        record |= {"passed": None, "said": "does not fit into this GPU"}
+        record |= {"passed": None, "said": "does not fit on this GPU"}
     return record
 
 
@@ -76,7 +76,7 @@ def true_step(script, settings, shared):
 
 
 def without_data(preset, name, device):
-    """The script, settings, and shared: random data of the right shape, as a preset's own may have to be downloaded."""
+    """The script, settings, and shared: random data of the right shape, because the preset's may need a download."""
     script, settings = script_and_settings(name, ["--preset", preset, "--device", device])
     images = hasattr(settings, "patch")
     here = {"data": "glyphs" if images else "pydocs"}

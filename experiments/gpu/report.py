@@ -3,7 +3,7 @@
 from nano_db.trainer.checkpoints import write_json, write_text
 
 NOT_BEGUN, RUNNING, STOPPED, PASSED, FAILED = "not begun", "not finished", "stopped by the user", "passed", "failed"
-NO_TIME, PARTLY = "left out for time", "passed as far as the time went"
+NO_TIME, PARTLY = "left out for lack of time", "passed as far as time allowed"
 MIB = 2**20
 QUALITY = {  # names of a run's metrics, and what to call them
     "bits_per_char": "bits per character",
@@ -18,7 +18,7 @@ TERMS = (
 
 
 def write(report, folder):
-    """Both files. Whatever stops the command, they are whole. The folder's own path stays private."""
+    """Write both files. They are complete whenever the command stops. The folder's own path stays private."""
     write_text(folder / "report.md", markdown(report).replace(f"{folder}/", ""))
     write_json(folder / "report.json", report)
 
@@ -63,7 +63,7 @@ def miss(record):
     return f"{kind}: {what}: {measured}{record.get('said', '')}"
 
 
-# --- a function a stage: parts of its section, each a list of lines ---
+# --- one function per stage: parts of its section, each a list of lines ---
 
 
 def of_works(records):
@@ -85,7 +85,7 @@ def of_speed(records):
     peak = [f"Utilisation is a share of {text}; attention counts in full." for text in peaks]
     alike = [r for r in timed if not (r["compiled"] or r["script"] in ("plain", "looped"))]
     eager = [f"{r['ratio'][1]:.2f} ({r['script']})" for r in alike]
-    short = [f"Blocks take of the time of an end-to-end step: {', '.join(eager)}."] if eager else []
+    short = [f"Time of a step of all blocks, end to end = 1: {', '.join(eager)}."] if eager else []
     rows, sides = [], {"plain": "gpt end to end; a plain GPT", "looped": "looped: 1 recurrence; end to end, 33"}
     for r in timed:
         low, middle, high = r["ratio"]
@@ -121,7 +121,7 @@ def of_memory(records):
         for (script, preset, method), total in totals.items()
         if method == "blocks" and script != "looped" and total and (whole := totals.get((script, preset, "end to end")))
     ]
-    short = [f"A block takes of the memory of an end-to-end step: {', '.join(shares)}."] if shares else []
+    short = [f"Memory of a block's step, end to end = 1: {', '.join(shares)}."] if shares else []
     head = ["MiB of a step of", "method", "by `experiments.plan`", "counted", "allocator's peak", "above the plan"]
     return [short, table(head, rows)]
 
@@ -139,8 +139,8 @@ def of_job(records):
             short = ["The paper reports an accuracy of 0.6025 end to end and 0.5930 in blocks, after all steps."]
         if r["sample"]:  # indented: a fence could stand in the sample itself
             lines = [f"    {line}" for line in r["sample"].splitlines()]
-            samples.append([f"A sample of {r['script']}, {method}:", "", *lines])
-    head = ["run", "method", "steps", "quality", "ms per step (of all blocks)", "seconds in all", "MiB, with the data"]
+            samples.append([f"A sample from {r['script']}, {method}:", "", *lines])
+    head = ["run", "method", "steps", "quality", "ms per step (of all blocks)", "total seconds", "MiB, with the data"]
     return [short, table(head, rows), *samples]
 
 

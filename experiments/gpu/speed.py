@@ -61,13 +61,13 @@ def matrix_product_peak(device, dtype, size):
     """The FLOP/s of a large matrix product: the best that this device reaches. A data sheet's figure is higher."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     settings = SimpleNamespace(device=device)
-    seconds = min([seconds_of(settings, torch.mm, a, b) for _ in range(8)][3:])  # without the first, cold ones
+    seconds = min([seconds_of(settings, torch.mm, a, b) for _ in range(8)][3:])  # without the first ones, for warm-up
     said = f"that of a {str(dtype)[6:]} product of two matrices of {size} x {size}"
     return {"peak": 2 * size**3 / seconds, "said": said}
 
 
 def fitting(name, options, peak, *flags):
-    """The record of `beside`, for a batch that is halved until both sides fit into the memory."""
+    """The record of `beside`, for a batch that is halved until both sides fit into memory."""
     own = "gpt" if name == "plain" else name
     script, settings, _ = configure(own, options.preset, "--device", options.device, *flags)
     found = attempt(beside, name, script, settings, peak)
@@ -78,11 +78,11 @@ def fitting(name, options, peak, *flags):
 
 
 def beside(name, script, settings, peak):
-    """Two sides in training, all blocks and the end-to-end network; "plain": the end-to-end GPT and a plain GPT, whose
-    steps are taken by the same lines. Seconds of a step, quartiles of their ratio in pairs, samples per second, and the
-    share of `peak` that is reached.
+    """Time two sides in training: all blocks and the end-to-end network; "plain": the end-to-end GPT and a plain GPT,
+    in the same training loop. Seconds per step, quartiles of their ratio in pairs, samples per second, and the share of
+    `peak` that is reached.
     """
-    gc.collect()  # compiled networks refer to themselves: those before are still there
+    gc.collect()  # compiled networks have reference cycles: earlier ones are still in memory
     settings = few_images(settings)
     shared, whole = script.prepare(settings), baseline_of(settings)
     pair = ((script, settings), (script, whole))
@@ -111,7 +111,7 @@ def beside(name, script, settings, peak):
 
 
 def several(contestant, together, step):
-    """The step of that number, and those that are timed together with it."""
+    """Take `together` steps, which are timed as one."""
     for i in range(together):
         contestant.train(step * together + i)
 
@@ -128,8 +128,8 @@ def flops_of_step(script, settings, shared):
 
 
 def waits_and_copies(name, options, *flags):
-    """Of a training step of block 0 that prints nothing (of a thousand, every fiftieth does): how often the host waits
-    for the GPU, and where, of which PyTorch warns; and by its profiler copies between them, and kernels.
+    """Count events per training step of block 0 that prints nothing (every fiftieth of a thousand prints): waits of the
+    host for the GPU, and where, from PyTorch's warnings; copies between them and kernels, from its profiler.
     """
     script, settings, _ = configure(name, options.preset, "--device", options.device, *flags)
     settings = replace(few_images(settings), batch_size=8)  # the counts do not depend on it
@@ -152,7 +152,7 @@ def waits_and_copies(name, options, *flags):
     on_gpu = [event.name for event in seen.events() if event.device_type == DeviceType.CUDA]
     waits = [wait for wait in waits if "called a synchronizing" in str(wait.message)]
     record = {"passed": not waits, "waits": len(waits) / WATCHED}
-    if on_gpu:  # some machines let no profiler look
+    if on_gpu:  # some machines do not allow profiling
         record["copies"] = sum(name.startswith(("Memcpy HtoD", "Memcpy DtoH")) for name in on_gpu) / WATCHED
         record["kernels"] = sum(not name.startswith("Mem") for name in on_gpu) / WATCHED
     places = {f"{Path(wait.filename).name}:{wait.lineno}" for wait in waits}

@@ -1,4 +1,4 @@
-"""Stage 1. Does it work? Tiny runs of every script on the device, held against the CPU and against each other."""
+"""Stage 1. Does it work? Tiny runs of every script on the device, compared with the CPU and with each other."""
 
 import io
 import json
@@ -65,7 +65,7 @@ class Case:
 
 
 def cases(device, dtypes, folder):
-    """Yield the Cases of all scripts and methods; of those that cannot even be prepared, the record of the failure."""
+    """Yield the Cases of all scripts and methods; for those that cannot even be prepared, the record of the failure."""
     for name, method in product(SCRIPTS, ALL_METHODS):
         if method == PAPER and not hasattr(script_named(name).Settings, "recipe"):
             continue
@@ -87,7 +87,7 @@ def run(options):
     torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
     dtypes = ("float32", "bfloat16") if computes_bfloat16(options.device) else ("float32",)
     if len(dtypes) == 1:
-        yield {"check": "bfloat16", "case": options.device, "passed": None, "said": "this device does not compute it"}
+        yield {"check": "bfloat16", "case": options.device, "passed": None, "said": "not supported by this device"}
     found = list(cases(options.device, dtypes, options.scratch))
     yield from (record for record in found if not isinstance(record, Case))
     every = [case for case in found if isinstance(case, Case)]
@@ -97,11 +97,11 @@ def run(options):
     for case in exact:
         if case.method == "blocks":
             yield from check("begun on the CPU, finished here", case, finished_elsewhere)
-    for case in exact[:1]:  # one is enough, here and below: all scripts do it by the same lines
+    for case in exact[:1]:  # one is enough, here and below: all scripts share this code
         if is_true_gpu(case.device):
-            yield from check("out of memory is one line", case, out_of_memory)
+            yield from check("out of memory gives one line", case, out_of_memory)
         else:
-            yield {"check": "out of memory is one line", "case": case.name, "passed": None, "said": "on a GPU only"}
+            yield {"check": "out of memory gives one line", "case": case.name, "passed": None, "said": "on a GPU only"}
     for case in every:
         yield from check("stopped and resumed, against a run that was not", case, resumed_difference)
     for case in exact if len(dtypes) == 2 else ():
@@ -140,8 +140,8 @@ class DrawnOnCPU(TorchFunctionMode):
 
 
 def first_step(case, **changes):
-    """The loss of the first step of each network, and its gradient, all weights in a row. Weights, batch and noise are
-    those of the CPU.
+    """The loss of the first step of each network, and its gradient as one vector. Weights, batch and noise are those of
+    the CPU.
     """
     settings, losses, gradients = case.settings(**changes), [], []
     for b in range(networks(settings)):
@@ -157,14 +157,14 @@ def first_step(case, **changes):
 
 
 def perturb(network, seed):
-    """Add noise to the weights: many are zero at first, and most of the network would not count."""
+    """Add noise to the weights: many are zero at first, so most of the network would go untested."""
     for parameter in network.parameters():
         noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
         parameter.data += 0.1 * noise.to(parameter.device)
 
 
 def step_difference(case):
-    """That of the losses; the gradients' has a limit of its own."""
+    """The difference of the losses. That of the gradients is checked here, with its own limit."""
     (losses, gradients), found = first_step(case, device="cpu", dtype="float32"), first_step(case)
     ensure(case.dtype == "float32" or found[0] != losses, "bfloat16 changes nothing")
     for expected, gradient in zip(gradients, found[1], strict=True):
@@ -174,16 +174,16 @@ def step_difference(case):
 
 
 def resumed_difference(case):
-    """Weights and AdamW's averages at the end, with and without a stop on the way."""
+    """The difference in weights and AdamW's averages at the end of a run, with and without a stop on the way."""
     train(case.run("whole"), case.script, case.shared)
     with suppress(KeyboardInterrupt):
         train(case.run("halted"), case.script, case.shared, stop_after=STOP)
     run = case.run("halted")
-    ensure(run.step_of(0) == STOP + 1, f"stopped after {STOP + 1} steps, it stands at {run.step_of(0)}")
+    ensure(run.step_of(0) == STOP + 1, f"stopped after {STOP + 1} steps, it resumes at step {run.step_of(0)}")
     train(run, case.script, case.shared)
     for path in run.folder.glob("metrics_*.jsonl"):
         steps = [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()]
-        ensure(steps == sorted(set(steps)), f"{path.name}: resumed, it took these steps: {steps}")
+        ensure(steps == sorted(set(steps)), f"{path.name}: the resumed run took these steps: {steps}")
     difference = distance(case.folder / "whole", run.folder)
     if not difference:
         return 0.0, 0.0, "bit for bit"
@@ -192,7 +192,7 @@ def resumed_difference(case):
         if difference > 10 * noise:
             train(case.run(again), case.script, case.shared)
             noise = max(noise, distance(case.folder / "whole", case.folder / again))
-    said = f"as near as two runs that were not stopped; not deterministic: {changing_operations(case)}"
+    said = f"as close as two runs without a stop; not deterministic: {changing_operations(case)}"
     return difference, max(10 * noise, 1e-5), said
 
 
@@ -216,7 +216,7 @@ def changing_operations(case):
 
 
 def bound_difference(case):
-    """Of a trained run, its weights perturbed, evaluated in both dtypes: the whole bound and each block's share."""
+    """Evaluate a trained run, its weights perturbed, in both dtypes: the bound, and each block's share of it."""
     run, changes = case.run("whole"), {"eval_only": True, "samples": 0}
     train(run, case.script, case.shared)  # does nothing if the run is finished, here and below
     changes |= {"frechet_images": 0} if case.name == "dit" else {}
@@ -246,7 +246,7 @@ def finished_elsewhere(case):
 
 
 def out_of_memory(case):
-    """What the script says where the GPU grants no byte, and the network is too large for what is cached."""
+    """What the script says if the GPU grants no memory, and the network is too large for its cache."""
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1e-6)
     try:
@@ -279,7 +279,7 @@ def compiled_difference(case):
 
 
 def outcome(case, folder, *more):
-    """(exit code, what stands on stderr) of the script itself."""
+    """(exit code, stderr) of the script itself."""
     flags = ["--preset", "tiny", *case.flags(), "--out", str(case.folder / folder), *more]
     errors = io.StringIO()
     try:
@@ -297,7 +297,7 @@ def largest(expected, found):
 
 
 def distance(first, second):
-    """The relative distance of all numbers that two runs have learned; 0.0 if each is the same to the bit."""
+    """The relative distance between all numbers that two runs have learned; 0.0 if they agree bit for bit."""
     numbers = [torch.cat([t.double().flatten() for t in learned(folder)]) for folder in (first, second)]
     return 0.0 if torch.equal(*numbers) else float((numbers[0] - numbers[1]).norm() / numbers[0].norm())
 

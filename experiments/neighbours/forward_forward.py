@@ -3,12 +3,12 @@
     python -m experiments.neighbours.forward_forward                  # an MLP, as in the paper
     python -m experiments.neighbours.forward_forward --network vit    # a vision transformer
 
-A layer sees an image together with a label. Its *goodness* is how strongly it answers, and it learns to answer strongly
-where the label is right, and weakly where it is wrong. Its input is scaled to one length first, so that it cannot just
-read off how strong the layer before was. To classify, every label is tried, and the highest goodness wins.
+A layer sees an image together with a label. Its *goodness* is how active it is. It learns to be active if the label is
+right, and quiet if the label is wrong. Its input is normalised to a fixed length first, so that it cannot simply read
+off the goodness of the layer before. To classify, every label is tried, and the highest goodness wins.
 
-Each class has a code of its own. In a known ViT of this kind a class lights one of the 48 values of a patch, so that
-the 100 classes of CIFAR-100 share 42 codes, and no accuracy above 42% is possible: not the method's limit.
+Each class has a code of its own. An existing ViT of this kind sets one of the 48 values of a patch per class: the 100
+classes of CIFAR-100 share 42 codes, so accuracy cannot exceed 42%. That is a limit of these codes, not of the method.
 """
 
 import time
@@ -25,10 +25,10 @@ from nano_db.layers import Layer
 from nano_db.trainer.memory import training_bytes
 from nano_db.trainer.run import learning_rate, make_optimizer, seed_from
 
-# Goodness is a logit. The paper's is the sum of 1000 squares less 1000: 1000 times what stands here without SHARPNESS.
-# In a short run nearly every sample is then out of the sigmoid's reach.
+# Goodness is a logit. The paper's is the sum of 1000 squares minus 1000: 1000 times ours without SHARPNESS. In a short
+# run, nearly every sample would then saturate the sigmoid.
 SHARPNESS = 10.0
-LOUDNESS = 5.0  # of the MLP's label. Beside it stand some hundred lit pixels: at 1 it is hardly heard
+LOUDNESS = 5.0  # of the MLP's label code. At 1, it would be drowned out by some hundred bright pixels
 
 
 class Pixels(nn.Module):
@@ -63,7 +63,7 @@ class Patches(nn.Module):
 
 
 class DenseLayer(nn.Module):
-    """Goodness: the mean square of what a ReLU layer answers, less 1, times SHARPNESS."""
+    """Goodness: the mean square of a ReLU layer's output, minus 1, times SHARPNESS."""
 
     def __init__(self, inputs, width):
         super().__init__()
@@ -77,7 +77,7 @@ class DenseLayer(nn.Module):
 
 
 class AttentionLayer(nn.Module):
-    """Goodness: the mean square of the mean over all tokens, less 1, times SHARPNESS."""
+    """Goodness: the mean square of the output's mean over all tokens, minus 1, times SHARPNESS."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -91,18 +91,18 @@ class AttentionLayer(nn.Module):
 
 
 class Stage(nn.Module):
-    """One layer in training. The first has the embedding of the input, too: `embed(x, y)`."""
+    """One layer in training. The first stage also contains the embedding of the input, `embed(x, y)`."""
 
     def __init__(self, layer, embed=None):
         super().__init__()
         self.layer, self.embed = layer, embed
 
     def forward(self, h):
-        """h: (x, y) for the first stage, else what the stage before answers."""
+        """h: (x, y) for the first stage, otherwise the output of the stage before."""
         return self.layer(self.embed(*h) if self.embed else h)
 
     def judge(self, h, right):
-        """(loss, answer without a gradient). right (B,): 1 where the label is the image's, 0 where it is another."""
+        """(loss, output without a gradient). right (B,): 1 where the label is the image's, otherwise 0."""
         answer = self(h)
         goodness = self.layer.goodness(answer)
         return F.binary_cross_entropy_with_logits(goodness, right), answer.detach()
@@ -142,10 +142,10 @@ def scores(stages, x, classes):
 
 def add_flags(parser):
     parser.add_argument("--network", choices=("mlp", "vit"), default="mlp")
-    parser.add_argument("--layers", type=whole(1), help="default: 3; vit: 5")
-    parser.add_argument("--width", type=whole(4), help="default: 1000; vit: 96")
+    parser.add_argument("--layers", type=whole(1), help="number of layers (default: 3; vit: 5)")
+    parser.add_argument("--width", type=whole(4), help="features per layer (default: 1000; vit: 96)")
     parser.add_argument("--patch", type=whole(1), default=8, help="side of a patch in pixels (vit)")
-    parser.add_argument("--heads", type=whole(1), default=4, help="vit")
+    parser.add_argument("--heads", type=whole(1), default=4, help="attention heads (vit)")
 
 
 def main():
@@ -159,7 +159,7 @@ def main():
     optimizers = [make_optimizer(stage, args) for stage in stages]
 
     def batch():
-        """Every image with its own label, and with another. (x, y) of twice the batch size, and which are right."""
+        """Every image with its own label, and with a wrong one: (x, y) of twice the batch size, and which are right."""
         x, y = images.batch(args.batch_size, args.augment, args.device)
         right = (torch.arange(2 * len(x), device=x.device) < len(x)).float()
         return (torch.cat([x, x]), torch.cat([y, wrong_labels(y, classes)])), right

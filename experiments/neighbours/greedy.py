@@ -4,12 +4,12 @@
     python -m experiments.neighbours.greedy --look-ahead 2     # and two more layers, thrown away afterwards
 
 Blocks are trained in turn, by cross-entropy (Belilovsky et al. 2019). Memory is that of one block, as with
-DiffusionBlocks. The difference is what they give up for it. A block of DiffusionBlocks needs no other, so each begins
-with the pixels, and has only its own few layers. A greedy block has all layers before it, and must wait for them.
+DiffusionBlocks. The two methods give up different things for it. A block of DiffusionBlocks needs no other: it begins
+with the pixels, and has only its own few layers. A greedy block has all layers before it, but must wait for them.
 
-A block whose own layers end in a classifier keeps what identifies the class at once, and loses what later layers need.
-Look-ahead layers stand between the two while the block is trained. There are never more of them than layers that are
-still to come, so the last block has none, and its classifier is the network's.
+A block whose own layers feed a classifier directly keeps only what identifies the class, and loses what later layers
+need. During training, look-ahead layers stand between the two. There are never more of them than layers that are still
+to come, so the last block has none, and its classifier is the network's.
 """
 
 import time
@@ -42,7 +42,7 @@ class Embedding(nn.Module):
 
 
 class GreedyBlock(nn.Module):
-    """`own`: the layers that stay, behind the embedding in the first block. The rest serves the training."""
+    """`own`: the layers that are kept (in the first block, after the embedding). The rest is only used in training."""
 
     def __init__(self, first, layers, look_ahead, width, heads, classes):
         super().__init__()
@@ -52,7 +52,7 @@ class GreedyBlock(nn.Module):
         nn.init.normal_(self.output_projection.weight, std=0.02)
 
     def forward(self, h):
-        """h: images, or what the block before makes of them, (B, 1 + T, width). Logits (B, V)."""
+        """h: images, or the output of the block before, (B, 1 + T, width). Returns logits (B, V)."""
         return self.output_projection(rms_norm(self.look_ahead(self.own(h)))[:, 0])
 
     def loss(self, h, y):
@@ -62,7 +62,7 @@ class GreedyBlock(nn.Module):
 def add_flags(parser):
     parser.add_argument("--look-ahead", type=whole(0), default=0, help="layers that are thrown away afterwards")
     parser.add_argument("--blocks", type=whole(1), default=3)
-    parser.add_argument("--layers", type=whole(1), default=6, help="in all, without those that are thrown away")
+    parser.add_argument("--layers", type=whole(1), default=6, help="in total, not counting look-ahead layers")
     parser.add_argument("--patch", type=whole(1), default=8, help="side of a patch in pixels")
     parser.add_argument("--width", type=whole(4), default=96)
     parser.add_argument("--heads", type=whole(1), default=4)
@@ -94,9 +94,9 @@ def main():
         after_each_block.append(share_right(nn.Sequential(*frozen, block), images, args))
         x, y = images.batch(args.batch_size, args.augment, args.device)
         memory.append(training_bytes(block, (frozen(x), y), make_optimizer(block, args)))
-        for part in ("weights", "total"):  # the frozen blocks work in every step: their weights count
+        for part in ("weights", "total"):  # the frozen blocks run in every step: their weights count
             memory[b][part] += sum(w.nbytes for w in frozen.parameters())
-        frozen.append(block.own.eval().requires_grad_(False))  # no gradient comes back; the rest of the block goes
+        frozen.append(block.own.eval().requires_grad_(False))  # needs no gradient; the rest of the block is dropped
     metrics = {"accuracy": after_each_block[-1], "accuracy_after_each_block": after_each_block}
     frozen[-1].append(block.output_projection)  # the last block's classifier is the network's
     report(args, images, metrics, frozen, max(memory, key=lambda count: count["total"]), sum(seconds))

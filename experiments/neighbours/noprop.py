@@ -4,12 +4,12 @@
     python -m experiments.neighbours.noprop --method ct        # one network for continuous time
     python -m experiments.neighbours.noprop --method fm        # one network, by flow matching
     python -m experiments.neighbours.noprop --method backprop  # DT's chain of blocks, end to end
-    python -m experiments.neighbours.noprop --method blocks    # DiffusionBlocks, of this CNN
+    python -m experiments.neighbours.noprop --method blocks    # DiffusionBlocks, with this CNN
 
 Class y has an embedding u_y. Noise on it, z_t ~ N(sqrt(abar_t) u_y, 1 - abar_t), falls while abar rises from near 0 to
-near 1. A block sees the image x and z, and guesses u_y. Unlike DiffusionBlocks, all blocks share the embeddings and the
+near 1. A block sees the image x and z, and predicts u_y. Unlike DiffusionBlocks, blocks share the embeddings and the
 output projection theta_out, and train them together: no block can be trained by itself. There is no official code. The
-paper has --channels 32, T = 10, 100 to 150 epochs, no augmentation, and 1,000 inference steps. CT and FM are one
+paper uses --channels 32, T = 10, 100 to 150 epochs, no augmentation, and 1,000 inference steps. CT and FM are one
 network, so give them T times the steps; embeddings as large as the noise (--embedding 20 --length 4.5) help them.
 """
 
@@ -35,7 +35,7 @@ from nano_db.trainer.run import learning_rate, make_optimizer, seed_from
 
 
 def cosine_schedule(steps):
-    """abar_0 < ... < abar_T, sin^2 of evenly spaced angles. The ends are cut off: SNR = abar / (1 - abar) is finite."""
+    """abar_0 < ... < abar_T, sin^2 of evenly spaced angles, without the ends: SNR = abar / (1 - abar) stays finite."""
     return (0.5 * torch.pi * torch.linspace(0.05, 0.95, steps + 1)).sin().square().tolist()
 
 
@@ -85,7 +85,7 @@ class Chain(nn.Module):
 
 
 class Flow(nn.Module):
-    """One network for all times t in [0, 1], and an ODE that its answer drives: what CT and FM have in common."""
+    """One network for all times t in [0, 1], and an ODE that its output drives: what CT and FM have in common."""
 
     def __init__(self, cnn, shared, inference_steps):
         super().__init__()
@@ -101,9 +101,9 @@ class Flow(nn.Module):
 
 
 class CT(Flow):
-    """abar(t) = sigmoid(10 t - 7), hence SNR(t) = exp(10 t - 7). The paper ends at 7, where the steep weight belongs to
-    levels at which z gives the label away; and it learns what lies between the ends. The expected loss does not depend
-    on that (Kingma et al. 2021): only its variance does.
+    """abar(t) = sigmoid(10 t - 7), hence SNR(t) = exp(10 t - 7). The paper's exponent ends at 7: most of the weight
+    is then on levels at which z gives the label away. It also learns the schedule between the ends, which affects only
+    the variance of the loss, not its expectation (Kingma et al. 2021).
     """
 
     def loss(self, x, y, eta=1.0):
@@ -120,7 +120,7 @@ class CT(Flow):
 
 
 class FM(Flow):
-    """z_t = t u + (1 - t) z_0. The network's answer is v, an estimate of u - z_0; there is no softmax."""
+    """z_t = t u + (1 - t) z_0. The network's output is v, an estimate of u - z_0; there is no softmax."""
 
     def loss(self, x, y):
         u, t = self.shared.u[y], torch.rand(len(y), 1, device=x.device)
@@ -135,7 +135,7 @@ class FM(Flow):
 
 
 def build(args, shape, classes):
-    """(networks to train, each with a loss of its own; scores(x) of the class, made of them)."""
+    """(networks to train, each with a loss of its own; the function scores(x) -> (B, V) that uses them)."""
     d, T = args.embedding, args.blocks
     if args.method == "blocks":
         noise = LogNormal(1.0, 0.8, 0.2, 20.0)  # as train_vit.py's
@@ -158,10 +158,10 @@ def build(args, shape, classes):
 
 
 def add_flags(parser):
-    parser.add_argument("--blocks", type=whole(1), default=4, help="T: blocks, or diffusion steps; ct and fm: one")
-    parser.add_argument("--channels", type=whole(1), default=8, help="of the first convolution")
-    parser.add_argument("--embedding", type=whole(2), default=32, help="numbers of a label's embedding")
-    parser.add_argument("--length", type=positive, default=1.0, help="of the embeddings, at first")
+    parser.add_argument("--blocks", type=whole(1), default=4, help="T: blocks, or diffusion steps; not for ct and fm")
+    parser.add_argument("--channels", type=whole(1), default=8, help="channels of the first convolution")
+    parser.add_argument("--embedding", type=whole(2), default=32, help="dimension of a label's embedding")
+    parser.add_argument("--length", type=positive, default=1.0, help="initial length of the embeddings")
     parser.add_argument("--inference-steps", type=whole(1), default=200, help="Euler steps of ct and fm")
 
 

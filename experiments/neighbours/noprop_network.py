@@ -27,7 +27,7 @@ class CNN(nn.Module):
         self.both = nn.Sequential(*first, nn.Linear(8 * c, 4 * c), norm(4 * c), relu, nn.Linear(4 * c, out))
 
     def forward(self, x, z, time=None, seen=None):
-        """seen: self.image(x), where it is known already. It does not change during inference."""
+        """seen: self.image(x), if it is known already: it does not change during inference."""
         seen, h = self.image(x) if seen is None else seen, self.label(z)
         times = [] if time is None else [self.time(time)]
         return self.both(torch.cat([seen, h + self.deeper(h), *times], dim=-1))
@@ -45,8 +45,8 @@ def kl_to_noise(u, abar):
 
 class Shared(nn.Module):
     """What NoProp's blocks train together: the embeddings u_y, (V, d), and the output projection theta_out
-    (d -> V). It starts as 10 <z, u_y> / length^2: from a usual start it needs most of a short run to become sure of
-    anything. length: of the embeddings at first.
+    (d -> V). It starts as 10 <z, u_y> / length^2: from the usual initialisation it needs most of a short run to
+    become confident. length: initial length of the embeddings.
     """
 
     def __init__(self, classes, d, length=1.0):

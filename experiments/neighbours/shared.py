@@ -1,6 +1,6 @@
-"""What surrounds a neighbour's training loop: its command line, its rates, its accuracy, and result.json.
+"""What surrounds a neighbour's training loop: its command line, progress lines, accuracy, and result.json.
 
-The files beside this one are the methods, and can be read without it. Runs take minutes, so nothing is saved before
+The other files here are the methods, and can be read without it. Runs take minutes, so nothing is saved before
 the end.
 """
 
@@ -38,8 +38,8 @@ def positive(text):
 
 
 def read_arguments(name, description, methods, add_flags, **defaults):
-    """The command line. add_flags(parser) adds a method's own flags; `defaults` are those of the common ones, and
-    weight_decay and final_rate, which make_optimizer and learning_rate (trainer/run.py) ask for.
+    """The command line. add_flags(parser) adds a method's own flags; `defaults` are for the common ones, and for
+    weight_decay and final_rate, which make_optimizer and learning_rate (trainer/run.py) need.
     """
     how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = Parser(prog=f"python -m experiments.neighbours.{name}", description=description, **how)
@@ -49,14 +49,14 @@ def read_arguments(name, description, methods, add_flags, **defaults):
     parser.add_argument("--data", choices=NAMES, default="glyphs")
     parser.add_argument("--glyphs", type=whole(100), default=18_000, help="how many glyphs to draw for training")
     parser.add_argument("--augment", choices=("none", "flip", "standard"), default="standard")
-    parser.add_argument("--steps", type=whole(1), help="steps of each network that is trained")
-    parser.add_argument("--warmup", type=whole(0), help="default: 45 steps, or a tenth of fewer than 450")
+    parser.add_argument("--steps", type=whole(1), help="training steps per network")
+    parser.add_argument("--warmup", type=whole(0), help="warm-up steps (default: a tenth of --steps, but at most 45)")
     parser.add_argument("--batch-size", type=whole(2), default=128)
-    parser.add_argument("--learning-rate", type=positive, default=1e-3, help="its peak; a cosine follows")
+    parser.add_argument("--learning-rate", type=positive, default=1e-3, help="peak, followed by cosine decay")
     parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--test-images", type=whole(0), default=0, help="test images to evaluate on; 0: all")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--out", help=f"folder of result.json (default: out/{name}-<method>)")
+    parser.add_argument("--out", help=f"folder for result.json (default: out/{name}-<method>)")
     parser.set_defaults(final_rate=0.1, weight_decay=1e-3, method=name)
     parser.set_defaults(**defaults)
     args = parser.parse_args()
@@ -78,7 +78,7 @@ def read_arguments(name, description, methods, add_flags, **defaults):
 
 
 def progress(label, step, args, losses):
-    """Now and then print the last losses, which must be finite. losses: tensors without a gradient."""
+    """Print the last losses now and then; they must be finite. losses: tensors without a gradient."""
     if (step + 1) % max(1, args.steps // 10) == 0:
         numbers = [float(loss) for loss in losses]
         if not all(map(math.isfinite, numbers)):
@@ -96,8 +96,8 @@ def share_right(scores, images, args):
 
 
 def report(args, images, metrics, networks, memory, seconds):
-    """Write result.json, which compare.py reads, and print it. networks: those that are kept of what was trained, each
-    by a loss of its own. memory: of the largest of them (trainer/memory.py). seconds: of a step of all of them.
+    """Write result.json, which compare.py reads, and print it. networks: the trained networks that are
+    kept. memory: of the largest in training (trainer/memory.py). seconds: of one step of each.
     """
     result = {"script": "vit", "method": args.method, "blocks": len(networks), "steps": args.steps}  # train_vit's task
     parameters = sum(p.numel() for p in torch.nn.ModuleList(networks).parameters())  # shared ones count once
@@ -113,13 +113,13 @@ def report(args, images, metrics, networks, memory, seconds):
 
 
 def start(main):
-    """trainer.command.command, where an interruption leaves nothing behind."""
+    """trainer.command.command, for runs that leave nothing behind if they are interrupted."""
 
     def guarded():
         try:
             main()
         except KeyboardInterrupt:
-            print("\nstopped: such a run is short, and saves nothing before its end", file=sys.stderr)
+            print("\nstopped: these runs are short, and save nothing before they end", file=sys.stderr)
             sys.exit(130)
 
     command(guarded)
