@@ -1,14 +1,14 @@
 """A diffusion transformer (DiT) on pixels, trained in blocks: each block denoises at its own noise levels.
 
-    python train_dit.py                                 # glyphs, drawn on the spot: no network needed
+    python train_dit.py                                 # glyphs, drawn on the spot: no download needed
     python train_dit.py --baseline                      # the same network, end to end
     python train_dit.py --eval-only --guidance 1        # sample again, without guidance
     python train_dit.py --data cifar10 --out out/cifar  # photographs (downloaded)
-    python train_dit.py --data FOLDER --out out/mine    # your own, a subfolder per class
+    python train_dit.py --data FOLDER --out out/mine    # your own, one subfolder per class
 
-Here the noisy target z is the image itself. A block is a denoiser in EDM form (heads.EDMHead), told the noise level and
-the class by adaLN-Zero, and trained at the noise levels it owns; the baseline is the same with one block for all of
-them. Each sampling step evaluates only the active block: L/B of L layers.
+Here the noisy target z is the image itself. A block is a denoiser in EDM form (heads.EDMHead), conditioned on the noise
+level and the class by adaLN-Zero, and trained at the noise levels it owns; the baseline is one such block for all
+levels. Each sampling step evaluates only the active block: L/B of L layers.
 """
 
 from dataclasses import dataclass
@@ -35,13 +35,13 @@ from nano_db.trainer.settings import Blocks, Training, method, network, output, 
 
 
 def samples_nothing(settings):
-    """The flags with which an evaluation samples nothing."""
+    """The flags that leave an evaluation with nothing to sample."""
     nothing = settings.eval_only and not (settings.samples or settings.frechet_images or settings.export)
     return nothing and "--samples 0 --frechet-images 0"
 
 
 def named_data(settings):
-    """The flag with which no images are resized."""
+    """The flag that leaves --image-size without effect."""
     return settings.data in NAMES and f"--data {settings.data}"
 
 
@@ -50,24 +50,24 @@ class Settings(Blocks, Training):
     data: str = training("glyphs", f"images: {', '.join(NAMES)}, or a folder with a subfolder per class")
     image_size: int = training(32, "side of a folder's images, in pixels", at_least=4, below=1025, idle=named_data)
     glyphs: int = training(18_000, "how many glyphs to draw for training", flag=False)
-    augment: str = training("flip", "mirror training images, where that leaves the class", flag=False)
-    label_dropout: float = training(0.1, "share of training images whose class is not told", flag=False)
+    augment: str = training("flip", "mirror training images, where that keeps the class", flag=False)
+    label_dropout: float = training(0.1, "share of training images whose class is withheld", flag=False)
     patch: int = network(4, "side of a patch in pixels", at_least=1)
     width: int = network(96, "features of a patch", at_least=4)
     heads: int = network(4, "attention heads", flag=False)
     dropout: float = training(0.0, "on both residual branches", flag=False)
     layer_split: str = network("", "layers of each block, noisiest first, like 3,6,3 (default: even)", of="blocks")
-    partition: str = method("probability", "edges of equal probability, or uniform in ln sigma", KINDS, of="blocks")
-    p_mean: float | None = method(None, "mean of ln sigma, for blocks and baseline (default: by the data)", kind=float)
+    partition: str = method("probability", "equal-probability edges, or evenly spaced in ln sigma", KINDS, of="blocks")
+    p_mean: float | None = method(None, "mean of ln sigma, blocks and baseline (default: from the data)", kind=float)
     p_std: float = method(1.2, "standard deviation of ln sigma", flag=False)
     sigma_min: float = method(0.002, "minimum noise level", flag=False)
     sigma_max: float = method(80.0, "maximum noise level", flag=False)
     sigma_data: float | None = method(
-        None, "standard deviation of clean pixels (default: by the data)", above=0, kind=float
+        None, "standard deviation of clean pixels (default: from the data)", above=0, kind=float
     )
     sampling_steps: int = output(50, "Euler steps from noise to image", at_least=1, idle=samples_nothing)
     guidance: float = output(2.0, "classifier-free guidance; 1: none", at_least=0, idle=samples_nothing)
-    test_images: int = output(500, "test images to evaluate on (and for validation); 0: all", at_least=0)
+    test_images: int = output(500, "test images to evaluate on (and as many for validation); 0: all", at_least=0)
     samples: int = output(39, "images to sample for samples.png", at_least=0)
     export: int = output(0, "images to sample into the folder `images` of --out, one PNG each", at_least=0, once=True)
     frechet_images: int = output(500, "images to sample for frechet_small; 0: none", at_least=0)
@@ -91,7 +91,7 @@ PRESETS = {
 class DiT(nn.Module):
     """Noisy image and class through `layers` layers (Peebles & Xie 2023): features F of the image, (B, C, H, W).
 
-    Classes are numbered from 0; the next number is the null label, which says nothing.
+    Classes are numbered from 0; the next number is the null label, which stands for no class.
     """
 
     def __init__(self, shape, classes, settings, layers):
@@ -122,13 +122,13 @@ class DiT(nn.Module):
 
 
 def noise_levels(settings, images):
-    """(p_mean, sigma_data): a flag's, else those that fit the images."""
+    """(p_mean, sigma_data): from the flags, else those that fit the images."""
     p_mean = images.p_mean if settings.p_mean is None else settings.p_mean
     return p_mean, settings.sigma_data or images.sigma_data
 
 
 def frechet_count(settings, images):
-    """How many images are sampled for frechet_small: of a folder's few pictures at most half as many, or none."""
+    """How many images are sampled for frechet_small: for a folder at most half its training images, or none."""
     if settings.data in NAMES:
         return settings.frechet_images
     count = min(settings.frechet_images, len(images.train) // 2)
@@ -147,14 +147,14 @@ def prepare(settings):
         raise UsageError(f"--frechet-images {settings.frechet_images}: the distance needs {limits}")
     if count < settings.frechet_images and not images.missing:
         few = f"half of {len(images.train)} training pictures are too few"
-        print(f"frechet_small is {f'of {count} pictures' if count else 'left out'}: {few}")
+        print(f"frechet_small is {f'computed on {count} pictures' if count else 'left out'}: {few}")
     p_mean, sigma_data = noise_levels(settings, images)
     whys = ["by flag" if given else images.why for given in (settings.p_mean is not None, settings.sigma_data)]
     print(f"noise levels: p_mean {p_mean:.3g} ({whys[0]}), sigma_data {sigma_data:.3g} ({whys[1]})")
     noise = LogNormal(p_mean, settings.p_std, settings.sigma_min, settings.sigma_max)
     blocks = 1 if settings.baseline else settings.blocks
     partition = make_partition(noise, blocks, settings.partition, settings.overlap)
-    sampling_grid(partition, settings.sampling_steps)  # too few for the blocks: say so now, not after the training
+    sampling_grid(partition, settings.sampling_steps)  # refuses too few steps now, not after training
     return images, partition
 
 
@@ -170,15 +170,15 @@ def build(b, settings, images, partition):
 
 
 def assemble(networks, settings, images, partition):
-    """Trained blocks, or the mean of baselines, as what samples images."""
-    if settings.baseline:  # at all noise levels, also where its costs stand beside those of blocks (trainer/report.py)
+    """Trained blocks, or the mean of baselines, as a sampler of images."""
+    if settings.baseline:  # at all noise levels, also for comparing costs (trainer/report.py)
         networks, partition = [Ensemble(networks)], make_partition(partition.noise, 1)
     return ImageStack(networks, partition, images.shape, len(images.classes))
 
 
 def batch(size, settings, images, partition):
-    """Labels (size,) and images (size, C, H, W). In training some labels are dropped: so one network learns both terms
-    of classifier-free guidance.
+    """Labels (size,) and images (size, C, H, W). In training some labels are dropped, so that one network learns both
+    terms of classifier-free guidance.
     """
     y, labels = images.batch(size, settings.augment, settings.device)
     dropped = torch.rand(size, device=labels.device) < settings.label_dropout
@@ -194,21 +194,21 @@ def walk(stack, count, settings):
 
 
 def sample(networks, count, settings, images, partition):
-    """Sample images, by which the report measures what one costs."""
+    """Sample images; the report measures the cost."""
     return list(walk(assemble(networks, settings, images, partition), count, settings))
 
 
 def sample_images(stack, count, settings):
-    """The ends of such walks: (count, C, H, W) in [-1, 1], on the CPU."""
+    """The final images of `walk`: (count, C, H, W) in [-1, 1], on the CPU."""
     for state in walk(stack, count, settings):
-        images = state.z  # all states but the last are forgotten
+        images = state.z  # only the last state is kept
     return images.clamp(-1, 1).cpu()
 
 
 def score(run, stack, images):
     """The held-out EDM loss and frechet_small, as metrics."""
     settings, (_, sigma_data) = run.settings, noise_levels(run.settings, images)
-    batches = list(images.test_batches(TOGETHER, 2 * settings.test_images, settings.device))  # to choose by, to report
+    batches = list(images.test_batches(TOGETHER, 2 * settings.test_images, settings.device))  # validation and test
     with run.autocast:  # as in training
         metrics = edm_loss(stack, batches, sigma_data, seed=settings.seed)
     by_block = " ".join(f"{part:.4f}" for part in metrics["edm_loss_by_block"])
@@ -216,7 +216,7 @@ def score(run, stack, images):
     print(f"EDM loss {metrics['edm_loss']:.4f}, by block {by_block}; on the validation half {validation:.4f}")
     if count := frechet_count(settings, images):
         frechet = FrechetSmall(images, count, settings.frechet_steps, settings.device)
-        with run.autocast:  # of the blocks, and not of the classifier that judges them
+        with run.autocast:  # for the blocks, not for the classifier that judges them
             sampled = sample_images(stack, count, settings)
         metrics |= {"frechet_small": frechet(sampled), "frechet_small_real": frechet.floor}
         print(f"frechet_small {metrics['frechet_small']:.4f} (real images: {frechet.floor:.4f})")
@@ -247,13 +247,13 @@ def main(flags=None):
     depends_on = {"data_sha256": images.sha256, "sigma_data": sigma_data, **noise_identity(partition)}
     run = Run("dit", settings, images.keeps(), **depends_on)
     if settings.export:
-        refuse_old_images(run.folder / "images")  # now, not after the training
+        refuse_old_images(run.folder / "images")  # now, not after training
 
     for _ in run.rounds():
-        for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, mine
+        for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, some of them
             block = first_weights(build, b, settings, images, partition)  # depends only on the seed and b
             optimizer = make_optimizer(block, settings)
-            for _ in run.steps(b, block, optimizer):  # goes on from the file; seeds, sets the rate, logs, saves
+            for _ in run.steps(b, block, optimizer):  # resumes from the file; seeds, sets the rate, logs, saves
                 labels, y = batch(run.batch_size, settings, images, partition)
                 with run.autocast:
                     loss = block.loss(labels, y)
@@ -264,7 +264,7 @@ def main(flags=None):
                 optimizer.zero_grad()
                 run.record(loss, norm)
             del block, optimizer, loss  # this block's memory is freed before the next one trains
-        if run.ready():  # all blocks are there
+        if run.ready():  # all blocks have been trained this round
             metrics = evaluate(run, OneAtATime(run, build, images, partition), images, partition)
     if run.finished:
         report(run, metrics, "edm_loss", build, batch, sample, images, partition)

@@ -1,6 +1,6 @@
 """A GPT trained in blocks that never see each other.
 
-    python train_gpt.py --blocks 4                         # 10 minutes on one CPU core, no network needed
+    python train_gpt.py --blocks 4                         # 10 minutes on one CPU core, no download needed
     python train_gpt.py --baseline                         # the same network, end to end
     python train_gpt.py --eval-only --prompt "def "        # sample from what was trained
     python train_gpt.py --recipe paper --out out/paper     # the paper's own choices
@@ -34,7 +34,7 @@ from nano_db.trainer.settings import Blocks, Discrete, Training, method, network
 
 @dataclass
 class Settings(Discrete, Blocks, Training):
-    # Others (blocks, layers, steps, noise, ...) and what an option takes (of, needs, once, ...): trainer/settings.py.
+    # trainer/settings.py has more settings (blocks, layers, steps, ...) and what `of`, `needs`, `once`, ... mean.
     data: str = training("python", "text: python, pydocs, shakespeare, text8, or the path of a UTF-8 file")
     tokenizer: str = training("char", "characters, or GPT-2's byte pairs", choices=("char", "gpt2"))
     seq_len: int = network(128, "tokens of context", at_least=2)
@@ -43,13 +43,13 @@ class Settings(Discrete, Blocks, Training):
     dropout: float = training(0.0, "on both residual branches", flag=False)
     head: str = method("denoising", "output head (heads.py)", choices=tuple(HEADS), of="blocks")
     clean_weight: float = method(
-        0.0, "weight of the loss where z says nothing (block.py)", at_least=0, of="blocks", idle=Discrete.other_head
+        0.0, "weight of the extra loss at z = 0 (block.py)", at_least=0, of="blocks", idle=Discrete.other_head
     )
-    predict: str = method("averaged", "the active block, or all so far", PREDICT, of="blocks", resumable=True)
+    predict: str = method("averaged", "from the active block, or from all so far", PREDICT, of="blocks", resumable=True)
     sampling_steps_per_block: int = method(4, "Euler steps of each block, per token", flag=False, resumable=True)
-    eval_windows: int = output(256, "windows of test text to evaluate on (and of validation text); 0: all", at_least=0)
+    eval_windows: int = output(256, "test windows to evaluate on (and as many for validation); 0: all", at_least=0)
     export: int = output(0, "held-out texts to continue after their first quarter (texts.jsonl)", at_least=0, once=True)
-    prompt: str = output("", "what samples continue (default: the first held-out tokens)", once=True, needs="samples")
+    prompt: str = output("", "text to continue (default: the first held-out tokens)", once=True, needs="samples")
     temperature: float = output(0.8, "of the samples; below 1 is more cautious", at_least=0.01, needs="samples export")
     sample_length: int = output(500, "tokens to sample", flag=False)
 
@@ -69,8 +69,8 @@ RECIPES = {
     "paper": dict(head="paper", predict="active", loss_weight="edm", noise="paper"),
 }
 NOISE = {
-    # Below sigma = 0.2 z by itself identifies 99% of 103 characters, and the text need not be understood: ours spends
-    # 1% of its draws there, and the others where the text must help. The paper's is EDM's, made for images.
+    # Below sigma = 0.2, z by itself identifies 99% of 103 characters, and the text is not needed. Ours draws 1% of its
+    # levels there, and the rest where the text must help. The paper's is EDM's, made for images.
     "nano": LogNormal(p_mean=0.3, p_std=0.8, sigma_min=0.05, sigma_max=20.0),
     "paper": LogNormal(p_mean=-1.2, p_std=1.2, sigma_min=0.002, sigma_max=80.0),
 }
@@ -79,9 +79,9 @@ NOISE = {
 class GPT(nn.Module):
     """Embedding and `layers` causal layers: features of the next token, (B, T, width), for the head to read.
 
-    By itself it is a plain GPT: the trunk of a block with a denoising head, and the baseline. With shows_z it is the
+    Without shows_z it is a plain GPT: the trunk of a block with a denoising head, and the baseline. With it, it is the
     paper's network of two streams: a clean copy of the sequence, and a noisy one in which position t holds the noisy
-    token t + 1 and looks at the clean past and at itself.
+    token t + 1 and attends to the clean past and itself.
     """
 
     def __init__(self, classes, settings, layers, shows_z=False):
@@ -97,7 +97,7 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Layer(*layer, depth=layers) for _ in range(layers))
 
     def forward(self, x, z=None, c_noise=None, cache=None):
-        """x (B, T) tokens; of two streams also z (B, T, width), scaled noisy targets, and c_noise (B,). cache: what
+        """x (B, T) tokens; with two streams also z (B, T, width), scaled noisy targets, and c_noise (B,). cache: what
         layers keep of earlier tokens while text is generated.
         """
         T, past = x.shape[1], cache.begin(x.shape[1]) if cache else 0
@@ -117,7 +117,7 @@ class GPT(nn.Module):
 
 
 def two_stream_mask(T, past, device):
-    """(2T, past + 2T): clean queries see clean positions up to their own; noisy ones these and themselves."""
+    """(2T, past + 2T): clean queries see clean positions up to their own; noisy ones see these and themselves."""
     clean, itself = causal_mask(T, past, device), torch.eye(T, dtype=torch.bool, device=device)
     return torch.cat([torch.cat([clean, torch.zeros_like(itself)], 1), torch.cat([clean, itself], 1)])
 
@@ -125,12 +125,12 @@ def two_stream_mask(T, past, device):
 def prepare(settings):
     """What every block knows without being told: the text, and which noise levels are whose."""
     if settings.predict == "averaged" and settings.head != "denoising":
-        raise UsageError("--predict averaged needs --head denoising: take --predict active")
+        raise UsageError("--predict averaged needs --head denoising: use --predict active")
     text = load_text(
         settings.data, settings.tokenizer, seq_len=settings.seq_len, export=settings.export, kept=kept(settings)
     )
     note_vocabulary(text.tokenizer.classes, settings)
-    text.tokenizer.encode(settings.prompt)  # a character that is not in the data: say so now, not after the training
+    text.tokenizer.encode(settings.prompt)  # refuses characters that are not in the data now, not after training
     blocks = 1 if settings.baseline else settings.blocks
     return text, make_partition(NOISE[settings.noise], blocks, overlap=settings.overlap)
 
@@ -149,7 +149,7 @@ def build(b, settings, text, partition):
 
 
 def batch(size, settings, text, partition):
-    """Random tokens x, and those that follow them, y: (size, T) each."""
+    """Random windows of text x, and the tokens that follow, y: (size, T) each."""
     return text.batch(size, settings.seq_len, settings.device)
 
 
@@ -160,7 +160,7 @@ def complete(tokens, length, generator, settings, model, partition):
 
 
 def sample(networks, count, settings, text, partition):
-    """Sixteen tokens, by which the report measures what a sample costs. (samples.txt is made by `complete`.)"""
+    """Sample sixteen tokens; the report measures the cost. (samples.txt is made by `complete`.)"""
     first = torch.zeros(count, 1, dtype=torch.long, device=settings.device)
     return complete(first, 16, None, settings, assemble(networks, partition, settings.predict), partition)
 
@@ -171,7 +171,7 @@ def score(model, text, settings):
     kind = "" if settings.baseline else " (upper bound)"
     validation = metrics["validation_bits_per_char"]
     print(f"{metrics['bits_per_char']:.4f} bits per character{kind}; on the validation half {validation:.4f}")
-    print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
+    print("nats per token, by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
     return metrics
 
 
@@ -192,10 +192,10 @@ def main(flags=None):
     run = Run("gpt", settings, text.keeps(), data_sha256=text.sha256, **noise_identity(partition))
 
     for _ in run.rounds():
-        for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, mine
+        for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, some of them
             block = first_weights(build, b, settings, text, partition)  # depends only on the seed and b
             optimizer = make_optimizer(block, settings)
-            for _ in run.steps(b, block, optimizer):  # goes on from the file; seeds, sets the rate, logs, saves
+            for _ in run.steps(b, block, optimizer):  # resumes from the file; seeds, sets the rate, logs, saves
                 x, y = batch(run.batch_size, settings, text, partition)
                 with run.autocast:
                     loss = block.loss(x, y)
@@ -206,7 +206,7 @@ def main(flags=None):
                 optimizer.zero_grad()
                 run.record(loss, norm)
             del block, optimizer, loss  # this block's memory is freed before the next one trains
-        if run.ready():  # all blocks are there
+        if run.ready():  # all blocks have been trained this round
             metrics = evaluate(run, run.trained_blocks(build, text, partition), text, partition)
     if run.finished:
         report(run, metrics, "bits_per_char", build, batch, sample, text, partition)

@@ -7,10 +7,10 @@
 
 The network (Geiping et al. 2025, "Huginn"): a prelude maps tokens to e; a recurrent core maps a state s and e to the
 next s; a coda reads the last s. Huginn starts from a random s, takes a random number of recurrences, and
-backpropagates through the last 8. The blocks method takes the loop for what it resembles, the solver of an ODE: the
+backpropagates through the last 8. The blocks method treats the loop as what it resembles, an ODE solver: the
 state is a noisy next token z, and one recurrence at a random noise level is a full training step. There is nothing to
 partition. The number K of sampling steps matters little: by Bayes' rule the first one, which sees only noise in z,
-already answers p(y | x), and further steps carry out the draw.
+already predicts p(y | x), and further steps only carry out the draw.
 """
 
 import math
@@ -49,13 +49,13 @@ class Settings(Discrete, Training):
     width: int = network(128, "features of a token", at_least=2)
     heads: int = network(4, "attention heads", flag=False)
     head: str = method("posterior", "output head (heads.py)", choices=("posterior", "paper"), of="blocks")
-    recurrences: int = method(0, "of the core in training; 0: a random number (Huginn's)", at_least=0, of="baseline")
+    recurrences: int = method(0, "of the core in training; 0: a random number, as in Huginn", at_least=0, of="baseline")
     mean_recurrence: float = method(32.0, "mean of the Poisson rate of further recurrences", flag=False)
-    backprop_depth: int = method(8, "last recurrences that keep a graph", at_least=1, of="baseline")
-    eval_windows: int = output(256, "windows of test text to evaluate on (and of validation text); 0: all", at_least=0)
+    backprop_depth: int = method(8, "how many last recurrences to backpropagate through", at_least=1, of="baseline")
+    eval_windows: int = output(256, "test windows to evaluate on (and as many for validation); 0: all", at_least=0)
     export: int = output(0, "held-out texts to continue after their first quarter (texts.jsonl)", at_least=0, once=True)
     sampling_steps: int = output(16, "K: Euler steps per token; for the baseline, recurrences", at_least=1)
-    prompt: str = output("", "what samples continue (default: the first held-out tokens)", once=True, needs="samples")
+    prompt: str = output("", "text to continue (default: the first held-out tokens)", once=True, needs="samples")
     temperature: float = output(0.8, "of the samples; below 1 is more cautious", at_least=0.01, needs="samples export")
     sample_length: int = output(300, "tokens to sample", flag=False)
 
@@ -65,13 +65,13 @@ PRESETS = {
                  sample_length=20, eval_windows=8, sampling_steps=4, data="pydocs"),
     "tiny-baseline": dict(steps=10, sampling_steps=8),
     "laptop": dict(seq_len=64, batch_size=16, steps=3000, warmup=300, rounds=2, learning_rate=3e-3),
-    "laptop-baseline": dict(steps=400, warmup=40, sampling_steps=32),  # about the same seconds
+    "laptop-baseline": dict(steps=400, warmup=40, sampling_steps=32),  # takes about as long
     "gpu": dict(width=384, heads=6, seq_len=256, batch_size=64, steps=6000, warmup=300),
     "gpu-baseline": dict(steps=800, warmup=40, sampling_steps=32),
     "paper": dict(
         width=512, heads=8, seq_len=256, batch_size=256, steps=100_000, warmup=2500, learning_rate=3e-4,
         tokenizer="gpt2", data="",  # LM1B or OpenWebText, which --data has to name
-        checkpoint_activations=True,  # else 16 GiB (Huginn: 59)
+        checkpoint_activations=True,  # 16 GiB without it (Huginn: 59)
     ),
 }  # fmt: skip
 
@@ -88,8 +88,8 @@ NOISE = {  # for the reasons that train_gpt.py gives
 class Looped(nn.Module):
     """Prelude, core and coda of sandwich-normalised causal layers: features of the next token, (B, T, width).
 
-    conditioned: the core is modulated by the noise level, for the blocks method. Called like any network of block.py it
-    makes a single recurrence, with z as the state.
+    conditioned: the core is modulated by the noise level, for the blocks method. Called like a network of block.py, it
+    runs a single recurrence, with z as the state.
     """
 
     def __init__(self, classes, settings, conditioned):
@@ -106,8 +106,8 @@ class Looped(nn.Module):
         self.apply(self.initialize)
 
     def initialize(self, module):
-        """Huginn's normal initialisation: std sqrt(2 / 5d), and that over sqrt(2 * depth) for what writes to the
-        residual stream. The depth counts Huginn's mean recurrences for both methods: both start at the same scale.
+        """Huginn's normal initialisation: std sqrt(2 / 5d), divided by sqrt(2 * depth) for weights that write to
+        the residual stream. The depth counts Huginn's mean recurrences in both methods, so both start at one scale.
         """
         std = math.sqrt(2 / (5 * self.embedding.embedding_dim))
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -155,7 +155,7 @@ class Huginn(nn.Module):
         self.network, self.head, self.settings = network, head, settings
 
     def features(self, x, recurrences, cache=None, generator=None):
-        """The coda's features after so many recurrences; only the last settings.backprop_depth keep a graph."""
+        """The coda's features after `recurrences` recurrences; only the last settings.backprop_depth keep a graph."""
         device = generator.device if generator else x.device
         s = math.sqrt(2 / 5) * torch.randn(*x.shape, self.settings.width, generator=generator, device=device)
         e, attend = self.network.embed(x, cache)
@@ -166,7 +166,7 @@ class Huginn(nn.Module):
         return self.network.read(s, attend)
 
     def forward(self, x, cache=None, recurrences=None):
-        """Logits (B, T, V) after so many recurrences (default: sampling_steps), from the same random state always."""
+        """Logits (B, T, V) after `recurrences` (default: sampling_steps), always from the same random state."""
         generator = torch.Generator().manual_seed(0)
         features = self.features(x, recurrences or self.settings.sampling_steps, cache, generator)
         return self.head.output_projection(features).float()
@@ -177,7 +177,7 @@ class Huginn(nn.Module):
 
 
 def draw_recurrences(mean):
-    """Huginn's number: 1 + Poisson(exp(tau)), tau ~ N(ln(mean) - 0.5^2 / 2, 0.5^2), so 1 + mean on average."""
+    """Huginn's draw: 1 + Poisson(exp(tau)), tau ~ N(ln(mean) - 0.5^2 / 2, 0.5^2), so 1 + mean on average."""
     tau = math.log(mean) - 0.5**2 / 2 + 0.5 * torch.randn((), dtype=torch.float64)
     return 1 + int(torch.poisson(tau.exp()))
 
@@ -214,14 +214,14 @@ def quality_by_sampling_steps(model, text, settings):
 
 
 def prepare(settings):
-    """The text, and the noise levels: those of one network, which nothing cuts."""
+    """The text, and the noise levels, all owned by one network."""
     if settings.compile and settings.baseline:
-        raise UsageError("--compile does nothing for the baseline, whose recurrences change in number: drop it")
+        raise UsageError("--compile does nothing for the baseline, whose number of recurrences varies: drop it")
     text = load_text(
         settings.data, settings.tokenizer, seq_len=settings.seq_len, export=settings.export, kept=kept(settings)
     )
     note_vocabulary(text.tokenizer.classes, settings)
-    text.tokenizer.encode(settings.prompt)  # a character that is not in the data: say so now, not after the training
+    text.tokenizer.encode(settings.prompt)  # refuses characters that are not in the data now, not after training
     return text, make_partition(NOISE[settings.noise], 1)
 
 
@@ -237,7 +237,7 @@ def build(b, settings, text, partition):
 
 
 def batch(size, settings, text, partition):
-    """Random tokens x, and those that follow them, y: (size, T) each."""
+    """Random windows of text x, and the tokens that follow, y: (size, T) each."""
     return text.batch(size, settings.seq_len, settings.device)
 
 
@@ -248,7 +248,7 @@ def complete(tokens, length, generator, settings, model, partition):
 
 
 def sample(networks, count, settings, text, partition):
-    """Sixteen tokens, by which the report measures what a sample costs. (samples.txt is made by `complete`.)"""
+    """Sample sixteen tokens; the report measures the cost. (samples.txt is made by `complete`.)"""
     first = torch.zeros(count, 1, dtype=torch.long, device=settings.device)
     return complete(first, 16, None, settings, assemble(networks, partition), partition)
 
@@ -283,10 +283,10 @@ def main(flags=None):
     run = Run("looped", settings, text.keeps(), data_sha256=text.sha256, **noise_identity(partition))
 
     for _ in run.rounds():
-        for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, mine
+        for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, some of them
             block = first_weights(build, b, settings, text, partition)  # depends only on the seed and b
             optimizer = make_optimizer(block, settings)
-            for _ in run.steps(b, block, optimizer):  # goes on from the file; seeds, sets the rate, logs, saves
+            for _ in run.steps(b, block, optimizer):  # resumes from the file; seeds, sets the rate, logs, saves
                 x, y = batch(run.batch_size, settings, text, partition)
                 with run.autocast:
                     loss = block.loss(x, y)
@@ -297,7 +297,7 @@ def main(flags=None):
                 optimizer.zero_grad()
                 run.record(loss, norm)
             del block, optimizer, loss  # this block's memory is freed before the next one trains
-        if run.ready():  # all blocks are there
+        if run.ready():  # all blocks have been trained this round
             metrics = evaluate(run, run.trained_blocks(build, text, partition), text, partition)
     if run.finished:
         report(run, metrics, "bits_per_char", build, batch, sample, text, partition)

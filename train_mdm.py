@@ -1,12 +1,12 @@
-"""Masked diffusion in blocks: a text is unmasked letter by letter, and each block serves its own share of the masking.
+"""Masked diffusion in blocks: a text is unmasked letter by letter, and each block serves its own range of masking.
 
-    python train_mdm.py --blocks 3                           # no network needed
-    python train_mdm.py --baseline                           # the same network, one for all shares
+    python train_mdm.py --blocks 3                           # no download needed
+    python train_mdm.py --baseline                           # the same network, one for all ranges
     python train_mdm.py --eval-only --fill "The ???? of" --gap "?"     # fill the gaps of a text
 
 Here noise is masking (masking.py): at time t each letter is unmasked with probability alpha(t). Each block is a small
-transformer that looks both ways and predicts masked letters. It trains independently, on its own interval of alpha.
-Unlike in a GPT, a block sees the data itself, partly masked: it is a specialist for how much is masked.
+bidirectional transformer that predicts masked letters. It trains independently, on its own interval of alpha.
+Unlike in a GPT, a block sees the data itself, partly masked: it is a specialist for its degree of masking.
 """
 
 from dataclasses import dataclass
@@ -40,11 +40,11 @@ class Settings(Blocks, Training):
     dropout: float = training(0.0, "on both residual branches", flag=False)
     layer_split: str = network("", "layers of each block, most masked first, like 3,6,3 (default: even)", of="blocks")
     schedule: str = method("linear", "unmasked share alpha(t)", choices=("linear", "cosine"))
-    eval_windows: int = output(256, "windows of test text to evaluate on (and of validation text); 0: all", at_least=0)
+    eval_windows: int = output(256, "test windows to evaluate on (and as many for validation); 0: all", at_least=0)
     export: int = output(0, "held-out texts to continue after their first quarter (texts.jsonl)", at_least=0, once=True)
     sampling_steps: int = output(128, "steps from all masked to none", at_least=1, needs="samples export")
     temperature: float = output(0.6, "of the samples; below 1 is more cautious", at_least=0.01, needs="samples export")
-    fill: str = output("", "a text whose gaps the samples are to fill", once=True, needs="samples")
+    fill: str = output("", "a text with gaps for the samples to fill", once=True, needs="samples")
     gap: str = output(GAP, "the character that marks a gap in --fill", once=True, needs="fill")
 
 
@@ -61,7 +61,7 @@ PRESETS = {
 
 
 class Unmasker(nn.Module):
-    """A transformer that looks both ways, modulated by the time t: logits of every character, masked or not."""
+    """A bidirectional transformer, modulated by the time t: logits of every character, masked or not."""
 
     def __init__(self, classes, settings, layers):
         super().__init__()
@@ -88,7 +88,7 @@ def prepare(settings):
     """What every block knows without being told: the text, and how much of it is masked at which time."""
     text = load_text(settings.data, seq_len=settings.seq_len, export=settings.export, kept=kept(settings))
     note_vocabulary(text.tokenizer.classes, settings)
-    encode_fill(text, settings)  # too long, or a character not in the data: say so now, not after the training
+    encode_fill(text, settings)  # refuses now, not after training, if it is too long or not in the data
     return text, MaskSchedule(settings.schedule)
 
 
@@ -98,12 +98,12 @@ def build(b, settings, text, schedule):
     if settings.baseline:
         return MaskedBlock(Unmasker(classes, settings, settings.layers), schedule, classes)
     layers = split_layers(settings.layers, settings.blocks, settings.layer_split)[b]
-    span = alpha_range(b, settings.blocks, settings.overlap)  # what the block owns: unmasked shares
+    span = alpha_range(b, settings.blocks, settings.overlap)  # the unmasked shares that it trains on
     return MaskedBlock(Unmasker(classes, settings, layers), schedule, classes, span)
 
 
 def assemble(networks, settings):
-    """Trained blocks, noisiest first; of baselines one, which averages their networks."""
+    """Trained blocks, noisiest first; or a single one that averages the baselines' networks."""
     if not settings.baseline:
         return networks
     first, ensemble = networks[0], Ensemble([block.network for block in networks])
@@ -134,7 +134,7 @@ def show(text, tokens):
 
 
 def sample(networks, count, settings, text, schedule):
-    """Unmask texts in 16 steps, by which the report measures what a sample costs."""
+    """Unmask texts in 16 steps; the report measures the cost."""
     masked = torch.full((count, settings.seq_len), text.tokenizer.classes, device=settings.device)
     return list(unmask(assemble(networks, settings), masked, 16))
 
@@ -147,13 +147,13 @@ def complete(tokens, length, generator, settings, blocks):
 
 
 def fill(blocks, text, settings):
-    """Samples, and of the first one a strip: how far it is unmasked when each block has done its part."""
+    """Samples, the first one with a strip: how far it is unmasked after each block."""
     start = encode_fill(text, settings).expand(settings.samples, -1).to(settings.device)
     length = len(settings.fill) or settings.seq_len
     generator = torch.Generator().manual_seed(settings.seed)
     strip, alpha = {}, unmasked_share(start, text.tokenizer.classes)
     for alpha_next, x in unmask(blocks, start, settings.sampling_steps, settings.temperature, generator):
-        strip[block_at(alpha, len(blocks))] = show(text, x[0, :length].tolist())  # the last state of each block stays
+        strip[block_at(alpha, len(blocks))] = show(text, x[0, :length].tolist())  # keeps the last state of each block
         alpha = alpha_next
     masked = f"masked: {show(text, start[0, :length].tolist())}"
     lines = [masked, *(f"after block {b}: {line}" for b, line in strip.items())]
@@ -170,7 +170,7 @@ def score(blocks, text, settings):
     metrics = text_metrics(text, nats)
     validation = metrics["validation_bits_per_char"]
     print(f"{metrics['bits_per_char']:.4f} bits per character (upper bound); on the validation half {validation:.4f}")
-    print("nats by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
+    print("nats per token, by block:", *(f"{share:.4f}" for share in metrics["nats_per_block"]))
     return metrics
 
 
@@ -192,10 +192,10 @@ def main(flags=None):
     run = Run("mdm", settings, text.keeps(), data_sha256=text.sha256)
 
     for _ in run.rounds():
-        for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, mine
+        for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, some of them
             block = first_weights(build, b, settings, text, schedule)  # depends only on the seed and b
             optimizer = make_optimizer(block, settings)
-            for _ in run.steps(b, block, optimizer):  # goes on from the file; seeds, sets the rate, logs, saves
+            for _ in run.steps(b, block, optimizer):  # resumes from the file; seeds, sets the rate, logs, saves
                 (x,) = batch(run.batch_size, settings, text, schedule)
                 with run.autocast:
                     loss = block.loss(x)
@@ -206,7 +206,7 @@ def main(flags=None):
                 optimizer.zero_grad()
                 run.record(loss, norm)
             del block, optimizer, loss  # this block's memory is freed before the next one trains
-        if run.ready():  # all blocks are there
+        if run.ready():  # all blocks have been trained this round
             metrics = evaluate(run, run.trained_blocks(build, text, schedule), text, schedule)
     if run.finished:
         report(run, metrics, "bits_per_char", build, batch, sample, text, schedule)

@@ -1,14 +1,14 @@
 """A vision transformer that denoises its label, trained in blocks.
 
-    python train_vit.py                                    # glyphs, drawn on the spot: no network needed
+    python train_vit.py                                    # glyphs, drawn on the spot: no download needed
     python train_vit.py --baseline                         # the same network, end to end
     python train_vit.py --recipe paper --out out/vit-paper # the paper's own choices
     python train_vit.py --data cifar10 --out out/cifar     # photographs (downloaded)
-    python train_vit.py --data FOLDER --out out/mine       # your own, a subfolder per class
+    python train_vit.py --data FOLDER --out out/mine       # your own, one subfolder per class
 
 The target is the image's class, as a point on the unit sphere with noise added (heads.py). In the paper's recipe the
-noisy label takes the place of a ViT's [CLS] token. In ours the network is a plain ViT, and a small head sees what it
-found in the image, the noisy label and the noise level. Either way the walk from noise to a class passes through all
+noisy label takes the place of a ViT's [CLS] token. In ours the network is a plain ViT, and a small head sees its
+features, the noisy label and the noise level. Either way the walk from noise to a class passes through all
 blocks.
 """
 
@@ -35,12 +35,12 @@ from nano_db.trainer.settings import Blocks, Discrete, Training, method, network
 
 
 def other_data(settings):
-    """The flag with which no glyphs are drawn."""
+    """The flag that leaves --glyphs without effect."""
     return settings.data != "glyphs" and f"--data {settings.data}"
 
 
 def named_data(settings):
-    """The flag with which no images are resized."""
+    """The flag that leaves --image-size without effect."""
     return settings.data in NAMES and f"--data {settings.data}"
 
 
@@ -49,22 +49,22 @@ class Settings(Discrete, Blocks, Training):
     data: str = training("glyphs", f"images: {', '.join(NAMES)}, or a folder with a subfolder per class")
     image_size: int = training(32, "side of a folder's images, in pixels", at_least=4, below=1025, idle=named_data)
     glyphs: int = training(18_000, "how many glyphs to draw for training", at_least=100, idle=other_data)
-    augment: str = training("standard", "training images", choices=("none", "flip", "standard"), flag=False)
+    augment: str = training("standard", "image augmentation", choices=("none", "flip", "standard"), flag=False)
     patch: int = network(4, "side of a patch in pixels", at_least=1)
-    positions: float = network(1.0, "size (root mean square) of the embeddings of a patch's place", at_least=0)
+    positions: float = network(1.0, "size (root mean square) of the patches' position embeddings", at_least=0)
     width: int = network(96, "features of a patch", at_least=4)
     heads: int = network(4, "attention heads", flag=False)
     dropout: float = training(0.0, "on both residual branches", flag=False)
-    pooling: str = network("token", "where the class is read: the label token, or the mean", choices=("token", "mean"))
+    pooling: str = network("token", "features to classify: the label token's, or the mean", choices=("token", "mean"))
     head: str = method("denoising", "output head (heads.py)", choices=tuple(HEADS), of="blocks")
     clean_weight: float = method(
-        0.0, "weight of the loss where z says nothing (block.py)", at_least=0, of="blocks", idle=Discrete.other_head
+        0.0, "weight of the extra loss at z = 0 (block.py)", at_least=0, of="blocks", idle=Discrete.other_head
     )
-    predict: str = method("averaged", "the active block, or all so far", PREDICT, of="blocks", resumable=True)
+    predict: str = method("averaged", "from the active block, or from all so far", PREDICT, of="blocks", resumable=True)
     sampling_steps_per_block: int = method(1, "Euler steps of each block", flag=False, resumable=True)
     walks: int = output(8, "walks from noise to average", flag=False)
     samples: int = output(25, "hardest test images to show in samples.png; 0: no picture", at_least=0)
-    test_images: int = output(0, "test images to evaluate on (and for validation); 0: all", at_least=0)
+    test_images: int = output(0, "test images to evaluate on (and as many for validation); 0: all", at_least=0)
 
 
 PRESETS = {
@@ -86,17 +86,17 @@ RECIPES = {
     "paper": dict(head="paper", predict="active", loss_weight="edm", noise="paper"),
 }
 NOISE = {
-    # Below sigma = 0.25 z by itself identifies 98% of 10 classes, and the image need not be looked at. Ours spends
-    # nearly all of its draws above. The paper's is EDM's, made for images.
+    # Below sigma = 0.25, z by itself identifies 98% of 10 classes, and the image is not needed. Ours draws nearly all
+    # of its levels above that. The paper's is EDM's, made for noisy images.
     "nano": LogNormal(p_mean=1.0, p_std=0.8, sigma_min=0.2, sigma_max=20.0),
     "paper": LogNormal(p_mean=-1.2, p_std=1.2, sigma_min=0.002, sigma_max=80.0),
 }
 
 
 class ViT(nn.Module):
-    """Label token and patches through `layers` layers that look everywhere: features of the class, (B, width).
+    """Label token and patches through `layers` layers with full attention: features of the class, (B, width).
 
-    The label token is learned, like [CLS]; where the network is shown the noisy label z, W(c_in * z) is added to it.
+    The label token is learned, like [CLS]; if the network is shown the noisy label z, W(c_in * z) is added to it.
     """
 
     def __init__(self, shape, settings, layers, shows_z=False):
@@ -114,7 +114,7 @@ class ViT(nn.Module):
         self.layers = nn.ModuleList(Layer(*layer, depth=layers) for _ in range(layers))
 
     def forward(self, x, z=None, c_noise=None):
-        """x (B, C, H, W) images; where it is shown them, z (B, width) scaled noisy labels and c_noise (B,)."""
+        """x (B, C, H, W) images; with shows_z also z (B, width), scaled noisy labels, and c_noise (B,)."""
         patches = self.embedding(patchify(x, self.patch)) + self.positions  # (B, T, width)
         label = self.label_token.expand(len(x), 1, -1)
         cond = None if z is None else self.noise_embedding(c_noise)
@@ -132,10 +132,10 @@ def prepare(settings):
     if settings.data not in NAMES:
         refuse_inside(settings)
     if settings.predict == "averaged" and settings.head != "denoising":
-        raise UsageError("--predict averaged needs --head denoising: take --predict active")
+        raise UsageError("--predict averaged needs --head denoising: use --predict active")
     images = load_images(settings.data, count=settings.glyphs, size=settings.image_size, kept=kept(settings))
     if images.missing:
-        raise UsageError(f"{images.missing}. A classifier can only be scored, on the images that it was trained on")
+        raise UsageError(f"{images.missing}. A classifier can only be scored, and that needs its data")
     if len(images.classes) < 2:
         raise UsageError(f"--data {settings.data} has a single class: there is nothing to learn")
     patch_positions(images.shape, settings.patch, settings.width)  # do they fit? Say so now, before there is a folder
@@ -161,7 +161,7 @@ def batch(size, settings, images, partition):
 
 
 def sample(networks, count, settings, images, partition):
-    """Classify `count` images, by which the report measures what a sample costs."""
+    """Classify `count` images; the report measures the cost."""
     x = to_floats(images.test[torch.arange(count) % len(images.test)]).to(settings.device)
     sigmas = sampling_grid(partition, settings.sampling_steps_per_block * partition.blocks)
     return classify(assemble(networks, partition, settings.predict), x, sigmas)
@@ -171,7 +171,7 @@ def evaluate(run, networks, images, partition):
     """The accuracies, as metrics; and samples.png."""
     settings, model = run.settings, assemble(networks, partition, run.settings.predict)
     sigmas = sampling_grid(partition, settings.sampling_steps_per_block * partition.blocks)
-    batches = images.test_batches(256, 2 * settings.test_images, settings.device)  # to choose by, and to report
+    batches = images.test_batches(256, 2 * settings.test_images, settings.device)  # validation and test
     with run.autocast:  # as in training
         metrics, log_p, labels = score_images(model, batches, sigmas, settings.walks, settings.seed)
     for name, shares in metrics.items():
@@ -190,10 +190,10 @@ def main(flags=None):
     run = Run("vit", settings, images.keeps(), data_sha256=images.sha256, **noise_identity(partition))
 
     for _ in run.rounds():
-        for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, mine
+        for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, some of them
             block = first_weights(build, b, settings, images, partition)  # depends only on the seed and b
             optimizer = make_optimizer(block, settings)
-            for _ in run.steps(b, block, optimizer):  # goes on from the file; seeds, sets the rate, logs, saves
+            for _ in run.steps(b, block, optimizer):  # resumes from the file; seeds, sets the rate, logs, saves
                 x, y = batch(run.batch_size, settings, images, partition)
                 with run.autocast:
                     loss = block.loss(x, y)
@@ -204,7 +204,7 @@ def main(flags=None):
                 optimizer.zero_grad()
                 run.record(loss, norm)
             del block, optimizer, loss  # this block's memory is freed before the next one trains
-        if run.ready():  # all blocks are there
+        if run.ready():  # all blocks have been trained this round
             metrics = evaluate(run, run.trained_blocks(build, images, partition), images, partition)
     if run.finished:
         report(run, metrics, "accuracy", build, batch, sample, images, partition)

@@ -3,7 +3,7 @@
 Reading order: schedule (noise levels) -> partition (who owns which) -> heads (what targets are, and who answers) ->
 layers -> block (the loss: the whole method) -> stack (the blocks assembled) -> sampler (the walk from noise to data) ->
 likelihood (an honest score) -> classify, language (what it is good for) -> masking (the other kind of noise) -> images.
-Then a script, train_gpt.py first. trainer/ is never needed to understand one, and nothing here imports it.
+Then a script, train_gpt.py first. You never need trainer/ to understand one, and nothing here imports it.
 """
 
-__version__ = "0.5.0"  # raised whenever a change moves the numbers that runs give
+__version__ = "0.5.0"  # raised whenever a change alters the numbers that runs produce

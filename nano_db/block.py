@@ -1,12 +1,12 @@
-"""A DiffusionBlock: some layers, trained independently to undo noise of one interval; and the end-to-end baseline.
+"""A DiffusionBlock: some layers, trained independently to undo the noise of one interval; and the end-to-end baseline.
 
 A block owns every parameter it trains, from the input embedding to the output head: no trainable tensor is shared, so
 a block can be trained anywhere, in any order. Its loss is the whole method.
 
 The network is the script's own, and returns features (B, ..., width) for a head (heads.py):
 
-    network(x, ...)                of a DenoisingHead, and of the baseline: it reads only the condition x
-    network(x, z, c_noise, ...)    of the other heads: it is shown the noisy target, scaled by c_in, and the noise level
+    network(x, ...)                with a DenoisingHead, and in the baseline: it reads only the condition x
+    network(x, z, c_noise, ...)    with other heads: it is also shown the noisy target, times c_in, and the noise level
 """
 
 import torch
@@ -18,7 +18,7 @@ from nano_db.schedule import edm_coefficients, edm_weight, sample_sigma
 
 class DiffusionBlock(nn.Module):
     """One denoiser, for the noise levels `span` = (low, high) of the distribution `noise`. network, head: see above.
-    loss_weight: "none", or "edm" for w(sigma) of schedule.py. clean_weight: of a second loss, see below.
+    loss_weight: "none", or "edm" for w(sigma) of schedule.py. clean_weight: the weight of a second loss (see `loss`).
     """
 
     def __init__(self, network, head, noise, span, loss_weight="none", clean_weight=0.0):
@@ -29,7 +29,7 @@ class DiffusionBlock(nn.Module):
         self.noise, self.span, self.loss_weight = noise, span, loss_weight
 
     def features(self, x, z, sigma, **extra):
-        """What the network finds, for the head to read: (B, ..., width). sigma (B,); `extra` goes to the network."""
+        """The network's features, which the head reads: (B, ..., width). sigma (B,); `extra` goes to the network."""
         if self.head.sees_z:
             return self.network(x, **extra)
         _, _, c_in, c_noise = edm_coefficients(sigma, self.head.sigma_data)
@@ -42,10 +42,10 @@ class DiffusionBlock(nn.Module):
         return self.head(self.features(x, z, sigma, **extra), z, sigma, temperature)
 
     def loss(self, x, y):
-        """Denoising at random levels of the block's own span: the mean over samples of w(sigma_i) * loss_i.
+        """The denoising loss at random levels within the block's span: the mean over samples of w(sigma_i) * loss_i.
 
         With clean_weight the block is also asked for p(y | x) where z says nothing (ours): at z = 0 there is no
-        likelihood term, and the head has only what the trunk found in x. Under little noise z gives y away, so
+        likelihood term, and the head has only what the trunk found in x. At low noise z gives y away, so
         without this a late block hardly learns to read x. The trunk is evaluated once for both.
         """
         where = "cpu" if y.device.type == "mps" else y.device  # MPS has no float64
@@ -55,7 +55,7 @@ class DiffusionBlock(nn.Module):
         features = self.features(x, z, sigma)
         per_sample = self.head.loss(features, z, sigma, y)  # (B,)
         weight = edm_weight(sigma, self.head.sigma_data) if self.loss_weight == "edm" else torch.ones_like(sigma)
-        assert weight.shape == per_sample.shape == (len(y),)  # (B,) times (B, 1) would make every pair's product
+        assert weight.shape == per_sample.shape == (len(y),)  # (B,) times (B, 1) would broadcast to all pairs
         loss = (weight * per_sample).mean()
         if self.clean_weight:
             highest = torch.full_like(sigma, self.span[1])

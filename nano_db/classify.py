@@ -1,4 +1,4 @@
-"""Reading a class out of a Stack: by a walk from noise, by a walk without noise, or by the mean of several walks.
+"""Predict a class with a Stack: by a walk from noise, by a walk without noise, or by the mean of several walks.
 
 The walk draws a class from p(y | x), as a sampler should. A classifier should predict the most probable class instead:
 so the walk may start from z = 0, where there is no noise to mislead it, or many walks may be averaged.
@@ -20,7 +20,7 @@ def after_each_block(posterior, stack, sigmas, z):
     answers = {}
 
     def denoise(z, sigma):
-        log_p = answers[stack.partition.route(sigma)] = posterior(z, sigma)  # a block's last answer stays
+        log_p = answers[stack.partition.route(sigma)] = posterior(z, sigma)  # keeps each block's last answer
         return mean_embedding(log_p, stack.target_embeddings)
 
     for _ in euler_walk(denoise, z, sigmas):
@@ -30,7 +30,7 @@ def after_each_block(posterior, stack, sigmas, z):
 
 @torch.no_grad()
 def classify(stack, x, sigmas=None):
-    """ln p(y | x) of images x (B, ...), (B, V): by the noise-free walk; of an Ensemble, at once."""
+    """ln p(y | x) for images x (B, ...), (B, V): by the noise-free walk; for an Ensemble, directly."""
     if isinstance(stack, Ensemble):
         return stack.log_p(x)
     nothing = torch.zeros(len(x), stack.target_embeddings.shape[1], device=x.device)
@@ -39,10 +39,10 @@ def classify(stack, x, sigmas=None):
 
 @torch.no_grad()
 def score_images(stack, batches, sigmas=None, walks=8, seed=0):
-    """Shares of held-out images classified correctly. batches: yields (x, labels).
-    For an Ensemble: accuracy. For blocks: accuracy_walk, of one walk from noise (the paper's way),
-    accuracy_mean_of_walks, accuracy_noise_free (also as `accuracy`); of the first and the last also after each block.
-    All of these are of the images to report (images.TEST); validation_accuracy is of those to choose settings by.
+    """Accuracies on held-out images. batches: yields (x, labels).
+    For an Ensemble: accuracy. For blocks: accuracy_walk, with one walk from noise (the paper's way),
+    accuracy_mean_of_walks, and accuracy_noise_free (also as `accuracy`); the first and the last also after each block.
+    All are measured on the test half (images.TEST); validation_accuracy is measured on the other half.
 
     Returns (metrics, log_p (N, V) behind `accuracy`, labels (N,)), both on the CPU.
     """

@@ -1,4 +1,4 @@
-"""The one exception that users are meant to see, and failures of the machine that deserve a line, too."""
+"""The one exception that users are meant to see, and machine failures that also get a one-line message."""
 
 import torch
 
@@ -10,8 +10,8 @@ class UsageError(Exception):
 
 
 def is_out_of_memory(error):
-    """Whether an allocator gave up: a GPU's, Python's, or the CPU's, mmap's and CUDA's libraries', which raise a plain
-    RuntimeError.
+    """Whether an allocator failed: the GPU's, Python's, or those of the CPU, mmap and the CUDA libraries, which raise a
+    plain RuntimeError.
     """
     said = any(words in str(error) for words in ("allocate memory", "CUDA error: out of memory", "_ALLOC_FAILED"))
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or said
@@ -25,9 +25,9 @@ def compiler_fault(error):
     if not any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):  # importing it takes seconds
         return ""
     if "InvalidCxxCompiler" in message or "Compiler:" in message:
-        return "there is no C++ compiler: install one (g++, clang++, on Windows cl), or name it in CXX"
+        return "there is no C++ compiler: install one (g++, clang++, or cl on Windows), or set CXX to it"
     if "CppCompileError" in message:
-        return "the C++ compiler fails, most likely for want of Python's header files (package python3-dev)"
+        return "the C++ compiler fails, most likely because Python's header files are missing (package python3-dev)"
     if "triton" in message.lower():
         return f"Triton is missing, or does not support this GPU ({first})"
     return ""

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from nano_db.layers import NoiseEmbedding, recompute
 from nano_db.schedule import edm_coefficients
 
-MOST_LOGITS = 2**24  # at a time: 64 MiB
+MOST_LOGITS = 2**24  # in memory at a time: 64 MiB in float32
 
 
 def make_target_embeddings(classes, width, seed=0):
-    """(V, d) unit-norm rows: orthonormal where V <= d, else normalised Gaussian ones."""
+    """(V, d) unit-norm rows: orthonormal if V <= d, else normalised Gaussian."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(classes, width, dtype=torch.float64, generator=generator)
     rows = torch.linalg.qr(rows.T).Q.T if classes <= width else F.normalize(rows, dim=-1)
@@ -36,7 +36,7 @@ def make_target_embeddings(classes, width, seed=0):
 def broadcast(sigma, like):
     """sigma (B,) or a float, shaped (B, 1, ..., 1) to multiply `like` (B, ...)."""
     if not torch.is_tensor(sigma):
-        return torch.full((), sigma, dtype=like.dtype, device=like.device)  # made there: a copy would make a GPU wait
+        return torch.full((), sigma, dtype=like.dtype, device=like.device)  # on its device: copying makes a GPU wait
     return sigma.to(like).reshape(-1, *[1] * (like.dim() - 1))
 
 
@@ -51,18 +51,18 @@ def log_likelihood(z, sigma, target_embeddings):
 
 
 def mean_embedding(log_p, target_embeddings):
-    """D, the mean of E[y] under p: ln p (B, ..., V) -> (B, ..., d). Always float32: the likelihood bound divides the
-    square of a bfloat16 product's rounding by sigma^2.
+    """D, the mean of E[y] under p: ln p (B, ..., V) -> (B, ..., d). Always float32: the likelihood bound would
+    divide the squared rounding error of a bfloat16 product by sigma^2.
     """
     with torch.autocast(log_p.device.type, enabled=False):
         return log_p.float().exp() @ target_embeddings
 
 
 def cross_entropy(logits, y, *inputs, classes):
-    """-ln p(y) in nats, (B, ...), by logits(*inputs) of shape (B, ..., V); V is `classes`. Where these would fill the
-    memory, they are made for a part of the batch at a time, and none is kept for the backward pass.
+    """-ln p(y) in nats, (B, ...), from logits(*inputs) of shape (B, ..., V); V is `classes`. If the logits would fill
+    the memory, they are computed for part of the batch at a time, and recomputed in the backward pass.
     """
-    rows = max(1, MOST_LOGITS // (classes * y[0].numel()))  # of the batch, at a time
+    rows = max(1, MOST_LOGITS // (classes * y[0].numel()))  # samples at a time
     if rows >= len(y):
         return F.cross_entropy(logits(*inputs).float().flatten(0, -2), y.flatten(), reduction="none").view_as(y)
     parts = zip(*(tensor.split(rows) for tensor in (y, *inputs)), strict=True)
@@ -72,12 +72,12 @@ def cross_entropy(logits, y, *inputs, classes):
 class DiscreteHead(nn.Module):
     """What the heads for labels and tokens share. target_embeddings: (V, d), see make_target_embeddings."""
 
-    sees_z, sigma_data = False, 0.5  # the paper's and EDM's, also for unit vectors
+    sees_z, sigma_data = False, 0.5  # the value in the paper and in EDM, also for unit vectors
 
     def __init__(self, target_embeddings):
         super().__init__()
         classes, width = target_embeddings.shape
-        self.register_buffer("target_embeddings", target_embeddings, persistent=False)  # from the seed: in no file
+        self.register_buffer("target_embeddings", target_embeddings, persistent=False)  # made from the seed: not saved
         self.output_projection = nn.Linear(width, classes, bias=False)
         nn.init.normal_(self.output_projection.weight, std=0.02)
 
@@ -92,8 +92,8 @@ class DiscreteHead(nn.Module):
 class PosteriorHead(DiscreteHead):
     """Bayes' rule as an output layer (ours): logits = residual + <z, E> / sigma^2.
 
-    Given z = E[y] + sigma * eps, p(y | z, x) ~ p(y | x) * exp(<z, E[y]> / sigma^2) exactly. What the noise tells is
-    added in closed form, and the network learns only the residual, what z cannot tell: ln p(y | x).
+    Given z = E[y] + sigma * eps, p(y | z, x) ∝ p(y | x) * exp(<z, E[y]> / sigma^2) exactly. What z tells about y is
+    added in closed form, and the network learns only the residual, ln p(y | x), which z cannot tell.
     """
 
     def residual(self, features, z, sigma):
@@ -116,14 +116,14 @@ class DenoisingHead(PosteriorHead):
     def __init__(self, target_embeddings):
         super().__init__(target_embeddings)
         width = target_embeddings.shape[1]
-        cond_width = max(8, width // 6)  # narrow, as layers.NoiseEmbedding says
+        cond_width = max(8, width // 6)  # narrow, for the reason given in layers.NoiseEmbedding
         self.noise_embedding = NoiseEmbedding(cond_width)
         self.modulation = nn.Linear(cond_width, 2 * width)
         self.from_z = nn.Linear(width, width, bias=False)
         hidden = 3 * width // 4  # narrow, so that its activations do not cancel the memory saved
         self.up, self.out = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, width, bias=False)
         for weight in (self.modulation.weight, self.modulation.bias, self.from_z.weight, self.out.weight):
-            nn.init.zeros_(weight)  # at the start the features pass as they are, and no noise comes in
+            nn.init.zeros_(weight)  # at the start the features pass unchanged, and z has no effect
 
     def residual(self, features, z, sigma):
         """features and z (B, ..., d), sigma (B,)."""
@@ -146,8 +146,8 @@ HEADS = {"denoising": DenoisingHead, "posterior": PosteriorHead, "paper": PaperH
 
 
 class EDMHead(nn.Module):
-    """The head for targets that are themselves numbers, such as pixels: D = c_skip * z + c_out * F (EDM, eq. 7), with
-    the network's features as F. With loss_weight="edm" (block.py) their target has unit variance at every sigma.
+    """The head for continuous targets such as pixels: D = c_skip * z + c_out * F (EDM, eq. 7), with the network's
+    features as F. Their target has unit variance at every sigma, and loss_weight="edm" weighs its error equally at all.
     """
 
     sees_z = False
@@ -160,7 +160,7 @@ class EDMHead(nn.Module):
         return y
 
     def forward(self, features, z, sigma, temperature=1.0):
-        """features and z (B, ...) of one shape -> D (B, ...). D is no distribution: temperature must stay 1."""
+        """features and z (B, ...) of the same shape -> D (B, ...). D is not a distribution: temperature must stay 1."""
         assert features.shape == z.shape and temperature == 1.0
         c_skip, c_out, _, _ = edm_coefficients(broadcast(sigma, z), self.sigma_data)
         return c_skip * z + c_out * features

@@ -1,4 +1,4 @@
-"""Images: as sequences of patches, for a transformer; and as what blocks denoise, with guidance and a held-out loss.
+"""Images: as sequences of patches for a transformer, and as targets that blocks denoise, with guidance and a loss.
 
 An ImageStack is the twin of stack.py for targets that are the data itself. At each noise level one block is active: a
 sampling step costs L/B layers, and only one block need be in memory.
@@ -12,7 +12,7 @@ from nano_db.sampler import euler_walk
 from nano_db.schedule import edm_weight
 
 TOGETHER = 250  # images that pass through a block at a time
-VALIDATION, TEST = slice(0, None, 2), slice(1, None, 2)  # of held-out images: to choose settings by, and to report
+VALIDATION, TEST = slice(0, None, 2), slice(1, None, 2)  # of held-out images: to choose settings, and to report
 
 
 def patchify(images, patch):
@@ -33,7 +33,7 @@ def patch_positions(shape, patch, width, base=10_000.0):
     if H % patch or W % patch:
         raise UsageError(f"patches of {patch} pixels must divide the image's height and width, {H} x {W} pixels")
     if width % 4:
-        raise UsageError(f"a width of {width} is no multiple of 4: rows and columns take sines and cosines")
+        raise UsageError(f"width {width} is not a multiple of 4: rows and columns each need sines and cosines")
     frequencies = base ** (-torch.arange(width // 4) / (width // 4))
     rows, columns = torch.meshgrid(torch.arange(H // patch), torch.arange(W // patch), indexing="ij")
     angles = torch.cat([rows.reshape(-1, 1) * frequencies, columns.reshape(-1, 1) * frequencies], dim=1)
@@ -42,7 +42,7 @@ def patch_positions(shape, patch, width, base=10_000.0):
 
 class ImageStack:
     """blocks: DiffusionBlocks of images given labels, noisiest first, with their Partition; the baseline is a single
-    one. shape: of an image, (C, H, W). null_label: the label that says nothing, one more than those of the classes.
+    block. shape: of an image, (C, H, W). null_label: the label for "no class", numbered after the classes.
     """
 
     def __init__(self, blocks, partition, shape, null_label):
@@ -56,7 +56,7 @@ class ImageStack:
         """
 
         def denoise(z, sigma):
-            block = self.blocks[self.partition.route(sigma)]  # for all images at once: its file may have to be read
+            block = self.blocks[self.partition.route(sigma)]  # once for all images: its file may have to be read
             parts = zip(z.split(TOGETHER), labels.split(TOGETHER), strict=True)
             return torch.cat([self._guided(block, noisy, told, sigma, guidance) for noisy, told in parts])
 
@@ -78,15 +78,15 @@ class ImageStack:
 
 @torch.no_grad()
 def edm_loss(stack, batches, sigma_data, levels=24, seed=0):
-    """E[w(sigma) * |D - y|^2] of held-out images, mean over pixels, sigma from p_noise; without guidance.
+    """E[w(sigma) * |D - y|^2] on held-out images, averaged over pixels, with sigma from p_noise, without guidance.
 
-    batches: a list of (images, labels). p_noise is represented by the middles of `levels` intervals of equal
-    probability. The noise added is the same at each call, so that two networks see the same noisy images.
-    Returns, of the images to report, {"edm_loss": the whole, "edm_loss_by_block": each block's part of it, which add
-    up}; and of those to choose settings by {"validation_edm_loss": the whole}.
+    batches: a list of (images, labels). p_noise is represented by the midpoints of `levels` intervals of equal
+    probability. The noise added is the same in every call, so that two networks see the same noisy images.
+    Returns, for the test half, {"edm_loss": the total, "edm_loss_by_block": each block's part of it}; and for the
+    validation half {"validation_edm_loss": the total}.
     """
     parts = torch.zeros(stack.partition.blocks, sum(len(y) for y, _ in batches), dtype=torch.float64)
-    for level in reversed(range(levels)):  # noisiest first, as the blocks stand
+    for level in reversed(range(levels)):  # noisiest first, like the blocks
         sigma = float(stack.partition.noise.inverse_cdf((level + 0.5) / levels))
         generator, errors = torch.Generator().manual_seed(seed * levels + level), []
         for y, labels in batches:

@@ -1,4 +1,4 @@
-"""What trained next-token predictors are for: a score in bits per character, and text."""
+"""What trained next-token predictors are for: scoring text in bits per character, and generating it."""
 
 import torch
 
@@ -7,14 +7,14 @@ from nano_db.likelihood import measure, quadrature, split_by_block
 from nano_db.sampler import draw, sample_classes
 from nano_db.stack import Ensemble
 
-EVALUATION_BATCH = 16  # windows at a time at most: larger ones gain nothing, and logits take memory
+EVALUATION_BATCH = 16  # windows at a time, at most: larger batches gain nothing, and logits take memory
 
 
 @torch.no_grad()
 def score_text(model, text, seq_len, windows=0, seed=0, device="cpu"):
     """Score held-out text (data/text.py): exact for an Ensemble, for a Stack the bound of likelihood.py. windows: how
-    many of either half to score, 0 for all. Returns bits_per_char, nats_per_token and its split, nats_per_block, all of
-    the half to report; and validation_bits_per_char, of the half to choose settings by.
+    many of each half to score, 0 for all. Returns bits_per_char, nats_per_token and its split, nats_per_block, all on
+    the test half; and validation_bits_per_char.
     """
     together = max(1, min(EVALUATION_BATCH, MOST_LOGITS // (seq_len * len(model.target_embeddings))))
     nats = {}
@@ -25,7 +25,7 @@ def score_text(model, text, seq_len, windows=0, seed=0, device="cpu"):
 
 
 def text_metrics(text, nats):
-    """What is reported of a text: nats is {"validation" and "test": nats per token, split by block, (blocks,)}."""
+    """The metrics of a text. nats: {"validation" and "test": nats per token, split by block, (blocks,)}."""
     total, shares = float(nats["test"].sum()), nats["test"].tolist()
     metrics = {"bits_per_char": text.bits_per_character(total), "nats_per_token": total, "nats_per_block": shares}
     return metrics | {"validation_bits_per_char": text.bits_per_character(float(nats["validation"].sum()))}
@@ -47,8 +47,8 @@ def mean_nats(model, batches, generator):
 
 @torch.no_grad()
 def generate(model, tokens, length, seq_len, sigmas=None, temperature=1.0, generator=None):
-    """Continue tokens (n, m) by `length`, each by a walk along `sigmas`: (n, m + length). When the context is full
-    (seq_len), it starts again from its later half: rotary positions would allow longer ones, but none was trained.
+    """Continue tokens (n, m) by `length`, each drawn by a walk along `sigmas`: (n, m + length). When the context is
+    full (seq_len), only its second half is kept: rotary positions would allow more, but no longer one was trained.
     """
     caches, first, cached = {}, 0, 0  # the window begins at token `first`; tokens before `cached` are in the caches
     for _ in range(length):
@@ -62,12 +62,12 @@ def generate(model, tokens, length, seq_len, sigmas=None, temperature=1.0, gener
 
 
 def _next_token(model, x, caches, sigmas, temperature, generator):
-    """Draw the token after x (n, m), tokens whose keys and values the `caches` do not hold yet. (n, 1)"""
+    """Draw the token after x (n, m), the tokens whose keys and values are not in `caches` yet. (n, 1)"""
     if isinstance(model, Ensemble):
         log_p = model.log_p(x, caches)[:, -1:]
         return draw((log_p / temperature).log_softmax(-1), generator)
     posterior = model.posterior(x, caches, temperature)
-    known = model.target_embeddings[x[:, 1:]]  # what the z of earlier positions are noisy versions of
+    known = model.target_embeddings[x[:, 1:]]  # the clean targets of earlier positions
 
     def at_last_position(z, sigma):
         noisy = known + sigma * torch.randn(known.shape, generator=generator).to(known.device)

@@ -2,7 +2,7 @@
 
 A layer is conditioned on the noise level by adaLN-Zero (Peebles & Xie 2023): shift, scale and gate of both residual
 branches are linear in a conditioning vector, and zero at the start, so that a new layer is the identity.
-Unconditioned layers (the baseline's, or a trunk's) are the identity at the start by zero output projections.
+Unconditioned layers (the baseline's, or a trunk's) start as the identity because their output projections are zero.
 """
 
 import math
@@ -39,20 +39,20 @@ def rotate(heads, rotary):
 
 
 def causal_mask(T, past, device):
-    """(T, past + T): True where query t may look, at all of the past and at new positions up to t."""
+    """(T, past + T): True where query t may attend: to all of the past, and to new positions up to t."""
     return torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)
 
 
 class Cache:
     """Keys and values of earlier positions, for generation: pairs of (B, H, T, head_width), in the order of the forward
-    pass. A layer that is applied several times has several.
+    pass. A layer that is applied several times has several pairs.
     """
 
     def __init__(self):
         self.pairs, self.keep, self.layer = [], 0, 0
 
     def begin(self, new):
-        """Before a forward pass, of which `new` positions are to be remembered. Returns how many there are already."""
+        """Call before a forward pass of which `new` positions are to be kept. Returns how many are cached already."""
         past = self.pairs[0][0].shape[2] if self.pairs else 0
         self.keep, self.layer = past + new, 0
         return past
@@ -72,7 +72,7 @@ class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         if width % (2 * heads):
-            raise UsageError(f"a width of {width} is no multiple of {2 * heads}: {heads} heads need an even width each")
+            raise UsageError(f"width {width} is not a multiple of {2 * heads}: {heads} heads need an even width each")
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
@@ -95,8 +95,8 @@ class Layer(nn.Module):
 
     depth: layers of the network, L. Then scale = 1 / sqrt(2 L), so that the sum of the 2 L branches has the same size
     in networks of any depth, and deep ones learn as fast as shallow ones. GPT-2 (Radford et al. 2019) scales the first
-    weights so. Here these are zero, and the factor stays, as in depth-muP (Yang et al. 2023, arXiv 2310.02244).
-    sandwich: normalise each sum, too (Geiping et al. 2025), which keeps a layer stable that is applied again and again.
+    weights instead. Here they or their gates start at zero, so the factor stays, as in depth-muP (Yang et al. 2023,
+    arXiv 2310.02244). sandwich: also normalise each sum (Geiping et al. 2025), to keep a repeated layer stable.
     """
 
     def __init__(self, width, heads, cond_width=0, dropout=0.0, sandwich=False, depth=0):
@@ -117,8 +117,8 @@ class Layer(nn.Module):
             nn.init.zeros_(down.weight)
 
     def forward(self, h, rotary=None, cond=None, mask=None, causal=False, cache=None):
-        """h (B, T, D); rotary: angles of the positions, or None; cond (B, cond_width) where the layer is conditioned;
-        mask (T, keys), True where to look; cache: see Cache.
+        """h (B, T, D); rotary: angles of the positions, or None; cond (B, cond_width) if the layer is conditioned;
+        mask (T, keys), True where a query may attend; cache: see Cache.
         """
         if self.recomputes:
             return recompute(self.add_branches, h, rotary, cond, mask, causal, cache)
@@ -137,8 +137,8 @@ class Layer(nn.Module):
 
 
 def open_gates(bias):
-    """The bias (6 * width,) of a layer's modulation with both gates at 1: as the new weights are zero, the modulated
-    layer then computes what an unmodulated one computes.
+    """The bias (6 * width,) of a layer's modulation with both gates at 1: since the new weights are zero, the
+    layer then computes the same as an unmodulated one.
     """
     opened = bias.clone().view(6, -1)
     opened[[2, 5]] = 1.0
@@ -164,7 +164,7 @@ _watcher = None
 
 @contextmanager
 def watch_recomputing(watcher):
-    """While the context lasts, watcher(function, *inputs, **named) takes the place of `recompute`: to count bytes."""
+    """Within this context, watcher(function, *inputs, **named) replaces `recompute`, in order to count bytes."""
     global _watcher
     _watcher = watcher
     try:

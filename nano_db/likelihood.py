@@ -1,4 +1,4 @@
-"""An honest likelihood for a denoiser of discrete targets, in the baseline's own units: nats a symbol.
+"""An honest likelihood for a denoiser of discrete targets, in the baseline's own units: nats per symbol.
 
 With z = E[y] + sigma * eps and any denoiser D,
 
@@ -9,9 +9,9 @@ integral of the squared error over snr). It is an equality where D is the exact 
 whatever that p is: then the integral is the cross-entropy of p. It splits over sigma, hence over blocks, into the nats
 each block answers for.
 
-A walk need not go on to sigma = 0: at any level s it may decode, that is draw y from p(y | z, x), and -ln p(y | z_s, x)
-takes the place of the integral below s. Each s gives a bound. We take that of sigma_min, unless another one is clearly
-tighter: where z leaves no doubt and a network is only nearly certain, 1 / sigma^2 would make thousands of nats of it.
+A walk may stop before sigma = 0: at any level s it may decode, that is draw y from p(y | z, x), and -ln p(y | z_s, x)
+takes the place of the integral below s. Each s gives a bound. We take the one at sigma_min, unless another is clearly
+tighter: if z leaves no doubt but a network is only nearly certain, 1 / sigma^2 turns that into thousands of nats.
 The paper reports no likelihood for its language models; this bound makes them comparable.
 """
 
@@ -22,7 +22,7 @@ import torch
 
 from nano_db.heads import mean_embedding
 
-MARGIN = 0.05  # "clearly": by more than the noise of an estimate from a few thousand tokens, or choosing would flatter
+MARGIN = 0.05  # "clearly": more than the noise of an estimate from a few thousand tokens, else the minimum is biased
 
 
 def nats_per_block(posterior, y, target_embeddings, partition, generator=None):
@@ -34,11 +34,11 @@ def nats_per_block(posterior, y, target_embeddings, partition, generator=None):
 
 
 def quadrature(partition, density=6):
-    """Levels to measure, [(block, sigma), ...] descending: `density` a unit of ln sigma, both ends of each interval."""
+    """Levels to measure, [(block, sigma), ...] descending: `density` per unit of ln sigma, and each interval's ends."""
     levels = []
     for b in range(partition.blocks):
         low, high = partition.interval(b)
-        low *= 1 + 1e-9  # an edge belongs to the block below it; this one is asked for its limit
+        low *= 1 + 1e-9  # the edge itself belongs to the next block: stay just above it
         steps = 1 + math.ceil(density * math.log(high / low))
         inner = [high * (low / high) ** (i / steps) for i in range(1, steps)]
         levels += [(b, sigma) for sigma in (high, *inner, low)]
@@ -64,7 +64,7 @@ def split_by_block(levels, measured):
     divergence of the two, |E[y]|^2 / (2 sigma_max^2) with |E[y]| = 1. The block where the walk decodes pays for that;
     later blocks are not used, so they contribute zero.
     """
-    shares, bounds = torch.zeros(levels[-1][0] + 1, dtype=torch.float64), []  # one bound for each level to decode at
+    shares, bounds = torch.zeros(levels[-1][0] + 1, dtype=torch.float64), []  # one bound per level at which to decode
     shares[0] = 1 / (2 * levels[0][1] ** 2)
     for k, ((b, sigma), (error, decoding)) in enumerate(zip(levels, measured, strict=True)):
         if k and levels[k - 1][0] == b:
@@ -79,10 +79,10 @@ def split_by_block(levels, measured):
 def nats_of_walk(posterior, y, target_embeddings, sigmas, generator=None):
     """The bound for finitely many sampling steps at the levels `sigmas` (a grid that ends at 0): nats per symbol.
 
-    It is the likelihood of a walk that adds fresh noise after each step and decodes at its last (Kingma et al. 2021,
-    discrete time). The integral becomes a sum, in which each step's error stands for all levels down to the next step:
-    too large, by more the wider the steps in 1 / sigma^2. A single step decodes at sigma_max, and has no sum. So even
-    for an exact posterior one step has the minimum, and only many steps come close to it again.
+    It bounds -ln p of a walk that adds fresh noise after each step and decodes at its last (Kingma et al. 2021,
+    discrete time). The integral becomes a sum in which each step's error stands for all levels down to the next step.
+    That is too large, the more so the wider the steps in 1 / sigma^2. A single step decodes at sigma_max, and has no
+    sum. So even with an exact posterior one step gives the lowest bound, and only many steps come close to it again.
     """
     levels = [float(sigma) for sigma in sigmas[:-1]]
     measured = measure(posterior, y, target_embeddings, levels, generator)

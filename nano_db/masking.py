@@ -6,7 +6,7 @@ takes the place of the others. A network predicts the masked ones from the unmas
     -ln p(x) <= integral over t of -alpha'(t) / (1 - alpha(t)) * E[sum over masked tokens of -ln p(token | unmasked)]
              =  integral over alpha of E[sum over masked tokens of -ln p(token | unmasked)] / (1 - alpha),
 
-so equal decrements of alpha are equal shares of the loss of a predictor that does not look at the context. That is the
+so equal decrements of alpha are equal shares of the loss of a predictor that ignores the context. This gives the
 partition: block b owns alpha in [b/B, (b+1)/B), block 0 the most masked (the paper numbers them the other way round).
 """
 
@@ -54,7 +54,7 @@ def block_at(alpha, blocks):
 
 
 def low_discrepancy_times(count, t_low, t_high, device="cpu"):
-    """Low-discrepancy times: one shared offset u, t_i = (u + i / n) mod 1 of the interval. (count,) float64"""
+    """Low-discrepancy times: one shared offset u, t_i = (u + i / n) mod 1, scaled to the interval. (count,) float64"""
     offset = torch.rand((), dtype=torch.float64, device=device)
     return t_low + (t_high - t_low) * ((offset + torch.arange(count, dtype=torch.float64, device=device) / count) % 1)
 
@@ -69,7 +69,7 @@ def mask_tokens(x, alpha, mask_token, generator=None):
 class MaskedBlock(nn.Module):
     """A denoiser for one interval of masking; with the whole interval (0, 1), the end-to-end baseline.
 
-    network(x, t) -> logits (B, T, V) for x (B, T) with mask tokens V and times t (B,). span: of alpha, in training.
+    network(x, t) -> logits (B, T, V) for x (B, T) with masks as token V, and times t (B,). span: of alpha, in training.
     """
 
     def __init__(self, network, schedule, classes, span=(0.0, 1.0)):
@@ -99,7 +99,7 @@ class MaskedBlock(nn.Module):
 
 @torch.no_grad()
 def score_masked(blocks, batches, levels=16, generator=None):
-    """The upper bound by block, nats per token, (B,) float64: at `levels` midpoints of its interval each.
+    """The upper bound in nats per token, split by block, (B,) float64: each at `levels` midpoints of its interval.
 
     batches: yields x (n, T) to average over.
     """
@@ -115,7 +115,7 @@ def score_masked(blocks, batches, levels=16, generator=None):
 
 
 def unmasked_share(x, mask_token):
-    """The share of x that is no mask token: the alpha at which its sampling begins."""
+    """The share of x that is not masked: the alpha at which sampling begins."""
     return float((x != mask_token).double().mean())
 
 
@@ -123,8 +123,8 @@ def unmasked_share(x, mask_token):
 def unmask(blocks, x, steps, temperature=1.0, generator=None):
     """Yield (alpha, x) after each of `steps` steps from a sequence x (B, T), whose mask tokens are to be filled in.
 
-    From alpha to alpha_next each masked token is revealed with probability (alpha_next - alpha) / (1 - alpha), all of a
-    step drawn independently; the block that owns alpha is active. What is unmasked never changes.
+    From alpha to alpha_next each masked token is revealed with probability (alpha_next - alpha) / (1 - alpha),
+    independently of the others; the block that owns alpha is active. Unmasked tokens never change.
     """
     classes = blocks[0].classes
     start = unmasked_share(x, classes)
@@ -134,7 +134,7 @@ def unmask(blocks, x, steps, temperature=1.0, generator=None):
         t = block.schedule.time(alpha).float().to(x.device).expand(len(x))
         log_p = (block.network(x, t).float() / temperature).log_softmax(-1)
         chance = torch.rand(x.shape, dtype=torch.float64, generator=generator)
-        share = (alpha_next - alpha) / (1 - alpha) if alpha < 1 else 1.0  # 1: nothing was masked from the start
+        share = (alpha_next - alpha) / (1 - alpha) if alpha < 1 else 1.0  # alpha = 1: nothing was masked
         revealed = (x == classes) & (chance < share).to(x.device)
         x = torch.where(revealed, draw(log_p, generator), x)
         yield alpha_next, x

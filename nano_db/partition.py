@@ -17,8 +17,8 @@ KINDS = ("probability", "uniform")
 
 @dataclass(frozen=True)
 class Partition:
-    """edges: B + 1 descending noise levels. overlap: the paper's gamma, how far training reaches over the edges. noise:
-    the distribution that is cut (schedule.py).
+    """edges: B + 1 descending noise levels. overlap: the paper's gamma, how far training reaches beyond the edges.
+    noise: the distribution that is cut (schedule.py).
     """
 
     edges: tuple[float, ...]
@@ -64,8 +64,8 @@ def make_partition(noise, blocks, kind="probability", overlap=0.0):
 def sampling_grid(partition, steps):
     """The noise levels of a sampling trajectory: `steps` descending levels, then 0. (steps + 1,) float64
 
-    Blocks get equally many steps; what is over goes to the first ones. Those of a block lie in its own interval, the
-    first at its top edge, at equal probabilities under p_noise. So each block is active, whatever the edges are.
+    Each block gets the same number of steps; any remainder goes to the first ones. A block's levels lie in its own
+    interval, spaced at equal probability under p_noise from its top edge. So every block is used, whatever the edges.
     """
     if steps < partition.blocks:
         raise UsageError(f"{steps} sampling steps: each of the {partition.blocks} blocks needs at least one")
@@ -74,15 +74,15 @@ def sampling_grid(partition, steps):
         (low, high), count = partition.interval(b), steps // partition.blocks + (b < steps % partition.blocks)
         passed = torch.arange(count, dtype=torch.float64)
         sigmas = noise.inverse_cdf((noise.cdf(high) * (count - passed) + noise.cdf(low) * passed) / count)
-        sigmas[0] = high  # to the last bit, too
-        parts.append(sigmas.clamp(low, high))  # far out in a tail, where the cdf is flat, its inverse is not sure
+        sigmas[0] = high  # exact to the last bit
+        parts.append(sigmas.clamp(low, high))  # far out in a tail, where the cdf is flat, its inverse is inaccurate
     return torch.cat([*parts, torch.zeros(1, dtype=torch.float64)])
 
 
 def split_layers(layers, blocks, split=""):
-    """Layers of each block, noisiest first: as even as possible (what is over goes first), or like "3,6,3"."""
+    """Layers of each block, noisiest first: as even as possible (the first ones get any remainder), or like "3,6,3"."""
     if blocks > layers:
-        raise UsageError(f"{blocks} blocks are more than {layers} layers: every block needs a layer of its own")
+        raise UsageError(f"{blocks} blocks are too many for {layers} layers: every block needs a layer of its own")
     if not split:
         return [layers // blocks + (b < layers % blocks) for b in range(blocks)]
     counts = {str(count): count for count in range(1, layers + 1)}

@@ -7,7 +7,7 @@ The process is variance exploding: z = y + sigma * eps. A noise distribution p_n
     inverse_cdf(q)          the sigma below which a share q of the training lies
 
 Partition, sampling and grids use only these four, so any such distribution will do. All of it is float64: in float32
-the upper quantiles of a narrow distribution round to 1, and the top edge becomes infinite.
+the upper probabilities of a narrow distribution round to 1, and the top edge becomes infinite.
 """
 
 import torch
@@ -46,11 +46,11 @@ def sample_sigma(noise, count, low, high, generator=None, device="cpu"):
 
 
 def quantiles(noise, parts):
-    """The parts + 1 levels that cut p_noise into equal probabilities, from sigma_max down to sigma_min. (parts + 1,)
+    """The parts + 1 levels that cut p_noise at equal probabilities, from sigma_max down to sigma_min. (parts + 1,)
     The quantile 1/2 is the same number for 2 parts and for 8: a sampler's grid meets the edges of blocks exactly.
     """
     sigmas = noise.inverse_cdf(torch.arange(parts, -1, -1, dtype=torch.float64) / parts)
-    sigmas[0], sigmas[-1] = noise.sigma_max, noise.sigma_min  # the ends to the last bit, too
+    sigmas[0], sigmas[-1] = noise.sigma_max, noise.sigma_min  # the ends, exact to the last bit
     return sigmas
 
 

@@ -20,9 +20,9 @@ class Stack:
     """blocks: DiffusionBlocks, noisiest first. partition: which is active at which noise level (partition.py).
 
     average: blocks with a DenoisingHead predict together (ours). The walk has passed blocks 0..b when it is at block b.
-    By Bayes' rule all of them estimate the same ln p(y | x), so the mean of their residuals (in ln p, normalised) takes
-    the place of block b's own: an ensemble. Below the noise levels that a block was trained on it is told the lowest of
-    them, since its answer should not depend on the level.
+    By Bayes' rule all of them estimate the same ln p(y | x), so the mean of their residuals (each normalised to ln p)
+    takes the place of block b's own: an ensemble. When sigma lies below the levels that a block was trained on, the
+    block is given the lowest of them, since its answer should not depend on the level.
     """
 
     def __init__(self, blocks, partition, average=False):
@@ -34,9 +34,9 @@ class Stack:
         """A function (z, sigma) -> ln p(y | z, x).
 
         Trunks of blocks with a DenoisingHead are evaluated here, once for all calls; other networks at each call.
-        caches: a dict in which networks keep keys and values between positions; a network that is shown z has others
-        for each noise level. temperature T sharpens the network's part: p(y | x)^(1/T) with a posterior or denoising
-        head, which leaves the likelihood of z as it is; the whole answer with the paper's head.
+        caches: a dict in which networks keep keys and values of earlier positions; a network that is shown z has one
+        for each noise level. temperature T: with a posterior or denoising head the network's part becomes
+        p(y | x)^(1/T), and the likelihood of z stays as it is; the paper's head has its whole answer sharpened.
         """
         trunks = self.blocks[0].head.sees_z
         features = [block.network(x, **_cache(caches, b)) for b, block in enumerate(self.blocks)] if trunks else None
@@ -57,8 +57,8 @@ class Stack:
 
 
 class Ensemble(nn.Module):
-    """Networks trained independently on all noise levels, as one; most often a single one. Its answer is the mean of
-    theirs: of D, each an estimate of E[y | z]; or of logits, which after normalisation is the mean of ln p.
+    """End-to-end networks, trained independently and used as one; usually there is just one. The answer is the mean
+    of theirs: of D, each an estimate of E[y | z]; or of logits, which after normalisation is the mean of ln p.
     """
 
     def __init__(self, networks):

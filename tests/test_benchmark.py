@@ -89,7 +89,10 @@ def test_a_benchmark_prints_ratios_and_costs_and_leaves_no_file(benchmark_of, te
 
 
 def test_bad_demands_on_a_benchmark_get_one_line(benchmark_of):
-    for flags, message in ((("--pairs", 0), "--pairs must be at least 1"), (("--baseline",), "the end-to-end network is timed anyway")):
+    for flags, message in (
+        (("--pairs", 0), "--pairs must be at least 1"),
+        (("--baseline",), "the end-to-end network is timed anyway"),
+    ):
         with pytest.raises(UsageError, match=message):
             benchmark_of("vit", *flags)
 

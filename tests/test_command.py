@@ -167,7 +167,7 @@ def test_every_way_in_which_compilation_fails_is_one_line(capsys, monkeypatch):
         ("RuntimeError: Compiler: cl is not found.", "there is no C++ compiler"),
         ("Cannot find a working triton installation.\nEither", "Triton is missing, or does not support this GPU"),
         ("Found Tesla P100 which is too old to be supported by the triton GPU compiler", "does not support this GPU"),
-        ("CppCompileError: C++ compile error\n\nCommand:", "for want of Python's header files"),
+        ("CppCompileError: C++ compile error\n\nCommand:", "because Python's header files are missing"),
     ):
 
         def main(said=said):
@@ -198,4 +198,4 @@ def test_on_a_mac_the_first_line_says_that_its_gpu_is_not_used(small, tmp_path, 
     for there in (False, True):
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=there: there)
         code, out, err = small("--out", tmp_path / str(there), "--only", "0")
-        assert code == 0 and ("--device mps would take this Mac's GPU" in out) == there, err
+        assert code == 0 and ("--device mps would use this Mac's GPU" in out) == there, err

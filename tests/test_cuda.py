@@ -60,6 +60,6 @@ def test_blocks_of_the_cpu_are_scored_on_a_gpu_as_there(small, cli, tmp_path, re
     expected = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))["metrics"]
     code, out, err = cli("--eval-only", "--device", "cuda", "--out", tmp_path / "run")
     assert code == 0, err
-    (line,) = re.findall("nats by block: (.*)", out)
+    (line,) = re.findall("nats per token, by block: (.*)", out)
     shares = list(map(float, line.split()))
     assert shares == pytest.approx(expected["nats_per_block"], rel=1e-3, abs=1e-3 * expected["nats_per_token"])

@@ -231,7 +231,7 @@ def test_blocks_of_different_runs_and_unfinished_ones_are_refused(small, tmp_pat
     sound = (source / "block_1.pt").read_bytes()
     shutil.copy(tmp_path / "other" / "block_1.pt", source)
     code, _, err = small(*further)
-    assert code == 2 and "block_1.pt and block_0.pt are of different runs" in err and err.count("\n") == 1, err
+    assert code == 2 and "block_1.pt and block_0.pt are from different runs" in err and err.count("\n") == 1, err
     (source / "block_1.pt").write_bytes(sound)
     state = torch.load(source / "block_1.pt", weights_only=True)
     torch.save({**state, "step": 3}, source / "block_1.pt")
@@ -257,7 +257,7 @@ def test_a_dit_is_trained_further_on_other_pictures_of_the_same_shape(cli, tmp_p
     if message:
         assert code == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "further").exists(), err
     else:
-        assert code == 0 and "was trained otherwise: p_mean" in out, err
+        assert code == 0 and "was trained differently: p_mean" in out, err
 
 
 def test_a_damaged_checksum_is_one_line(small, tmp_path):

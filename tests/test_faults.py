@@ -272,7 +272,7 @@ def test_fifty_damaged_checkpoints_are_refused_or_read_as_they_were(small, undis
             read_block(path)
         except UsageError as error:
             refused += 1
-            assert str(path) in str(error) and "move it away to train block 1 afresh" in str(error)
+            assert str(path) in str(error) and "move it away to train block 1 from scratch" in str(error)
         else:  # the damage is in padding, or in a name that says nothing of the content
             assert same(tensors(out, 1), expected)
     assert refused >= 40

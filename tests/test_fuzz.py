@@ -151,7 +151,7 @@ def test_code_in_a_checkpoint_never_runs(tmp_path, place):
     state[place] = {"x": Attack(str(target))} if place != "step" else Attack(str(target))
     torch.save(state, path)
     for read in (lambda: read_block(path), lambda: train(rest(tmp_path))):
-        with pytest.raises(UsageError, match="damaged or no block"):
+        with pytest.raises(UsageError, match="damaged or not a nano_db block"):
             read()
     assert not target.exists()
     torch.load(path, weights_only=False)  # the attack is a real one
@@ -163,7 +163,7 @@ def test_a_packed_archive_is_refused_before_it_is_unpacked(tmp_path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("block_0/data.pkl", bytes(50_000_000))
     assert path.stat().st_size < 100_000
-    with pytest.raises(UsageError, match="damaged or no block"):
+    with pytest.raises(UsageError, match="damaged or not a nano_db block"):
         read_block(path)
 
 

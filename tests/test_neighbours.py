@@ -224,7 +224,7 @@ def test_a_tiny_run_leaves_a_result_that_compare_reads(cli, tmp_path, method, fl
         (noprop, ("--method", "dt", "--learning-rate", "1e30", "--channels", "2"), "smaller --learning-rate"),
         (forward_forward, ("--network", "vit", "--patch", "5"), "must divide"),
         (forward_forward, ("--network", "vit", "--width", "18"), "multiple of"),
-        (greedy, ("--blocks", "7"), "more than 6 layers"),
+        (greedy, ("--blocks", "7"), "too many for 6 layers"),
         (greedy, ("--out", "/dev/null/x"), "choose another --out"),
     ],
 )

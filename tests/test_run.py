@@ -380,7 +380,7 @@ def test_foreign_and_misplaced_blocks_are_named(tmp_path):
     with pytest.raises(UsageError, match="holds block 0"):
         run.load_block(1)
     torch.save({"some": "tensors"}, run.paths[0])
-    with pytest.raises(UsageError, match="no block of nano_db"):
+    with pytest.raises(UsageError, match="not a nano_db block"):
         run.load_block(0)
     other = take(make_run(tmp_path / "b", layers=9))
     save(other)
@@ -396,7 +396,7 @@ def test_a_block_that_would_run_code_is_refused(tmp_path):
 
     run = take(make_run(tmp_path))
     torch.save({"format": "nano_db block 1", "weights": Attack()}, run.paths[0])
-    with pytest.raises(UsageError, match="damaged or no block"):
+    with pytest.raises(UsageError, match="damaged or not a nano_db block"):
         run.load_block(0)
 
 

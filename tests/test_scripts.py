@@ -167,7 +167,7 @@ def test_with_uniform_edges_each_block_takes_equally_many_steps(tiny, monkeypatc
 def test_layers_that_cannot_be_split_are_refused_before_there_is_a_folder(tiny, tmp_path, script):
     """Else the same command with the number corrected would meet a run of other settings there."""
     code, _, err = tiny(script, "--blocks", "3", "--layers", "2")
-    assert code == 2 and "3 blocks are more than 2 layers" in err and err.count("\n") == 1, err
+    assert code == 2 and "3 blocks are too many for 2 layers" in err and err.count("\n") == 1, err
     assert not (tmp_path / "run").exists()
 
 

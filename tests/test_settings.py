@@ -123,7 +123,7 @@ def test_help_has_each_flag_under_its_heading_with_what_it_is_when_none_is_given
         (["--eval-only", "--compile"], "--compile does nothing with --eval-only"),
         (["--eval-only", "--rounds", 3], "--rounds does nothing with --eval-only"),
         (["--eval-only", "--checkpoint-activations"], "--checkpoint-activations does nothing with --eval-only"),
-        (["--out", ""], "--out is empty: say what it shall be, or drop it"),
+        (["--out", ""], "--out is empty: give it a value, or drop it"),
         (["--words", "a", "--samples", 0], "--words does nothing with --samples 0: drop it"),
         (["--eval-only", "--out", "nowhere"], "nowhere holds no run"),
     ],
@@ -329,7 +329,7 @@ def test_flags_win_over_what_fewer_steps_would_make_of_a_preset(read, capsys):
     "flags, message",
     [
         ("--steps 50 --warmup 51", "--warmup 51 is longer than --steps 50"),
-        ("--steps 3 --rounds 4", "--rounds 4 are more than --steps 3"),
+        ("--steps 3 --rounds 4", "--rounds 4 is more than --steps 3"),
         ("--batch-size 3000000000", "--batch-size must be less than 2^31"),
         ("--steps 99999999999999999999", "--steps must be less than 2^31"),
     ],
@@ -347,7 +347,7 @@ def test_rounds_that_nobody_would_take_are_refused(cli, tmp_path, monkeypatch):
     assert code == 2 and "--rounds does nothing with torchrun" in err and err.count("\n") == 1, err
     monkeypatch.setenv("WORLD_SIZE", "many")
     code, _, err = cli("--out", tmp_path / "run")
-    assert code == 2 and "WORLD_SIZE=many in the environment is no number" in err and err.count("\n") == 1, err
+    assert code == 2 and "WORLD_SIZE=many in the environment is not a number" in err and err.count("\n") == 1, err
 
 
 def test_auto_never_takes_a_macs_gpu_and_help_says_so(read, monkeypatch, capsys):
@@ -356,4 +356,4 @@ def test_auto_never_takes_a_macs_gpu_and_help_says_so(read, monkeypatch, capsys)
     assert read().device == "cpu" and read("--device", "mps").device == "mps"
     with pytest.raises(SystemExit):
         read("--help")
-    assert "a Mac's mps only if it is named" in " ".join(capsys.readouterr().out.split())
+    assert "mps, a Mac's GPU, only on request" in " ".join(capsys.readouterr().out.split())

@@ -349,7 +349,7 @@ def test_the_bound_of_trained_blocks_and_its_shares_are_the_same_in_bfloat16(sma
 
 
 BAD = {
-    ("--blocks", "5"): "5 blocks are more than 4 layers",
+    ("--blocks", "5"): "5 blocks are too many for 4 layers",
     ("--blocks", "0"): "--blocks must be at least 1",
     ("--steps", "-3"): "--steps must be at least 1",
     ("--batch-size", "x"): "invalid int value",
@@ -361,11 +361,11 @@ BAD = {
     ("--walk", "last"): "use --predict (active for last)",
     ("--data", "wikipedia"): "pydocs, shakespeare",
     ("--seq-len", "4000"): "too few for --seq-len 4000",
-    ("--only", "7"): "must be numbers of blocks, 0 to 3",
-    ("--only", "a"): "must be numbers of blocks, 0 to 3",
+    ("--only", "7"): "must be block numbers from 0 to 3",
+    ("--only", "a"): "must be block numbers from 0 to 3",
     ("--prompt", "ÄÖ"): "'Ä' 'Ö'",
     ("--prompt", "\udcff"): "'\\udcff'",
-    ("--width", "18"): "a width of 18 is no multiple of 4",
+    ("--width", "18"): "width 18 is not a multiple of 4",
     ("--head", "posterior"): "--predict averaged needs --head denoising",
     ("--head", "paper"): "--predict averaged needs --head denoising",
     ("--recipe", "paper", "--predict", "averaged"): "--predict averaged needs --head denoising",

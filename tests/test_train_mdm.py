@@ -82,14 +82,14 @@ def test_signs_that_stand_in_texts_are_no_gaps(cli, tmp_path):
         (("--gap", "?"), "--gap does nothing without --fill"),
         (("--fill", "the dog"), "--fill has no gap: write ▁"),
         (("--fill", "the brown fox is"), "--fill has no gap: write ▁"),  # as long as the network reads
-        (("--blocks", "4"), "4 blocks are more than 3 layers"),
+        (("--blocks", "4"), "4 blocks are too many for 3 layers"),
         (("--recipe", "paper"), "unrecognized"),
         (("--sampling-steps", "0"), "at least 1"),
         (("--schedule", "square"), "invalid choice"),
         (("--baseline", "--overlap", "0.1"), "--overlap does nothing with the baseline method"),
         (("--layer-split", "1,1"), "must be 3 whole numbers above 0, which add up to 3 layers"),
         (("--layer-split", "1,1,x"), "the layer split '1,1,x' must be"),
-        (("--width", "18"), "a width of 18 is no multiple of 4"),
+        (("--width", "18"), "width 18 is not a multiple of 4"),
     ],
 )
 def test_bad_input_gets_one_clear_line(mdm, flags, message):

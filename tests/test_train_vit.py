@@ -79,7 +79,7 @@ def test_a_trunk_reads_the_image_alone_and_has_no_weights_for_noise():
     [
         (("--patch", "5"), "must divide"),
         (("--width", "18"), "multiple of 4"),
-        (("--blocks", "4"), "4 blocks are more than 3 layers"),
+        (("--blocks", "4"), "4 blocks are too many for 3 layers"),
         (("--glyphs", "10"), "at least 100"),
         (("--data", "nowhere"), "does nothing with --data nowhere"),
         (("--head", "paper"), "--predict averaged needs --head denoising"),

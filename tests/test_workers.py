@@ -206,7 +206,7 @@ def test_a_step_on_which_the_members_do_not_agree_is_one_line(tmp_path):
             return "went on"
 
     for answer in as_group(2, work, tmp_path / "group"):
-        assert "block 3's file is not the same to all processes" in answer and "\n" not in answer
+        assert "block 3's file is not the same for all processes" in answer and "\n" not in answer
 
 
 def test_a_stop_asked_of_one_member_is_heard_by_all(tmp_path):
@@ -226,7 +226,7 @@ def test_a_member_that_dies_is_one_line_to_the_other(tmp_path):
                 group.average([torch.ones(1000)])
 
     answer, died = as_group(2, work, tmp_path / "group")
-    assert "lost a process of its group: the same command goes on from the last save" in answer and "\n" not in answer
+    assert "lost a process of its group: run the same command again to resume" in answer and "\n" not in answer
     assert died == -signal.SIGKILL
 
 

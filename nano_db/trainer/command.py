@@ -1,4 +1,4 @@
-"""How a command speaks and ends: what it prints can be shown anywhere, and what a user can fix is said in one line."""
+"""How a command prints and ends: its output can be shown anywhere, and an error that a user can fix is one line."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from nano_db.errors import UsageError, compiler_fault, is_out_of_memory
 
 class Screen:
     """stdout or stderr as a stream that never raises. Characters that its encoding lacks become escapes such as
-    \\u65e5. When nobody reads any longer (a closed pipe, a full disk), the rest is dropped, and the command goes on.
+    \\u65e5. When nobody is reading (a closed pipe, a full disk), the rest is dropped, and the command continues.
     """
 
     def __init__(self, stream):
@@ -41,7 +41,7 @@ class Screen:
 
 
 def command(main):
-    """Run a script's main: a UsageError is one line on stderr and exit code 2, an interruption one line and 130."""
+    """Run a script's main: a UsageError gives one line on stderr and exit code 2, an interruption one line and 130."""
     with ExitStack() as stack:
         for redirect, stream in ((redirect_stdout, sys.stdout), (redirect_stderr, sys.stderr)):
             if stream is not None:  # a program without a console, such as pythonw, has none
@@ -58,10 +58,10 @@ def command(main):
                 error = UsageError(f"--compile: {fault}; without --compile the same run trains, only slower")
             if not isinstance(error, UsageError):
                 raise
-            path = Path(sys.argv[0])  # of a package it is __main__.py
+            path = Path(sys.argv[0])  # for a package it is __main__.py
             name, line = path.parent.name if path.stem == "__main__" else path.name, " ".join(str(error).splitlines())
-            print(f"{name}: error: {line}", file=sys.stderr)  # one line, though a file's name may have two
+            print(f"{name}: error: {line}", file=sys.stderr)  # one line, even if a file name contains a line break
             sys.exit(2)
         except KeyboardInterrupt:
-            print("\nstopped; what was reached is saved, and the same command goes on from there", file=sys.stderr)
+            print("\nstopped; progress is saved: run the same command again to resume", file=sys.stderr)
             sys.exit(130)

@@ -1,11 +1,11 @@
-"""Many processes, one run: who trains which block, and who trains one block together.
+"""Many processes, one run: which process trains which block, and which of them share one.
 
 torchrun (or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) starts R processes. With as many
-blocks, process r trains block r. With more blocks, a process takes several, one after the other. With more processes,
+blocks, process r trains block r. With more blocks, a process trains several, one after the other. With more processes,
 those of one block form a group, which is ordinary data-parallel training: each draws its own local batch, from (seed,
 block, step, rank), and the gradients are averaged. What a group sends stays in the group, because the only process
-group that a process ever joins is its block's; a process with a block to itself joins none. Between blocks nothing
-passes but, at the end of the training, a count of who has finished, so that process 0 knows when to evaluate. Files do
+group that a process ever joins is its block's; a process with a block to itself joins none. Nothing passes between
+blocks except a count of the processes that have finished training, so that process 0 knows when to evaluate. Files do
 the rest (run.py).
 """
 
@@ -23,7 +23,7 @@ from nano_db.errors import UsageError
 
 @dataclass(frozen=True)
 class Group:
-    """The processes that train one block, seen from that of number `rank` of `size`. Most often there is only one.
+    """The processes that train one block, as seen by process `rank` of `size`. Usually there is only one.
 
     store: where the members find each other (a torch.distributed.Store).
     """
@@ -34,7 +34,7 @@ class Group:
 
     @contextmanager
     def connected(self, b, device, step):
-        """A context in which the group of block b can talk. All members must have reached one `step`."""
+        """A context in which the group of block b can communicate. All members must be at the same `step`."""
         if device == "mps":
             raise UsageError("--device mps cannot share a block between processes: start one process per block")
         if device == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
@@ -47,15 +47,15 @@ class Group:
             self._all_reduce(ends, dist.ReduceOp.MAX)
             if ends[0] != -ends[1]:
                 raise UsageError(
-                    f"block {b}'s file is not the same to all processes that share the block: "
-                    "give them an --out on a disk that all of them see"
+                    f"block {b}'s file is not the same for all processes that share the block: "
+                    "give them an --out on a disk that all of them can see"
                 )
             yield
         finally:
             dist.destroy_process_group()
 
     def average(self, tensors):
-        """Put the mean over the members in the place of each tensor, in one message."""
+        """Replace each tensor by its mean over the members, in one message."""
         flat = self.mean(torch.cat([tensor.flatten() for tensor in tensors]))
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
@@ -77,7 +77,7 @@ class Group:
             dist.all_reduce(tensor, operation)
         except RuntimeError as error:
             if isinstance(error, dist.DistError) or "peer" in str(error):  # the latter is what gloo says
-                message = "this block lost a process of its group: the same command goes on from the last save"
+                message = "this block lost a process of its group: run the same command again to resume"
                 raise UsageError(message) from error
             raise
 
@@ -93,7 +93,7 @@ class Worker:
     def assign(self, blocks, batch_size):
         """Which of `blocks` this process trains, and with whom: (list of blocks, Group).
 
-        Neighbouring ranks form a group, as they stand on one machine, most likely.
+        Neighbouring ranks form a group, since they are most likely on the same machine.
         """
         if self.world_size <= len(blocks):
             return blocks[self.rank :: self.world_size], Group()
@@ -126,12 +126,12 @@ def launcher_number(name, default):
     """A whole number that torchrun sets in the environment."""
     text = os.environ.get(name) or str(default)
     if not text.isdecimal():
-        raise UsageError(f"{name}={text} in the environment is no number: start with torchrun, or unset it")
+        raise UsageError(f"{name}={text} in the environment is not a number: start with torchrun, or unset it")
     return int(text)
 
 
 def join():
-    """This process as a Worker, from what torchrun sets. On CUDA each process takes a GPU, as far as they go."""
+    """This process as a Worker, from what torchrun sets. On CUDA each process has its own GPU, if there are enough."""
     try:
         store, rank, world_size = next(dist.rendezvous("env://"))
     except (ValueError, RuntimeError) as error:

@@ -1,8 +1,7 @@
 """How far generated images are from real ones: a Frechet distance in the features of a small classifier.
 
 FID (Heusel et al. 2017) takes the features of an Inception network trained on ImageNet. This is the same distance in
-the features of a small network trained on the spot. Its values can be compared only with each
-other, on the same data.
+the features of a small network trained on the spot. Its values can be compared only with each other, on the same data.
 """
 
 from itertools import pairwise
@@ -29,12 +28,12 @@ def frechet_distance(a, b):
 
 
 class FrechetSmall:
-    """The distance to the training images of `images` (data/images.py), in 64 features: three convolutions that halve
-    the image each, then the mean over what is left of it. They are trained at once, for `steps` steps, from a seed of
-    their own, so that runs with different seeds are measured alike.
+    """The distance to the training images of `images` (data/images.py), in 64 features: three convolutions that each
+    halve the image, then the mean over the remaining positions. They are trained here, for `steps` steps, from a fixed
+    seed, so that runs with different seeds are measured in the same way.
 
     count: how many images will be judged, more than 64. Half of the training images are the reference; `floor` is the
-    distance of `count` images of the other half, so it has to have as many.
+    distance of `count` images from the other half, which must have that many.
     """
 
     def __init__(self, images, count, steps, device="cpu"):

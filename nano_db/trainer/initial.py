@@ -1,7 +1,7 @@
 """--init-from: a run that starts from the weights of another.
 
 With the same method and number of networks, each network continues from its own weights. An end-to-end network can also
-be cut: its layers are dealt out to the blocks.
+be cut: its layers are divided among the blocks.
 """
 
 import hashlib
@@ -15,12 +15,12 @@ from nano_db.layers import open_gates
 from nano_db.trainer.checkpoints import differences, explained, read_block, read_config, require
 from nano_db.trainer.settings import Discrete
 
-MAY_DIFFER = ("noise", "overlap", "partition", "p_mean", "sigma_data", "schedule")  # a network adapts; but it is said
+MAY_DIFFER = ("noise", "overlap", "partition", "p_mean", "sigma_data", "schedule")  # networks adapt, but a line says so
 
 
 def initial_weights(settings, b=0):
-    """(weights, sha256, state) of network b of the run to start from: averaged weights if there are any; and all of its
-    file.
+    """(weights, sha256, state) of network b of the run to start from: the weights (averaged, if there is an average),
+    their checksum, and the contents of its file.
     """
     path, sha256 = Path(settings.init_from) / f"block_{b}.pt", hashlib.sha256()
     if not os.path.exists(path):
@@ -34,11 +34,11 @@ def initial_weights(settings, b=0):
 
 
 def initial_checksums(settings, count, keeps, fixed):
-    """The checksums of the networks to start from, as a text with spaces between: of as many as this run has, or of one
-    to be cut. A run that has begun has them in its config.json, and the networks may be gone.
+    """The checksums of the networks to start from, separated by spaces: one for each network of this run, or a single
+    one to be cut. A run that has begun has them in its config.json, and the networks may be gone.
 
-    count, keeps, fixed: the Run's. Raises UsageError unless it is a finished run of the same script, version and
-    network, whose data has the same vocabulary, or images of this shape and as many classes.
+    count, keeps, fixed: the Run's. Raises UsageError unless --init-from is a finished run of the same script, version
+    and network, whose data has the same vocabulary, or images of the same shape and number of classes.
     """
     if found := stored_checksums(settings, count):
         return found
@@ -55,11 +55,11 @@ def initial_checksums(settings, count, keeps, fixed):
     others = differences(there, {name: fixed[name] for name in MAY_DIFFER if name in fixed and name in there})
     others += differences(config["keeps"], {name: keeps[name] for name in ("classes",) if name in keeps})
     if others:
-        print(f"--init-from {settings.init_from} was trained otherwise: {'; '.join(others)}")
+        print(f"--init-from {settings.init_from} was trained differently: {'; '.join(others)}")
     networks += [facts(settings, b) for b in range(1, 1 if cut else count)]
     for b, (_, own, step) in enumerate(networks):
         if own != there:
-            raise UsageError(f"--init-from {settings.init_from}: its block_{b}.pt and block_0.pt are of different runs")
+            raise UsageError(f"--init-from {settings.init_from}: block_{b}.pt and block_0.pt are from different runs")
         if step != there.get("steps"):
             reached = f"block {b} is at step {step} of {there.get('steps')}"
             raise UsageError(f"--init-from {settings.init_from} is not finished: {reached}")
@@ -73,7 +73,7 @@ def facts(settings, b):
 
 
 def stored_checksums(settings, count):
-    """Those that a run which has begun has in its config.json; "" for a new run. count: of its networks."""
+    """The checksums in the config.json of a run that has begun; "" for a new run. count: of its networks."""
     if not os.path.exists(Path(settings.out) / "config.json"):
         return ""
     if os.path.realpath(settings.out) == os.path.realpath(settings.init_from):
@@ -88,8 +88,8 @@ def stored_checksums(settings, count):
 
 
 def needed(settings, fixed, cut):
-    """What of `fixed` the networks to start from must agree with: what shapes them, and the seed where it makes the
-    target embeddings. cut: how blocks share the layers of one network need not agree.
+    """The part of `fixed` that the networks to start from must agree with: what shapes them, and the seed where it
+    makes the target embeddings. cut: a whole network is cut into blocks, so their layer_split need not agree.
     """
     names = {"tokenizer", "baseline"}
     names |= {"ensemble"} if settings.baseline else {"blocks", "head"}
@@ -100,24 +100,24 @@ def needed(settings, fixed, cut):
 
 
 def other_data(there, here):
-    """In words, where data differs in what shapes a network. there, here: what runs keep of their data (Run)."""
+    """In words, the differences in data that shape a network. there, here: what runs keep of their data (Run)."""
     different = []
     if there.get("vocabulary") != here.get("vocabulary"):
         different.append("another vocabulary there")
     if there.get("shape") != here.get("shape"):
         different.append(f"images of shape {there.get('shape')} there, {here.get('shape')} here")
-    classes = [len(keeps.get("classes", ())) for keeps in (there, here)]  # others may take the place of as many
+    classes = [len(keeps.get("classes", ())) for keeps in (there, here)]  # as many others may replace them
     if classes[0] != classes[1]:
         different.append(f"{classes[0]} classes there, {classes[1]} here")
     return different
 
 
 def layers_of(network, own, first):
-    """`own`, the first weights of a block, with those of the trained `network` from its layer number `first` on, and of
-    what surrounds them. Both are state_dicts. What the network does not have, or has in another shape, stays as it is:
-    a denoising head, say. But a layer that is modulated only in the block gets open gates, for behind gates that are
-    zero the layers would do nothing. And as fewer layers divide their branches by less (layers.Layer), what writes to
-    the residual stream is divided here by the rest.
+    """`own`, the initial weights of a block, replaced by those of the trained `network`: its layers from number `first`
+    on, and what surrounds them. Both are state_dicts. What the network lacks, or has in another shape, stays as it is:
+    a denoising head, say. But a layer that is modulated only in the block gets open gates: with gates of zero it would
+    do nothing. And since fewer layers divide their branches by less (layers.Layer), weights that write to the residual
+    stream are scaled down here to compensate.
     """
     begun, rescale = {}, (depth_of(own) / depth_of(network)) ** 0.5
     for name, weight in own.items():
@@ -133,5 +133,5 @@ def layers_of(network, own, first):
 
 
 def depth_of(weights):
-    """How many layers the network has whose state_dict this is; at least 1."""
+    """The number of layers of the network with this state_dict; at least 1."""
     return len({found[1] for name in weights if (found := re.match(r"network\.layers\.(\d+)\.", name))}) or 1

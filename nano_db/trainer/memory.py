@@ -12,10 +12,10 @@ PARTS = ("weights", "gradients", "optimizer", "activations")
 
 
 def training_bytes(module, batch, optimizer, context=nullcontext()):  # noqa: B008
-    """Take one training step of `module` and count. Returns {part: bytes} for PARTS and their "total".
+    """Take one training step of `module` and count bytes. Returns {part: bytes} for PARTS and their "total".
 
-    Activations are the tensors that autograd saves in the forward pass, each storage once, weights excluded. Of what is
-    recomputed (layers.py) the inputs count, and what the largest such part saves when it is evaluated again. Target
+    Activations are the tensors that autograd saves in the forward pass, each storage once, weights excluded. For parts
+    that are recomputed (layers.py) their inputs count, plus what the largest one saves when evaluated again. Target
     embeddings and other fixed buffers count as weights. context: the autocast to compute in.
     """
     fixed = [*module.parameters(), *module.buffers()]
@@ -32,8 +32,8 @@ def training_bytes(module, batch, optimizer, context=nullcontext()):  # noqa: B0
 
 
 def allocator_peak(module, batch, optimizer, context=nullcontext()):  # noqa: B008
-    """Take one more training step on CUDA. Returns the most bytes that the allocator held during it: besides the parts
-    above there are temporaries, and whatever else is on the device. At the first step AdamW has no averages yet.
+    """Take one more training step on CUDA. Returns the peak of allocated bytes: besides the PARTS, they include
+    temporaries, and whatever else is on the device. Call it after a first step: before that, AdamW has no averages.
     """
     optimizer.zero_grad()
     torch.cuda.reset_peak_memory_stats()
@@ -45,7 +45,7 @@ def allocator_peak(module, batch, optimizer, context=nullcontext()):  # noqa: B0
 
 
 def _activation_bytes(module, batch, fixed, context):
-    """See training_bytes. What is recomputed is watched, to see what it saves when it is evaluated separately."""
+    """See training_bytes. Recomputed parts are watched, to see what each saves when it is evaluated again."""
     # By _cdata: the fake tensors of experiments/plan.py have no data_ptr.
     fixed = {tensor.untyped_storage()._cdata for tensor in fixed}
     levels, held = [({}, [0])], []  # {storage: its bytes} kept; what each part keeps while it is evaluated again
@@ -54,17 +54,17 @@ def _activation_bytes(module, batch, fixed, context):
         storage = tensor.untyped_storage()
         if storage._cdata not in fixed and not any(storage._cdata in kept for kept, _ in levels):
             levels[-1][0][storage._cdata] = storage.nbytes()
-        return tensor.detach()  # itself would be a circle: an output, its graph, and what the graph saved
+        return tensor.detach()  # else a reference cycle: the tensor, its graph, what the graph saved
 
     def look_inside(function, *inputs, **named):
-        held.append(inputs)  # with the graphs behind them
+        held.append(inputs)  # keeps the graphs behind them alive
         for tensor in filter(torch.is_tensor, inputs):
             note(tensor)
         levels.append(({}, [0]))
         result = function(*inputs, **named)
         kept, inside = levels.pop()
         levels[-1][1].append(sum(kept.values()) + max(inside))
-        return result.detach().requires_grad_()  # what was saved inside is free again
+        return result.detach().requires_grad_()  # what was saved inside is freed
 
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     with watch_recomputing(look_inside), hooks, context:

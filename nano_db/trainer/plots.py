@@ -22,7 +22,7 @@ def block_colours(blocks):
 
 def save_figure(figure, path):
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a class may be named in letters that the font has not
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a class name may have letters that the font lacks
         write_atomically(Path(path), lambda file: figure.savefig(file, dpi=110, format="png"))
     plt.close(figure)
 
@@ -79,7 +79,7 @@ def draw_classification(path, images, log_p, labels, metrics, hardest):
 def draw_images(path, states, partition, classes, sigma_data, walks=3, columns=13):
     """samples.png of an image generator: images with their classes, and some walks from noise to image.
 
-    states: of the whole walk (sampler.State), images (B, C, H, W) in [-1, 1], classes in turn. A walk is two rows: the
+    states: of the whole walk (sampler.State), images (B, C, H, W) in [-1, 1], classes in turn. A walk has two rows: the
     noisy image z, scaled to the range of a clean one, and D, the active block's estimate of it. The frame has the
     colour of the block.
     """
@@ -118,7 +118,7 @@ def _pixels(image):
 def _show_mosaic(ax, images, labels, columns, gap, frames=None):
     """Show images (C, H, W) in [-1, 1] side by side, with labels above the first of them.
 
-    frames: a colour for each, of its label and of the inner half of the gap around it.
+    frames: a colour per image, for its label and the inner half of the gap around it.
     """
     H, W = images[0].shape[1:]
     canvas, edge = np.ones((math.ceil(len(images) / columns) * (H + gap) + gap, columns * (W + gap) + gap, 3)), gap // 2

@@ -1,5 +1,5 @@
-"""What a run leaves: at its end result.json, curves.png and the cost of training and of use; and texts of a language
-model.
+"""What a run leaves: result.json, curves.png and the cost of training and of inference, at its end; and a language
+model's texts.
 """
 
 import json
@@ -17,24 +17,24 @@ from nano_db.trainer.checkpoints import write_json, write_text
 from nano_db.trainer.memory import allocator_peak, training_bytes
 from nano_db.trainer.run import VERSIONS, autocast, first_weights, make_optimizer, networks
 
-LARGE_VOCABULARY = 2000  # tokens, of which a beginner would not think that they take memory
+LARGE_VOCABULARY = 2000  # tokens: above this, their memory may surprise a beginner
 
 
 def report(run, metrics, metric, build, batch, sample, *shared):
-    """Write result.json and curves.png, print what training and a sample cost, and name the run's files.
+    """Write result.json and curves.png, print what training and a sample cost, and list the run's files.
 
     metrics: the script's own; `metric` is drawn over the rounds. build, batch, sample and shared: of the script.
-    memory_bytes and seconds_per_step are the largest block's (or the baseline's); the sum over blocks stands beside.
+    memory_bytes and seconds_per_step are the maximum over networks; seconds_per_step_all_blocks is the sum.
     """
-    settings, local = run.settings, replace(run.settings, batch_size=run.batch_size)  # of this process
+    settings, local = run.settings, replace(run.settings, batch_size=run.batch_size)  # with this process's batch
     costs = {settings.method: costs_of(local, build, batch, sample, *shared)}
     seconds = [(state := run.load_block(b))["seconds"] / state["step"] for b in range(run.count)]
     result = {"script": run.script, "method": settings.method, "blocks": run.count, "steps": settings.steps}
     result |= {"seed": settings.seed, "device": settings.device, "versions": VERSIONS, "metrics": metrics}
-    result["settings"] = asdict(settings)  # what was evaluated: config.json has those of the run's first command
+    result["settings"] = asdict(settings)  # those of this evaluation; config.json has those of the first command
     result |= {"seconds_per_step": max(seconds), "seconds_per_step_all_blocks": sum(seconds), **costs[settings.method]}
     write_json(run.folder / "result.json", result)
-    if not settings.baseline:  # the network that blocks are there to avoid: it may be too large for this machine
+    if not settings.baseline:  # the network that blocks help to avoid: it may be too large for this machine
         try:
             costs["end to end"] = costs_of(end_to_end(local), build, batch, sample, *shared)
             result["baseline_memory_bytes"] = costs["end to end"]["memory_bytes"]
@@ -53,12 +53,12 @@ def report(run, metrics, metric, build, batch, sample, *shared):
 
 
 def end_to_end(settings):
-    """The settings of one end-to-end network in the place of blocks."""
+    """The settings for one end-to-end network instead of blocks."""
     return replace(settings, baseline=True, **({"ensemble": 1} if hasattr(settings, "ensemble") else {}))
 
 
 def costs_of(settings, build, batch, sample, *shared):
-    """memory_bytes: of a training step, by part, of the network that takes most. parameters: of all networks.
+    """memory_bytes: of a training step, by part, for the largest network. parameters: of all networks.
     one_sample: see cost_of_use.
     """
     counts, context = [], autocast(settings)
@@ -81,8 +81,8 @@ def costs_of(settings, build, batch, sample, *shared):
 def cost_of_use(settings, built, sample, *shared, count=16):
     """Cost of one sample, as a dictionary; it does not depend on the weights. built: networks, in evaluation mode.
 
-    seconds: of a batch of `count`, the median of three, divided by it. weights: bytes of the largest network, for
-    more than one at a time need not be in memory.
+    seconds: the median of three timings of a batch of `count`, divided by `count`. weights: bytes of the largest
+    network, since only one at a time needs to be in memory.
     """
     evaluations = []
     layers = [m for network in built for m in network.modules() if isinstance(m, Layer)]
@@ -91,7 +91,7 @@ def cost_of_use(settings, built, sample, *shared, count=16):
         sample(built, 1, settings, *shared)
         for handle in handles:
             handle.remove()
-        times = [seconds_of(settings, sample, built, count, settings, *shared) for _ in range(4)][1:]  # warm
+        times = [seconds_of(settings, sample, built, count, settings, *shared) for _ in range(4)][1:]  # after a warm-up
     weights = max(sum(t.nbytes for t in (*network.parameters(), *network.buffers())) for network in built)
     return {"layer_evaluations": sum(evaluations), "seconds": statistics.median(times) / count, "weights": weights}
 
@@ -108,7 +108,7 @@ def seconds_of(settings, work, *args):
 def print_costs(costs):
     """Two tables of text, with ratios to the last column in brackets. costs: {column: what costs_of returns}."""
     units = {"layer_evaluations": ("", 1), "seconds": ("ms", 1000)}
-    for part, title in (("memory_bytes", "training, the largest network"), ("one_sample", "use, for one sample")):
+    for part, title in (("memory_bytes", "training, the largest network"), ("one_sample", "inference, one sample")):
         print(f"\n{title:32}" + "".join(f"{column:>22}" for column in costs))
         *_, last = (cost[part] for cost in costs.values())
         for figure in last:
@@ -122,7 +122,7 @@ def print_costs(costs):
 
 
 def note_vocabulary(classes, settings):
-    """Before a training, say what a large vocabulary costs in memory, of which a beginner would not think."""
+    """Before training, say how much memory a large vocabulary takes, which may surprise a beginner."""
     if classes >= LARGE_VOCABULARY and not settings.eval_only:
         weights = 16 * 2 * classes * settings.width  # with gradients and AdamW's averages, in float32
         logits = 4 * settings.batch_size * settings.seq_len * classes
@@ -131,14 +131,14 @@ def note_vocabulary(classes, settings):
 
 
 def can_score(data):
-    """Whether held-out data is here. If not, it says why: an evaluation alone may sample without it."""
+    """Whether held-out data is available. If not, prints why: --eval-only may still sample without it."""
     if data.missing:
-        print(f"not scored, only sampled: {data.missing}. If it lies elsewhere now, give --data")
+        print(f"not scored, only sampled: {data.missing}. If it has moved, give its path with --data")
     return not data.missing
 
 
 def keep_samples(run, texts):
-    """Leave texts in samples.txt (not with --eval-only), and print them."""
+    """Save texts in samples.txt (not with --eval-only), and print them."""
     if texts:
         if not run.settings.eval_only:
             write_text(run.folder / "samples.txt", "\n---\n".join(texts))
@@ -159,8 +159,8 @@ def continue_prompt(text, complete, settings, *model):
 
 
 def export_texts(run, text, complete, *model):
-    """After the last round keep the first quarter of --export held-out windows, and sample the rest again: into
-    texts.jsonl of the run, a line per window, its "prompt", what was "written", and the "original" of that.
+    """After the last round take --export held-out windows, keep the first quarter of each, and sample the rest anew.
+    texts.jsonl of the run gets a line per window: its "prompt", what was "written", and the "original" text.
 
     complete(tokens (n, m), length, generator, settings, *model): returns (n, m + length) tokens.
     """
@@ -178,7 +178,7 @@ def export_texts(run, text, complete, *model):
 
 
 def picture(run):
-    """Where the run's picture goes. With --eval-only it gets a name of its own: the one of the training stays."""
+    """Where the run's picture goes. With --eval-only it has another name, to keep the one from training."""
     path = run.folder / ("samples-again.png" if run.settings.eval_only else "samples.png")
     print(f"picture: {path}")
     return path
@@ -190,7 +190,7 @@ def is_taken(path):
 
 
 def refuse_inside(settings):
-    """Raise UsageError where the run's folder would be a part of its data, a folder of pictures."""
+    """Raise UsageError if the run's folder would lie inside its data, a folder of pictures."""
     if os.path.realpath(settings.out).startswith(os.path.join(os.path.realpath(settings.data), "")):
         raise UsageError(f"--out {settings.out} lies inside --data {settings.data}: its pictures would become data")
 

@@ -36,7 +36,7 @@ VERSIONS = dict(nano_db=__version__, python=platform.python_version(), torch=tor
 
 
 def seed_from(*numbers):
-    """Seed torch's generators from whole numbers below 2^32. Zeros at the end do not count, else all tuples differ."""
+    """Seed torch's generators from whole numbers below 2^32. For up to four numbers, trailing zeros do not count."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
@@ -49,7 +49,7 @@ def make_optimizer(module, settings):
 
 
 def learning_rate(step, settings):
-    """Linear warm-up, then a cosine from the peak to final_rate of it, at `step` of settings.steps."""
+    """Linear warm-up, then a cosine from the peak to final_rate times the peak, at `step` of settings.steps."""
     if step < settings.warmup:
         return settings.learning_rate * (step + 1) / settings.warmup
     progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
@@ -58,7 +58,7 @@ def learning_rate(step, settings):
 
 
 def ema_decay(step, settings):
-    """Decay of the moving average at `step`: short at first, so that an average over few steps forgets the random first
+    """Decay of the moving average at `step`: low at first, so that an average over few steps forgets the random initial
     weights (as in TensorFlow's ExponentialMovingAverage), then settings.ema.
     """
     return min(settings.ema, (1 + step) / (10 + step))
@@ -77,7 +77,7 @@ def autocast(settings):
 def first_weights(build, b, settings, *shared):
     """build(b, settings, *shared) on the device: block b, with weights that depend only on the seed and b."""
     if settings.compile:
-        gc.collect()  # a compiled network refers to itself: the block before is still there
+        gc.collect()  # a compiled network refers to itself: the previous block is still in memory
     seed_from(settings.seed, b, *FIRST_WEIGHTS)
     module = build(b, settings, *shared).to(settings.device)
     if settings.checkpoint_activations:
@@ -86,8 +86,8 @@ def first_weights(build, b, settings, *shared):
 
 
 def noise_identity(partition):
-    """What tells the noise levels of a Partition from others, as plain values for a Run's depends_on. The edges do not
-    suffice: those of a single block are the ends of the range, whatever lies between.
+    """What identifies the noise levels of a Partition, as plain values for a Run's depends_on. The edges are not
+    enough: those of a single block are just the ends of the range.
     """
     noise = partition.noise
     return {"edges": [round(edge, 5) for edge in partition.edges], "p_mean": noise.p_mean, "p_std": noise.p_std}
@@ -95,10 +95,10 @@ def noise_identity(partition):
 
 class Run:
     """script: its name, like "gpt". settings: those of trainer/settings.py. keeps: what sampling needs of the data, and
-    what a run to start from must agree with, like the vocabulary. depends_on: what else the weights depend on, like the
-    data's checksum. Both are plain values.
+    what the run of --init-from must agree with, like the vocabulary. depends_on: what else the weights depend on, like
+    the data's checksum. Both are plain values.
 
-    count: networks to train, each with a file. batch_size: samples that this process draws per step.
+    count: networks to train, each with its own file. batch_size: samples that this process draws per step.
     """
 
     def __init__(self, script, settings, keeps=None, **depends_on):
@@ -122,24 +122,24 @@ class Run:
             self.mine, self.group = self.worker.assign(self.mine, settings.batch_size)
         if settings.eval_only:
             self.mine = []
-        self.alone = not only and self.worker.world_size == 1  # nobody else is to train blocks of this run
+        self.alone = not only and self.worker.world_size == 1  # no other process trains blocks of this run
         self.batch_size = settings.batch_size // self.group.size
-        # The end of this round; whether this process has trained; (loss, gradient norm) since the last look:
+        # The end of this round; whether this process has trained; (loss, gradient norm) since the last log line:
         self.step_to_reach, self.trained, self.losses = 0, False, []
         self.finished = False  # whether all blocks had taken all steps when `ready` looked: a run reports then
 
     # --- the training loop, from outside to inside ---
 
     def rounds(self):
-        """Count the rounds: in each of R, every block trains steps / R steps. A script evaluates after it, if `ready`.
-        With --only or torchrun there is one. Raises UsageError if another process trains one of these blocks.
+        """Yield the rounds: in each of R, every block trains steps / R steps. Scripts evaluate after each, if `ready`.
+        With --only or torchrun there is only one. Raises UsageError if another process trains one of these blocks.
         """
         self._take_folder()
         settings = self.settings
         if not (self.worker.rank or settings.eval_only):
             where = f"{settings.device}, {settings.dtype}"
             if settings.device == "cpu" and torch.backends.mps.is_available():
-                where += " (--device mps would take this Mac's GPU, which nobody has tried yet)"
+                where += " (--device mps would use this Mac's GPU, which is untested)"
             print(f"preset {settings.preset} on {where}: {self.count} x {settings.steps} steps")
         rounds = settings.rounds if self.alone and not settings.eval_only else 1
         with ExitStack() as locks:
@@ -152,15 +152,15 @@ class Run:
                 yield r
 
     def blocks_to_train(self):
-        """This process's blocks, one after the other, that have steps to go in this round."""
+        """This process's blocks that have steps left in this round, one after the other."""
         return (b for b in self.mine if self.step_of(b) < self.step_to_reach)
 
     def steps(self, b, module, optimizer):
-        """Count block b's steps of this round, for a loop whose body takes a step and hands its loss to `record`.
+        """Yield block b's steps of this round, for a loop whose body takes a step and passes its loss to `record`.
 
-        First the block's file is loaded. Before each step generators are seeded, and the rate is set; after it come
-        the moving average and, at times, a line of metrics and the file. Raises KeyboardInterrupt after saving, upon
-        Ctrl-C or SIGTERM; UsageError for a loss that is not finite, with the last good file in place.
+        First the block's file is loaded. Before each step the generators are seeded and the learning rate is set; after
+        it the moving average is updated and, at times, metrics and the file are written. Raises KeyboardInterrupt after
+        saving, on Ctrl-C or SIGTERM; UsageError for a loss that is not finite, leaving the last good file in place.
         """
         settings, group = self.settings, self.group
         at = self._restore(b, module, optimizer)
@@ -178,12 +178,12 @@ class Run:
             raise KeyboardInterrupt
 
     def average_gradients(self, module):
-        """Where several processes train this block, put the mean of their gradients in the place of each one's own."""
+        """If several processes train this block, replace each one's gradients by the mean of all."""
         if self.group.size > 1:
             self.group.average([p.grad for p in module.parameters() if p.grad is not None])
 
     def record(self, loss, norm):
-        """Note the loss and the norm of the gradient of a step, as tensors: looking at them would make a GPU wait."""
+        """Note the loss and the norm of the gradient of a step, as tensors: reading values would make a GPU wait."""
         self.losses.append(torch.stack([loss.detach(), norm]))
 
     @property
@@ -192,7 +192,7 @@ class Run:
         return self.step_to_reach == self.settings.steps
 
     def ready(self):
-        """Whether this process shall evaluate now. Process 0 waits until all others have trained their blocks."""
+        """Whether this process should evaluate now. Process 0 waits until all others have trained their blocks."""
         self.worker.wait_for_all()
         if self.worker.rank:
             return False
@@ -215,7 +215,7 @@ class Run:
     # --- files ---
 
     def trained_block(self, b, build, *shared):
-        """Block b as its file has it, for evaluation: with the moving average of its weights, where there is one."""
+        """Block b from its file, for evaluation: with the moving average of its weights, if there is one."""
         if not self.paths[b].exists():
             raise UsageError(f"{self.paths[b]} is missing: block {b} has not been trained yet")
         state, module = self.load_block(b), first_weights(build, b, self.settings, *shared)
@@ -227,11 +227,11 @@ class Run:
         return [self.trained_block(b, build, *shared) for b in range(self.count)]
 
     def step_of(self, b):
-        """The step at which block b's file stands; 0 if there is none."""
+        """The step that block b's file has reached; 0 if there is no file."""
         return self.load_block(b)["step"] if self.paths[b].exists() else 0
 
     def save_block(self, b, step, seconds, weights, optimizer, ema=None):
-        """seconds: pure training time so far. All is tensors and plain values, to be read with weights_only=True."""
+        """seconds: pure training time so far. All are tensors and plain values, so weights_only=True can load them."""
         state = {"block": b, "step": step, "seconds": seconds, "settings": self.fixed}
         state |= {"weights": weights, "optimizer": optimizer, "ema": ema}
         checkpoints.write_atomically(self.paths[b], lambda file: torch.save(state, file))
@@ -246,23 +246,23 @@ class Run:
         return state
 
     def log(self, kind, **record):
-        """Append a record to the metrics: to those of its block, if it names one, which only its trainer writes."""
+        """Append a record to the metrics: to its block's, if it names one, which only that block's process writes."""
         name = f"metrics_{record['block']}.jsonl" if "block" in record else "metrics.jsonl"
         checkpoints.append_json(self.folder / name, {"kind": kind, **record})
 
     def log_evaluation(self, metrics):
-        """Append the metrics of an evaluation, but for one with --eval-only, which leaves the run as it is."""
+        """Append the metrics of an evaluation, except with --eval-only, which leaves the run as it is."""
         if not self.settings.eval_only:
             self.log("evaluation", step=self.step_to_reach, **metrics)
 
     def _take_folder(self):
-        """Make the folder this run's own, or raise UsageError: it belongs to one set of settings."""
+        """Claim the folder for this run, or raise UsageError: a folder belongs to one set of settings."""
         config = self.folder / "config.json"
         with checkpoints.explained(f"cannot make {self.folder}: choose another --out", OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
         if not config.exists():
             with checkpoints.lock(self.folder / ".config.lock", "config.json", wait=True):
-                if not config.exists():  # several processes may have come at once: this one is the first
+                if not config.exists():  # several processes may have started at once: this one is first
                     if any(self.folder.glob("block_*.pt")):
                         raise UsageError(f"{self.folder} holds block files but no config.json: choose another --out")
                     about = {"script": self.script, "depends_on": self.depends_on, "settings": asdict(self.settings)}
@@ -270,11 +270,11 @@ class Run:
         there = checkpoints.identity(checkpoints.read_config(self.folder))
         if different := checkpoints.differences(there, self.fixed):
             preset = checkpoints.differences(there, {"preset": self.settings.preset})  # by itself no reason to refuse
-            holds = f"{self.folder} holds a run of other settings ({'; '.join(preset + different)})"
+            holds = f"{self.folder} holds a run with other settings ({'; '.join(preset + different)})"
             longer = there.get("steps", 0) < self.settings.steps
             more = f" (to train it further, add --init-from {self.folder})" if longer else ""
             if there.get("data_sha256") != self.fixed["data_sha256"]:
-                more += f" (this one needs the data that it began with, --data {there.get('data')})"
+                more += f" (this one needs the data it started with, --data {there.get('data')})"
             raise UsageError(f"{holds}: choose another --out{more}, or delete that folder")
 
     def _restore(self, b, module, optimizer):
@@ -298,7 +298,7 @@ class Run:
         return at
 
     def _after_step(self, b, module, optimizer, at, stop):
-        """Averages; now and then a line of metrics, and one on the screen; the file. at: see _restore."""
+        """Update the average; now and then log and print metrics, and save the file. at: see _restore."""
         if at.average:
             weights = module.state_dict()
             averages, decay = [at.average[name] for name in weights], ema_decay(at.step, self.settings)
@@ -306,7 +306,7 @@ class Run:
         at.step, self.trained = at.step + 1, True
         log_every = max(1, min(50, self.settings.steps // 10))
         save = at.step == self.step_to_reach or at.step % (5 * log_every) == 0
-        # A group looks at requests to stop at fixed steps only: all its members must stop at the same one.
+        # A group checks for stop requests only at fixed steps: all its members must stop at the same one.
         if not (save or at.step % log_every == 0 or (stop and self.group.size == 1)):
             return
         count = len(self.losses)
@@ -316,14 +316,14 @@ class Run:
         if self.group.rank == 0:
             rate, pace = optimizer.param_groups[0]["lr"], max(1e-9, spent) / count
             self.log("train", block=b, step=at.step, loss=loss, learning_rate=rate, seconds=at.seconds)
-            if save or at.stopped:  # before the screen, which may be gone
+            if save or at.stopped:  # before printing: the terminal may be gone
                 self.save_block(b, at.step, at.seconds, module.state_dict(), optimizer.state_dict(), at.average)
             left = f"{1 / pace:.1f} steps/s  {pace * (self.step_to_reach - at.step):.0f} s left"
             print(f"{self._label(b)}  step {at.step}/{self.step_to_reach}  loss {loss:.4f}  {left}", flush=True)
         at.clock = time.perf_counter()
 
     def _init_from_network(self, b, module):
-        """Give block b, which has no file yet, the weights to start from: a network's own, or its layers of one."""
+        """Give block b, which has no file yet, the weights to start from: another block's, or layers of a network."""
         settings, checksums = self.settings, self.fixed["init_from_sha256"].split()
         source = b if len(checksums) > 1 else 0
         weights, sha256, state = initial.initial_weights(settings, source)
@@ -335,15 +335,15 @@ class Run:
             module.load_state_dict(weights)
 
     def _fitting(self, b):
-        """A context to load what block b's file holds: which error says that it does not fit depends on what it is."""
-        fault = f"{self.paths[b]} does not fit the network of these settings: it is no part of this run"
+        """A context for loading block b's file: errors of many kinds can mean that it does not fit."""
+        fault = f"{self.paths[b]} does not fit the network of these settings: it is not part of this run"
         return checkpoints.explained(fault)
 
     def _label(self, b):
         return f"baseline {b}" if self.settings.baseline else f"block {b}"
 
     def _mean_loss(self, b, step):
-        """Mean of the losses since the last look, over the whole batch, if all of them were sound."""
+        """Mean of the losses since the last log line, over the whole batch. Raises UsageError unless all are finite."""
         values, self.losses = self.group.mean(torch.stack(self.losses)).tolist(), []
         for taken, (loss, norm) in enumerate(values, start=step - len(values) + 1):
             if not (math.isfinite(loss) and math.isfinite(norm)):  # an infinite gradient would ruin the weights, too
@@ -355,7 +355,7 @@ class Run:
 
 
 class OneAtATime(Sequence):
-    """The trained blocks of a run as a list that holds one of them in memory at a time: the last that was asked for."""
+    """The trained blocks of a run as a list that holds one of them in memory at a time: the last one requested."""
 
     def __init__(self, run, build, *shared):
         self.run, self.builder, self.held, self.block = run, (build, *shared), None, None
@@ -367,16 +367,16 @@ class OneAtATime(Sequence):
         if not 0 <= b < len(self):
             raise IndexError(b)
         if b != self.held:
-            self.held, self.block = None, None  # free the one before first
-            torch.clear_autocast_cache()  # which keeps weights in bfloat16, also of modules that are gone
+            self.held, self.block = None, None  # first free the previous one
+            torch.clear_autocast_cache()  # it keeps bfloat16 weights even of modules that are gone
             self.held, self.block = b, self.run.trained_block(b, *self.builder)
         return self.block
 
 
 @contextmanager
 def stop_requests():
-    """Ctrl-C or SIGTERM fills the list that this yields, so that no step is cut in half. A second Ctrl-C kills."""
-    stop, main = [], threading.current_thread() is threading.main_thread()  # elsewhere (a notebook's server) nothing
+    """Ctrl-C or SIGTERM fills the list that this yields, so no step is cut in half. A second Ctrl-C stops at once."""
+    stop, main = [], threading.current_thread() is threading.main_thread()  # elsewhere: no handlers
 
     def request(number, frame):
         stop.append(number)
@@ -395,14 +395,14 @@ def chosen_blocks(only, count):
     numbers = {str(b): b for b in range(count)}
     chosen = [numbers.get(part.strip()) for part in only.split(",")]
     if None in chosen:
-        raise UsageError(f"--only {only!r} must be numbers of blocks, 0 to {count - 1}, like 2 or 0,3")
+        raise UsageError(f"--only {only!r} must be block numbers from 0 to {count - 1}, like 2 or 0,3")
     return list(dict.fromkeys(chosen))
 
 
 def _load_moments(optimizer, state):
-    """Fill AdamW with the averages of a state_dict, and with nothing else of it: the rest comes from the settings.
+    """Load only AdamW's averages from a state_dict: the rest comes from the settings.
 
-    Raises whatever error comes first where the averages do not fit.
+    Raises whatever error comes first if the averages do not fit.
     """
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state["state"]})
     for p, moments in optimizer.state.items():

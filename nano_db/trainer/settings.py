@@ -1,7 +1,7 @@
 """Settings as a dataclass, and the command line made from it.
 
 A script declares one dataclass; each field's help and limits stand beside its default. From it come the flags
-(kebab-case), `--help`, the presets and recipes (named bundles of values), the checks and config.json. What wins: a
+(kebab-case), `--help`, the presets and recipes (named bundles of values), the checks and config.json. Precedence: a
 flag, then the recipe, then the preset, then the default. A flag without effect is refused.
 """
 
@@ -21,8 +21,8 @@ from nano_db.trainer.distributed import is_first, is_one_of_several
 
 PRESETS = ("auto", "tiny", "laptop", "gpu", "paper")
 TRIAL = 0.1  # of a preset's steps: a run of fewer is a trial, and is evaluated on fewer samples
-EVALUATED, FEWEST = ("eval_windows", "test_images", "frechet_images"), 100  # how many: settings, and the minimum
-RENAMED = {  # flags of earlier editions: what to say instead
+EVALUATED, FEWEST = ("eval_windows", "test_images", "frechet_images"), 100  # sample counts, and their minimum
+RENAMED = {  # flags of earlier versions: what to use instead
     "--walk": "--predict (active for last)", "--calls": "--sampling-steps", "--unmask-steps": "--sampling-steps",
     "--turns": "--recurrences", "--backprop-turns": "--backprop-depth", "--start-from": "--init-from",
     "--readout": "--pooling", "--micro-batch": "--checkpoint-activations",
@@ -36,11 +36,11 @@ def option(
     """A dataclass field, and the flag made from it, under the heading `group` of --help.
 
     choices, at_least, above and below limit the value. of: "blocks" or "baseline", the one method that uses it.
-    flag=False: presets and recipes set it, no flag does. resumable: it may change between runs in one output folder,
-    because the trained weights do not depend on it. trains: nor does an evaluation, so --eval-only refuses it. once: it
-    is for one command, and --eval-only does not inherit it. needs: names of settings, of which at least one must be
-    set, or this one does nothing. idle: what else may leave it without effect, a function of all settings that names
-    the flag which does so. kind: the type, where the default is None: a value that the script finds out by itself.
+    flag=False: only presets and recipes set it. resumable: it may change between runs in the same output folder,
+    because the trained weights do not depend on it. trains: resumable, but only training uses it, so --eval-only
+    refuses it. once: it applies to one command, and --eval-only does not inherit it. needs: names of settings; unless
+    one of them is set, this one does nothing. idle: a function of all settings that names another flag which leaves
+    this one without effect. kind: the type, if the default is None: a value that the script determines itself.
     """
     about = {"group": group, "help": help, "choices": choices, "at_least": at_least, "below": below, "above": above}
     about["kind"] = kind or type(default)
@@ -49,7 +49,7 @@ def option(
 
 
 def one_round(settings):
-    """What leaves a run with a single round, where more were asked for."""
+    """What limits a run to a single round, if more were requested."""
     lone = "--only" if getattr(settings, "only", "") else is_one_of_several() and "torchrun"
     return settings.rounds > 1 and lone
 
@@ -59,36 +59,36 @@ method, network, training, output = (partial(option, group) for group in ("metho
 
 @dataclass
 class Training:
-    """What every script has."""
+    """The settings of every script."""
 
     preset: str = training("auto", "scale; auto: gpu on CUDA, else laptop", choices=PRESETS, trains=True)
     baseline: bool = method(False, "train the same network end to end with backpropagation instead")
     steps: int = training(1000, "steps of each block (or of the baseline)", at_least=1)
     rounds: int = training(
-        1, "the blocks take turns; the run is evaluated after each", at_least=1, trains=True, idle=one_round
+        1, "the blocks take turns in rounds, each followed by an evaluation", at_least=1, trains=True, idle=one_round
     )
     batch_size: int = training(32, "samples per step", at_least=1)
     learning_rate: float = training(1e-3, "peak of AdamW's learning rate", above=0)
     warmup: int = training(50, "steps of linear warm-up, before the cosine", at_least=0)
     final_rate: float = training(0.1, "last learning rate, as a share of the peak", flag=False)
     weight_decay: float = training(0.01, "AdamW's, on matrices only", at_least=0, flag=False)
-    clip: float = training(1.0, "largest norm of a block's gradient", above=0, flag=False)
-    ema: float = training(0.0, "decay of the average of the weights that is evaluated; 0: none", at_least=0, below=1)
+    clip: float = training(1.0, "maximum norm of a block's gradient", above=0, flag=False)
+    ema: float = training(0.0, "decay of the weights' moving average used to evaluate; 0: none", at_least=0, below=1)
     seed: int = training(0, "random seed", at_least=0, below=2**31)
     device: str = training(
-        "auto", "where to train; auto: cuda, else cpu (a Mac's mps only if it is named: nobody has tried it)",
+        "auto", "where to train; auto: cuda, else cpu (mps, a Mac's GPU, only on request: it is untested)",
         choices=("auto", "cpu", "cuda", "mps"), resumable=True,
     )  # fmt: skip
     dtype: str = training(
-        "auto", "auto: the run's own, at first bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16")
+        "auto", "auto: the run's own; if new, bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16")
     )
-    compile: bool = training(False, "torch.compile the network (needs a C++ compiler, on CUDA Triton)", trains=True)
+    compile: bool = training(False, "torch.compile the network (needs a C++ compiler; on CUDA, Triton)", trains=True)
     checkpoint_activations: bool = training(
-        False, "keep only a layer's input for the backward pass, and recompute the layer there", trains=True
+        False, "keep only each layer's input, and recompute the layer in the backward pass", trains=True
     )
     init_from: str = training("", "start from the weights of a finished run: its folder (docs/running.md)")
     out: str = output("", "folder of the run (default: out/<script>-<method>)")
-    eval_only: bool = output(False, "no training: evaluate and sample what the folder holds")
+    eval_only: bool = output(False, "do not train: evaluate and sample the run in --out")
     samples: int = output(1, "samples to draw", at_least=0)
 
     @property
@@ -98,28 +98,28 @@ class Training:
 
 @dataclass
 class Blocks:
-    """What scripts have besides whose network is cut into blocks."""
+    """More settings, for scripts whose network is cut into blocks."""
 
     blocks: int = method(4, "independently trained blocks", at_least=1, of="blocks")
     overlap: float = method(0.1, "how far blocks train beyond their edges (gamma)", at_least=0, below=1, of="blocks")
     ensemble: int = method(1, "baselines trained independently and averaged (a control)", at_least=1, of="baseline")
     layers: int = network(8, "transformer layers in all", at_least=1)
     only: str = training(
-        "", "train only these blocks, like 2 or 0,3; evaluate when all are there", trains=True, once=True
+        "", "train only these blocks, like 2 or 0,3; evaluate once all are trained", trains=True, once=True
     )
 
 
 @dataclass
 class Discrete:
-    """What scripts have besides whose blocks denoise a label or a token."""
+    """More settings, for scripts whose blocks denoise a label or a token."""
 
     recipe: str = method("nano", "bundle of options: ours, or the paper's", ("nano", "paper"), of="blocks", trains=True)
     noise: str = method("nano", "noise levels", ("nano", "paper"), of="blocks")
-    loss_weight: str = method("none", "weight of the loss over sigma", choices=("none", "edm"), of="blocks")
+    loss_weight: str = method("none", "weighting of the loss over sigma", choices=("none", "edm"), of="blocks")
     ema: float = training(0.0, "as in Training; no preset of these scripts uses it", flag=False)
 
     def other_head(self):
-        """The flag with which the network sees z, and not only the head."""
+        """The flag that makes the network see z, and not only the head."""
         return self.head != "denoising" and f"--head {self.head}"
 
 
@@ -129,11 +129,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_settings(script, settings_class, presets, recipes=None, description=None, flags=None):
-    """The command line as checked settings, `device` and `dtype` being those to use. Raises UsageError where it cannot.
+    """The command line as checked settings, with `device` and `dtype` resolved. Raises UsageError if they are invalid.
 
-    presets, recipes: {name: {field: value}}. A preset may have a twin of the name "<preset>-baseline", with what
-    differs there. With --eval-only the settings saved in the run's folder take the place of preset and recipe. flags:
-    a list to read in place of the command line.
+    presets, recipes: {name: {field: value}}. A preset may have a twin named "<preset>-baseline", with what
+    differs for the baseline. With --eval-only the settings saved in the run's folder replace preset and recipe.
+    flags: a list to read instead of the command line.
     """
     usual = {**presets["laptop"], **(recipes["nano"] if recipes else {})}
     given = parse(script, settings_class, usual, description, flags)
@@ -164,14 +164,14 @@ def read_settings(script, settings_class, presets, recipes=None, description=Non
     validate(settings, given)
     if not settings.eval_only and is_first():
         say_what_is_shorter(whole, settings, given)
-    if settings.dtype == "auto":  # of a new run; one that has begun on a CPU goes on in float32 on a GPU
+    if settings.dtype == "auto":  # for a new run; one begun on a CPU continues in float32 on a GPU
         computes = settings.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         settings.dtype = "bfloat16" if computes else "float32"
     return settings
 
 
 def parse(script, settings_class, usual, description, flags):
-    """{field: value} of the flags that were given. usual: values that --help names in place of the defaults."""
+    """{field: value} of the flags that were given. usual: values that --help shows instead of the defaults."""
     how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "argument_default": argparse.SUPPRESS}
     prog, usage = f"train_{script}.py", "python %(prog)s [flags]"
     parser = Parser(prog=prog, usage=usage, description=description, allow_abbrev=False, **how)
@@ -196,8 +196,8 @@ def parse(script, settings_class, usual, description, flags):
 
 
 def shortened(whole, steps):
-    """{name: value} of what a run of fewer `steps` has otherwise than the settings `whole` of a preset: warm-up and
-    rounds in proportion; and a trial is evaluated on a tenth of the samples. (A moving average shortens itself:
+    """{name: value} of the settings that change in a run of fewer `steps` than a preset, `whole`: warm-up and rounds
+    shrink in proportion, and a trial is evaluated on a tenth of the samples. (The moving average adapts by itself:
     run.ema_decay.)
     """
     share, values = steps / whole.steps, {}
@@ -210,11 +210,11 @@ def shortened(whole, steps):
 
 
 def say_what_is_shorter(whole, settings, given):
-    """Print which figures of the preset, `whole`, are others because the run has fewer steps."""
+    """Print which values of the preset, `whole`, change because the run has fewer steps."""
     names = [name for name in shortened(whole, settings.steps) if name not in given]
     if names:
         told = ", ".join(f"{name} {getattr(settings, name)} (of {getattr(whole, name)})" for name in names)
-        print(f"--steps {settings.steps} in place of the preset's {whole.steps}, and so {told}")
+        print(f"--steps {settings.steps} in place of the preset's {whole.steps}, so {told}")
 
 
 def flag_of(field):
@@ -222,7 +222,7 @@ def flag_of(field):
 
 
 def stored_settings(script, settings_class, folder):
-    """The settings in a run's config.json that the class knows and that are not for one time, if each has its type."""
+    """The settings in a run's config.json that the class knows, except one-off ones; UsageError for a wrong type."""
     config, kept = read_config(folder), {}
     if config["script"] != script:
         raise UsageError(f"{folder} holds no run of train_{script}.py: name the folder of one with --out")
@@ -237,14 +237,14 @@ def stored_settings(script, settings_class, folder):
 
 
 def validate(settings, given):
-    """Raise UsageError for a value out of its limits, or for a flag among `given` without effect."""
+    """Raise UsageError for a value outside its limits, or for a flag in `given` without effect."""
     for f in dataclasses.fields(settings):
         value, flag, about = getattr(settings, f.name), flag_of(f), f.metadata
         low, below, above = about["at_least"], about["below"], about["above"]
-        if value is None:  # the script finds it out
+        if value is None:  # the script determines it
             continue
-        if f.name in given and value == "" and not about["needs"]:  # texts of samples may be empty
-            raise UsageError(f"{flag} is empty: say what it shall be, or drop it")
+        if f.name in given and value == "" and not about["needs"]:  # --prompt and the like may be empty
+            raise UsageError(f"{flag} is empty: give it a value, or drop it")
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{flag} must be a finite number, not {value}")
         if low is not None and value < low:
@@ -272,4 +272,4 @@ def validate(settings, given):
         never = f"is longer than --steps {settings.steps}: the learning rate would never reach its peak"
         raise UsageError(f"--warmup {settings.warmup} {never}")
     if "rounds" in given and settings.rounds > settings.steps:
-        raise UsageError(f"--rounds {settings.rounds} are more than --steps {settings.steps}: a round takes a step")
+        raise UsageError(f"--rounds {settings.rounds} is more than --steps {settings.steps}: a round needs a step")
