@@ -6,10 +6,9 @@
     python train_vit.py --data cifar10 --out out/cifar     # photographs (downloaded)
     python train_vit.py --data FOLDER --out out/mine       # your own, one subfolder per class
 
-The target is the image's class, as a point on the unit sphere with noise added (heads.py). In the paper's recipe the
-noisy label takes the place of a ViT's [CLS] token. In ours the network is a plain ViT, and a small head sees its
-features, the noisy label and the noise level. Either way the walk from noise to a class passes through all
-blocks.
+The target is the image's class, as a point on the unit sphere with noise added (heads.py). In recipe paper the noisy
+label is added to a ViT's label token. In ours the network is a plain ViT, and a small head sees its features, the noisy
+label and the noise level. Either way the walk from noise to a class passes through all blocks.
 """
 
 from dataclasses import dataclass
