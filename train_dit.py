@@ -237,6 +237,7 @@ def evaluate(run, networks, images, partition):
     if settings.export and run.last_round:
         with run.autocast:
             save_images(run.folder / "images", sample_images(stack, settings.export, settings))
+        print(f"exported: {run.folder / 'images'}")
     return metrics
 
 

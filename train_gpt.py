@@ -69,7 +69,7 @@ RECIPES = {
     "paper": dict(head="paper", predict="active", loss_weight="edm", noise="paper"),
 }
 NOISE = {
-    # Below sigma = 0.2, z by itself identifies 99% of 103 characters, and the text is not needed. Ours draws 1% of its
+    # Below sigma = 0.2, z by itself identifies 98% of 96 characters, and the text is not needed. Ours draws 1% of its
     # levels there, and the rest where the text must help. The paper's is EDM's, made for images.
     "nano": LogNormal(p_mean=0.3, p_std=0.8, sigma_min=0.05, sigma_max=20.0),
     "paper": LogNormal(p_mean=-1.2, p_std=1.2, sigma_min=0.002, sigma_max=80.0),

@@ -118,7 +118,9 @@ def batch(size, settings, text, schedule):
 def encode_fill(text, settings):
     """The text of --fill as tokens (T,), gaps as mask tokens; the rest of the length is masked, too."""
     if len(settings.fill) > settings.seq_len:
-        raise UsageError(f"--fill has {len(settings.fill)} characters, but the network reads {settings.seq_len}")
+        raise UsageError(
+            f"--fill has {len(settings.fill)} characters, but the network reads {settings.seq_len}: shorten it"
+        )
     if len(settings.gap) != 1:
         raise UsageError(f"--gap {settings.gap!r} must be a single character")
     if settings.fill and settings.gap not in settings.fill:

@@ -34,7 +34,9 @@ class CharTokenizer:
             unknown = sorted(set(text) - set(self.vocabulary))
             names = " ".join(map(repr, unknown[:10]))
             more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-            raise UsageError(f"characters that are not in the vocabulary of the training text: {names}{more}")
+            raise UsageError(
+                f"characters that are not in the vocabulary of the training text, {names}{more}: leave them out"
+            )
         return tokens
 
     def decode(self, tokens):
@@ -159,7 +161,9 @@ def load_text(name="python", tokenizer="char", folder="data/cache", seq_len=1, e
     train, heldout = parts
     for part, side, windows in ((heldout, "held-out", 2), (train, "training", 1)):  # two: for validation, and to report
         if len(part) < windows * (seq_len + 1):
-            raise UsageError(f"--data {name}: {len(part)} {side} tokens are too few for --seq-len {seq_len}")
+            raise UsageError(
+                f"--data {name}: {len(part)} {side} tokens are too few for --seq-len {seq_len}: use a longer text"
+            )
     if (train == train[0]).all() and (heldout == train[0]).all():
         only = tokens.decode(train[:1].tolist())
         raise UsageError(f"--data {name} consists only of the token {only!r}: there is nothing to learn")

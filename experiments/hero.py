@@ -1,10 +1,9 @@
 """The README's animation: blocks are trained one after the other, and then generate letters together.
 
 python train_dit.py                                  # a run to take the blocks from
-python -m experiments.hero --seed 1                  # writes docs/pictures/hero.gif, and hero.png, a still
+python -m experiments.hero --seed 1 --out docs/pictures    # writes hero.gif, and hero.png, a still
 """
 
-import argparse
 import math
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from PIL import Image
 import train_dit
 from nano_db.errors import UsageError
 from nano_db.partition import sampling_grid
-from nano_db.trainer.checkpoints import read_config
+from nano_db.trainer.checkpoints import explained, read_config
 from nano_db.trainer.command import command
 from nano_db.trainer.plots import block_colours, plt
 from nano_db.trainer.run import Run, noise_identity
@@ -28,7 +27,9 @@ SECONDS = {"training": 0.35, "sampling": 0.2, "end": 3.0}
 
 def walk_of(folder, word, seed):
     """(states of a walk to the letters of `word`, the Partition, sigma_data) by the blocks of a run of train_dit.py."""
-    config = read_config(folder)
+    if not word:
+        raise UsageError("--word is empty: give it letters")
+    config = read_config(folder, "--run")
     if config["script"] != "dit" or config["settings"]["baseline"]:
         raise UsageError(f"--run {folder} is not a run of train_dit.py with blocks")
     settings = train_dit.Settings(**config["settings"] | {"out": str(folder), "device": "cpu", "dtype": "float32"})
@@ -111,15 +112,17 @@ def frames(states, partition, sigma_data):
 
 def main():
     parser = Parser(prog="python -m experiments.hero", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--run", type=Path, default=Path("out/dit-blocks"), help="a finished run of train_dit.py")
+    parser.add_argument(
+        "--run", type=Path, default=Path("out/dit-blocks"), help="a finished run (default out/dit-blocks)"
+    )
     parser.add_argument("--word", default="BLOCKS", help="letters to generate (default BLOCKS)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of the initial noise")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "pictures", help="a folder")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the initial noise (default 0)")
+    parser.add_argument("--out", type=Path, default=Path("out/hero"), help="output folder (default out/hero)")
     args = parser.parse_args()
     states, *known = walk_of(args.run, args.word, args.seed)
     pictures = frames(states, *known)
-    args.out.mkdir(parents=True, exist_ok=True)
+    with explained(f"cannot make {args.out}: choose another --out", OSError):
+        args.out.mkdir(parents=True, exist_ok=True)
     first, *others = (picture.quantize(64, dither=Image.Dither.NONE) for picture, _ in pictures)
     times = [round(1000 * seconds) for _, seconds in pictures]
     first.save(args.out / "hero.gif", save_all=True, append_images=others, duration=times, loop=0, optimize=True)

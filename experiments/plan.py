@@ -24,7 +24,6 @@ from nano_db.trainer.run import autocast, first_weights, make_optimizer, network
 from nano_db.trainer.settings import Parser
 
 UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
-NOT_COUNTED = {"gpt": ["--data", "pydocs"]}  # preset paper names none
 CHOSEN_HERE = ("--blocks", "--baseline", "--layer-split", "--checkpoint-activations", "--ensemble", "--only")
 
 
@@ -69,7 +68,8 @@ def plans(name, flags):
     """Yield (B, checkpointed, bytes by part) of training in B blocks, B = 1 being the end-to-end network. If several B
     have equally deep largest blocks, only the smallest B is tried.
     """
-    script, settings = script_and_settings(name, [*NOT_COUNTED.get(name, ()), *flags])
+    unnamed = ["--data", "pydocs"] if name == "gpt" and any(flag.endswith("paper") for flag in flags) else []
+    script, settings = script_and_settings(name, [*unnamed, *flags])  # the GPT's preset paper names no text
     shared = script.prepare(end_to_end(settings))  # which may sample in fewer steps than there are blocks
     fewest = {math.ceil(settings.layers / blocks): blocks for blocks in range(settings.layers, 0, -1)}  # by depth
     for blocks, checkpointed in product(sorted(fewest.values()), (False, True)):
@@ -99,7 +99,8 @@ def main():
         advice = "try a smaller --batch-size, or a narrower network"
         raise UsageError(f"--memory {args.memory}: nothing fits; the minimum is {smallest / 2**20:,.1f} MiB: {advice}")
     if args.memory:
-        print(f"{args.memory}: enough for {'; or '.join(fitting[key] for key in sorted(fitting))}")
+        enough = "; or ".join(fitting[key] for key in sorted(fitting))
+        print(f"{args.memory} ({room / 2**20:,.1f} MiB): enough for {enough}")
 
 
 if __name__ == "__main__":

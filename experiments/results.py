@@ -121,6 +121,8 @@ def main():
     only = args.only.split(",") if args.only else groups(found)
     if wrong := set(only) - set(groups(found)):
         raise UsageError(f"--only {args.only}: there is no table {min(wrong)!r}; tables: {', '.join(groups(found))}")
+    if lost := [page for page in args.readme or () if not page.is_file()]:
+        raise UsageError(f"--readme {lost[0]}: there is no such file")
     if args.jobs < 1:
         raise UsageError("--jobs must be at least 1")
     for experiment, records in found.items():

@@ -19,6 +19,7 @@ from nano_db.heads import log_likelihood, make_target_embeddings
 from nano_db.partition import make_partition
 from nano_db.sampler import euler_walk
 from nano_db.schedule import LogNormal, equal_probability_grid, quantiles
+from nano_db.trainer.checkpoints import explained
 from nano_db.trainer.command import command
 from nano_db.trainer.plots import block_colours, plt
 from nano_db.trainer.settings import Parser
@@ -357,7 +358,11 @@ def draw_all(folder=DOCS):
 def main():
     parser = Parser(prog="python -m experiments.schematics", description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=DOCS, help="output folder (default docs)")
-    draw_all(parser.parse_args().out)
+    out = parser.parse_args().out
+    with explained(f"cannot make {out}: choose another --out", OSError):
+        (out / "pictures").mkdir(parents=True, exist_ok=True)
+    draw_all(out)
+    print(f"written: {', '.join(str(out / name) for name in PICTURES)}")
 
 
 if __name__ == "__main__":

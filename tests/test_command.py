@@ -70,6 +70,15 @@ def test_what_a_script_prints_never_raises(cli, tmp_path, main):
     assert "\\u65e5\\u672c: block_0.pt" in terminal.shown() and (tmp_path / "日本" / "samples.txt").exists()
 
 
+@pytest.mark.parametrize("said", [(), ("progress is saved: run the same command again to resume",)])
+def test_an_interruption_claims_no_more_than_was_saved(cli, said):
+    def interrupted(flags=None):
+        raise KeyboardInterrupt(*said)
+
+    code, _, err = cli(main=interrupted)
+    assert code == 130 and err.strip() == f"stopped; {said[0] if said else 'what had been saved is kept'}"
+
+
 def test_the_table_of_compare_never_raises(tmp_path, monkeypatch):
     terminal = Terminal("ascii")
     result = {"script": "gpt", "method": "blocks", "blocks": 1, "steps": 1, "parameters": 1, "metrics": {"a": 1.0}}

@@ -37,9 +37,10 @@ def test_it_is_made_of_a_run(cli, tmp_path):
     with Image.open(out / "hero.gif") as animation, Image.open(out / "hero.png") as still:
         assert animation.n_frames > 10 and animation.size == still.size
     code, _, err = cli("--run", run, "--word", "a", "--out", out, main=hero.main)
-    assert code == 2 and "knows no 'a'" in err and err.count("\n") == 1
+    assert code == 2 and "has no class 'a'" in err and err.count("\n") == 1
 
 
-def test_a_run_that_is_not_there_gets_one_line(cli, tmp_path):
-    code, _, err = cli("--run", tmp_path / "nothing", main=hero.main)
-    assert code == 2 and err.count("\n") == 1
+def test_bad_flags_get_one_line(cli, tmp_path):
+    for flags, message in ((("--run", tmp_path / "nothing"), "with --run"), (("--word", ""), "--word is empty")):
+        code, _, err = cli(*flags, main=hero.main)
+        assert code == 2 and message in err and err.count("\n") == 1

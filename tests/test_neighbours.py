@@ -214,6 +214,12 @@ def test_a_tiny_run_leaves_a_result_that_compare_reads(cli, tmp_path, method, fl
     assert code == 0 and "accuracy" in out
 
 
+def test_the_folder_of_a_run_is_refused(cli, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    code, _, err = cli(*TINY, "--out", tmp_path, main=greedy.main)
+    assert code == 2 and "holds a run of a training script" in err and not (tmp_path / "result.json").exists()
+
+
 @pytest.mark.parametrize(
     "method, flags, message",
     [

@@ -27,7 +27,7 @@ TINY = {  # what makes a command short
     "experiments.neighbours": "--steps 2 --glyphs 200 --test-images 50",
 }
 # Not run: what downloads, needs a GPU or several machines, or takes an afternoon (other tests run these, smaller).
-ELSEWHERE = re.compile(r"cifar|text8|preset paper|ulimit|torchrun|srun|pytest|experiments\.(gpu|results --jobs)")
+ELSEWHERE = re.compile(r"cifar|text8|ulimit|torchrun|srun|pytest|experiments\.(gpu|results --jobs)")
 
 
 def in_blocks(page):

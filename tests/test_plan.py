@@ -67,9 +67,11 @@ def test_the_smallest_number_of_blocks_that_fits_is_named(monkeypatch, capsys):
 
     monkeypatch.setattr(plan, "plans", plans)
     run(monkeypatch, "gpt", "--memory", "0.6 GB", "--width", "8")
-    assert capsys.readouterr().out.splitlines()[-1] == "0.6 GB: enough for 2 blocks; or 2 blocks, checkpointed"
+    assert (
+        capsys.readouterr().out.splitlines()[-1] == "0.6 GB (572.2 MiB): enough for 2 blocks; or 2 blocks, checkpointed"
+    )
     run(monkeypatch, "gpt", "--memory", "250MiB", "--width", "8")
-    assert capsys.readouterr().out.splitlines()[-1] == "250MiB: enough for 3 blocks, checkpointed"
+    assert capsys.readouterr().out.splitlines()[-1] == "250MiB (250.0 MiB): enough for 3 blocks, checkpointed"
     with pytest.raises(UsageError, match=r"nothing fits; the minimum is 200\.0 MiB"):
         run(monkeypatch, "gpt", "--memory", "190 MiB", "--width", "8")
 

@@ -245,7 +245,10 @@ def test_an_interruption_lets_the_run_save_and_the_same_command_goes_on(few, tmp
     assert code == 0 and (tmp_path / "results/tiny/vit-blocks-s0.json").exists(), err
 
 
-@pytest.mark.parametrize("flags, message", [(("--only", "gtp"), "no table 'gtp'"), (("--jobs", 0), "at least 1")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [(("--only", "gtp"), "no table 'gtp'"), (("--jobs", 0), "at least 1"), (("--readme", "none.md"), "no such file")],
+)
 def test_bad_flags_get_one_clear_line(few, flags, message):
     code, _, err = few([], *flags)
     assert code == 2 and message in err and err.count("\n") == 1

@@ -13,6 +13,7 @@ from matplotlib.text import Text
 
 import train_gpt
 import train_vit
+from experiments import schematics
 from experiments.schematics import DOCS, PICTURES, draw_all, label_walks
 from nano_db.heads import log_likelihood
 from nano_db.sampler import euler_walk
@@ -71,6 +72,12 @@ def test_no_text_is_cut_off_overlaps_another_or_sticks_out_of_its_box(name):
         height = min(one.y1, two.y1) - max(one.y0, two.y0)
         assert width < 1 or height < 1, (text, other)
     plt.close(figure)
+
+
+def test_a_file_in_the_place_of_the_folder_gets_one_line(cli, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = cli("--out", tmp_path / "file", main=schematics.main)
+    assert code == 2 and "choose another --out" in err and err.count("\n") == 1
 
 
 def test_the_walks_of_a_label_hold_probabilities_and_end_decided():

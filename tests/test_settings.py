@@ -111,7 +111,7 @@ def test_help_has_each_flag_under_its_heading_with_what_it_is_when_none_is_given
     "flags, message",
     [
         (["--width", 1], "--width must be at least 2, not 1"),
-        (["--width", 100], "--width must be less than 100, not 100"),
+        (["--width", 100], "--width must be at most 99, not 100"),
         (["--sharpness", 0], "--sharpness must be greater than 0, not 0.0"),
         (["--sharpness", "nan"], "--sharpness must be a finite number, not nan"),
         (["--learning-rate", "inf"], "--learning-rate must be a finite number, not inf"),

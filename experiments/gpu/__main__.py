@@ -9,7 +9,6 @@ downloaded. With --minutes 60 stage 4 trains all five scripts, with --minutes 60
 CIFAR-100. Without a GPU, --device cpu runs the parts that work on a CPU.
 """
 
-import argparse
 import signal
 import sys
 import tempfile
@@ -54,7 +53,6 @@ ANSWERS = 120  # seconds within which the device must identify itself
 def read_options(flags):
     """(Options, the stages to run)"""
     parser = Parser(prog="python -m experiments.gpu", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all stages (default %(default)g)")
     parser.add_argument("--out", default="out/gpu", help="folder for the report (default %(default)s)")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="(default %(default)s)")

@@ -14,7 +14,7 @@ import torch
 
 from data.images import NAMES
 from nano_db.errors import UsageError
-from nano_db.trainer.checkpoints import write_json
+from nano_db.trainer.checkpoints import explained, write_json
 from nano_db.trainer.command import command
 from nano_db.trainer.run import VERSIONS
 from nano_db.trainer.settings import Parser
@@ -41,8 +41,7 @@ def read_arguments(name, description, methods, add_flags, **defaults):
     """The command line. add_flags(parser) adds a method's own flags; `defaults` are for the common ones, and for
     weight_decay and final_rate, which make_optimizer and learning_rate (trainer/run.py) need.
     """
-    how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = Parser(prog=f"python -m experiments.neighbours.{name}", description=description, **how)
+    parser = Parser(prog=f"python -m experiments.neighbours.{name}", description=description, allow_abbrev=False)
     if methods:
         parser.add_argument("--method", choices=methods, default=methods[0])
     add_flags(parser)
@@ -56,7 +55,8 @@ def read_arguments(name, description, methods, add_flags, **defaults):
     parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--test-images", type=whole(0), default=0, help="test images to evaluate on; 0: all")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--out", help=f"folder for result.json (default: out/{name}-<method>)")
+    usual = f"out/{name}-<method>" if methods else f"out/{name}"
+    parser.add_argument("--out", help=f"folder for result.json (default: {usual})")
     parser.set_defaults(final_rate=0.1, weight_decay=1e-3, method=name)
     parser.set_defaults(**defaults)
     args = parser.parse_args()
@@ -69,11 +69,13 @@ def read_arguments(name, description, methods, add_flags, **defaults):
         raise UsageError("--device cuda is not available on this machine; use --device cpu (or auto)")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.name, args.out = name, Path(args.out or f"out/{name}-{args.method}")
-    try:
+    args.name, args.out = name, Path(args.out or (f"out/{name}-{args.method}" if methods else f"out/{name}"))
+    if (args.out / "config.json").exists():
+        raise UsageError(f"{args.out} holds a run of a training script: choose another --out")
+    with explained(f"cannot make {args.out}: choose another --out", OSError):
         args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot make {args.out} ({error.strerror}): choose another --out") from error
+    if (args.out / "result.json").exists():
+        print(f"{args.out / 'result.json'} is there already, and will be replaced")
     return args
 
 

@@ -62,6 +62,6 @@ def command(main):
             name, line = path.parent.name if path.stem == "__main__" else path.name, " ".join(str(error).splitlines())
             print(f"{name}: error: {line}", file=sys.stderr)  # one line, even if a file name contains a line break
             sys.exit(2)
-        except KeyboardInterrupt:
-            print("\nstopped; progress is saved: run the same command again to resume", file=sys.stderr)
+        except KeyboardInterrupt as stop:
+            print(f"\nstopped; {str(stop) or 'what had been saved is kept'}", file=sys.stderr)
             sys.exit(130)

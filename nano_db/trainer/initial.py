@@ -24,7 +24,9 @@ def initial_weights(settings, b=0):
     """
     path, sha256 = Path(settings.init_from) / f"block_{b}.pt", hashlib.sha256()
     if not os.path.exists(path):
-        raise UsageError(f"--init-from: {path} is missing, and a block that has not begun needs it")
+        raise UsageError(
+            f"--init-from: {path} is missing, and a block that has not begun needs it: train that run first"
+        )
     state = read_block(path)
     weights = state["ema"] or state["weights"]
     with explained(f"--init-from: {path} holds no weights"):
@@ -43,6 +45,8 @@ def initial_checksums(settings, count, keeps, fixed):
     if found := stored_checksums(settings, count):
         return found
     config = read_config(settings.init_from, "--init-from")
+    if config["script"] != fixed["script"]:
+        raise UsageError(f"--init-from {settings.init_from} holds a run of train_{config['script']}.py")
     networks = [facts(settings, 0)]
     _, there, _ = networks[0]
     cut = there.get("baseline") is True and not settings.baseline and hasattr(settings, "layers")

@@ -42,7 +42,7 @@ def draw_curves(folder, metric, shares=()):
     axes[1].set(xlabel="steps of each block", ylabel=metric.replace("_", " "), title="held-out")
     if len(shares) > 1:
         axes[2].bar(range(len(shares)), shares, color=block_colours(len(shares)))
-        axes[2].set(xlabel="block (0 is the noisiest)", ylabel="nats per symbol", title="each block's share")
+        axes[2].set(xlabel="block (0 is the noisiest)", ylabel="nats per token", title="each block's share")
         axes[2].set_xticks(range(len(shares)))
     save_figure(figure, Path(folder) / "curves.png")
 

@@ -175,7 +175,7 @@ class Run:
                 yield at.step
                 self._after_step(b, module, optimizer, at, stop)
         if stop or at.stopped:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("progress is saved: run the same command again to resume")
 
     def average_gradients(self, module):
         """If several processes train this block, replace each one's gradients by the mean of all."""
@@ -260,22 +260,53 @@ class Run:
         config = self.folder / "config.json"
         with checkpoints.explained(f"cannot make {self.folder}: choose another --out", OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-        if not config.exists():
+        if not config.exists() or self._may_replace():
             with checkpoints.lock(self.folder / ".config.lock", "config.json", wait=True):
-                if not config.exists():  # several processes may have started at once: this one is first
+                if not config.exists() or self._may_replace():  # several processes may have started at once
                     if any(self.folder.glob("block_*.pt")):
                         raise UsageError(f"{self.folder} holds block files but no config.json: choose another --out")
                     about = {"script": self.script, "depends_on": self.depends_on, "settings": asdict(self.settings)}
                     return checkpoints.write_json(config, {**about, "versions": VERSIONS, "keeps": self.keeps})
         there = checkpoints.identity(checkpoints.read_config(self.folder))
-        if different := checkpoints.differences(there, self.fixed):
-            preset = checkpoints.differences(there, {"preset": self.settings.preset})  # by itself no reason to refuse
-            holds = f"{self.folder} holds a run with other settings ({'; '.join(preset + different)})"
-            longer = there.get("steps", 0) < self.settings.steps
-            more = f" (to train it further, add --init-from {self.folder})" if longer else ""
-            if there.get("data_sha256") != self.fixed["data_sha256"]:
-                more += f" (this one needs the data it started with, --data {there.get('data')})"
-            raise UsageError(f"{holds}: choose another --out{more}, or delete that folder")
+        if checkpoints.differences(there, self.fixed):
+            self._refuse_folder_of(there)
+
+    def _may_replace(self):
+        """Whether the folder's run has other settings, has trained nothing, and no process is about to. So a run with
+        a typo that was refused later does not block the folder.
+        """
+        if self.settings.eval_only or [*self.folder.glob("block_*.pt"), *self.folder.glob("metrics_*.jsonl")]:
+            return False
+        if not checkpoints.differences(checkpoints.identity(checkpoints.read_config(self.folder)), self.fixed):
+            return False
+        try:
+            for path in self.folder.glob(".block_*.lock"):
+                with checkpoints.lock(path, path.name):
+                    pass
+        except UsageError:  # it is held
+            return False
+        return True
+
+    def _refuse_folder_of(self, there):
+        """Raise UsageError: the folder holds a run with other settings, `there`. Says which, and what to do."""
+        settings, different = self.settings, checkpoints.differences(there, self.fixed)
+        for path, checksum in checkpoints.PATHS.items():  # another path says enough
+            if told := [text for text in different if text.startswith(checksum)]:
+                different.remove(told[0])
+                if not any(text.startswith(f"{path} ") for text in different):
+                    different.append(f"the {path} has changed")
+        if preset := checkpoints.differences(there, {"preset": settings.preset}):  # by itself no reason to refuse
+            different = preset
+        holds = f"{self.folder} holds a run with other settings ({'; '.join(different)})"
+        if settings.eval_only:
+            raise UsageError(f"{holds}: drop these flags, because an evaluation uses the run's own")
+        ways = ["choose another --out"]
+        shapes = initial.needed(settings, self.fixed, cut=False)
+        if there.get("steps", 0) < settings.steps and not checkpoints.differences(there, shapes):
+            ways[0] += f" (to train that run further, add --init-from {self.folder})"
+        if there.get("data_sha256") != self.fixed["data_sha256"]:
+            ways.append(f"resume that run with its own data (--data {there.get('data')})")
+        raise UsageError(f"{holds}: {', '.join(ways)}, or delete that folder")
 
     def _restore(self, b, module, optimizer):
         """Load block b's file, if there is one, into module and optimizer. Returns where its training stands."""

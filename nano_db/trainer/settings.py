@@ -124,7 +124,12 @@ class Discrete:
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, without argparse's usage block
+    """Keeps the line breaks of its description, and reports an error in one line."""
+
+    def __init__(self, **how):
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **how})
+
+    def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
@@ -172,9 +177,9 @@ def read_settings(script, settings_class, presets, recipes=None, description=Non
 
 def parse(script, settings_class, usual, description, flags):
     """{field: value} of the flags that were given. usual: values that --help shows instead of the defaults."""
-    how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "argument_default": argparse.SUPPRESS}
+    how = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
     prog, usage = f"train_{script}.py", "python %(prog)s [flags]"
-    parser = Parser(prog=prog, usage=usage, description=description, allow_abbrev=False, **how)
+    parser = Parser(prog=prog, usage=usage, description=description, **how)
     groups = {name: parser.add_argument_group(name) for name in ("method", "network", "training", "output")}
     for f in dataclasses.fields(settings_class):
         about, kind, value = f.metadata, f.metadata["kind"], usual.get(f.name, f.default)
@@ -225,7 +230,7 @@ def stored_settings(script, settings_class, folder):
     """The settings in a run's config.json that the class knows, except one-off ones; UsageError for a wrong type."""
     config, kept = read_config(folder), {}
     if config["script"] != script:
-        raise UsageError(f"{folder} holds no run of train_{script}.py: name the folder of one with --out")
+        raise UsageError(f"{folder} holds a run of train_{config['script']}.py: choose another --out")
     for f in dataclasses.fields(settings_class):
         value, kind = config["settings"].get(f.name, f.default), f.metadata["kind"]
         if value is not f.default and not isinstance(value, (float, int) if kind is float else kind):
@@ -252,7 +257,8 @@ def validate(settings, given):
         if above is not None and value <= above:
             raise UsageError(f"{flag} must be greater than {above}, not {value}")
         if below is not None and value >= below:
-            raise UsageError(f"{flag} must be less than {below}, not {value}")
+            limit = f"at most {below - 1}" if isinstance(value, int) else f"less than {below}"
+            raise UsageError(f"{flag} must be {limit}, not {value}")
         if isinstance(value, int) and value >= 2**31:
             raise UsageError(f"{flag} must be less than 2^31, not {value}")
         if about["choices"] and value not in about["choices"]:
