@@ -253,4 +253,4 @@ def test_a_run_of_other_noise_levels_is_refused_though_the_ends_are_the_same(tin
 def test_a_run_of_another_preset_says_so_first(tiny):
     assert tiny(train_gpt, "--samples", "0", "--only", "0")[0] == 0
     code, _, err = tiny(train_gpt, "--samples", "0", "--only", "0", "--preset", "gpu")
-    assert code == 2 and "(preset 'tiny' there, 'gpu' here; " in err and err.count("\n") == 1, err
+    assert code == 2 and "(preset 'tiny' there, 'gpu' here)" in err and err.count("\n") == 1, err

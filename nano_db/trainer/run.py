@@ -371,7 +371,8 @@ class Run:
         return checkpoints.explained(fault)
 
     def _label(self, b):
-        return f"baseline {b}" if self.settings.baseline else f"block {b}"
+        name = "baseline" if self.settings.baseline else "block"
+        return f"{name} {b}" if self.count > 1 or name == "block" else name
 
     def _mean_loss(self, b, step):
         """Mean of the losses since the last log line, over the whole batch. Raises UsageError unless all are finite."""
