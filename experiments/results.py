@@ -60,7 +60,7 @@ def run_all(todo, jobs, out, folder):
             for process in running:
                 process.wait()
     if stop:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("progress is saved: run the same command again to resume")
     return failed
 
 

@@ -240,7 +240,7 @@ def test_an_interruption_lets_the_run_save_and_the_same_command_goes_on(few, tmp
         patched.setattr(results, "stop_requests", Requests)
         patched.setattr(results.time, "sleep", sleep)
         code, _, err = few(rows)
-    assert code == 130 and "goes on" in err and not (tmp_path / "results/tiny/vit-blocks-s0.json").exists()
+    assert code == 130 and "same command again" in err and not (tmp_path / "results/tiny/vit-blocks-s0.json").exists()
     code, _, err = few(rows)
     assert code == 0 and (tmp_path / "results/tiny/vit-blocks-s0.json").exists(), err
 
