@@ -15,7 +15,7 @@ from PIL import Image
 import train_dit
 from nano_db.errors import UsageError
 from nano_db.partition import sampling_grid
-from nano_db.trainer.checkpoints import explained, read_config
+from nano_db.trainer.checkpoints import make_folder, read_config
 from nano_db.trainer.command import command
 from nano_db.trainer.plots import block_colours, plt
 from nano_db.trainer.run import Run, noise_identity
@@ -121,8 +121,7 @@ def main():
     args = parser.parse_args()
     states, *known = walk_of(args.run, args.word, args.seed)
     pictures = frames(states, *known)
-    with explained(f"cannot make {args.out}: choose another --out", OSError):
-        args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     first, *others = (picture.quantize(64, dither=Image.Dither.NONE) for picture, _ in pictures)
     times = [round(1000 * seconds) for _, seconds in pictures]
     first.save(args.out / "hero.gif", save_all=True, append_images=others, duration=times, loop=0, optimize=True)

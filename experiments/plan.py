@@ -68,8 +68,8 @@ def plans(name, flags):
     """Yield (B, checkpointed, bytes by part) of training in B blocks, B = 1 being the end-to-end network. If several B
     have equally deep largest blocks, only the smallest B is tried.
     """
-    unnamed = ["--data", "pydocs"] if name == "gpt" and any(flag.endswith("paper") for flag in flags) else []
-    script, settings = script_and_settings(name, [*unnamed, *flags])  # the GPT's preset paper names no text
+    no_text = name == "gpt" and re.search(r"--preset[ =]paper\b", " ".join(flags))  # this preset names none
+    script, settings = script_and_settings(name, [*(["--data", "pydocs"] if no_text else []), *flags])
     shared = script.prepare(end_to_end(settings))  # which may sample in fewer steps than there are blocks
     fewest = {math.ceil(settings.layers / blocks): blocks for blocks in range(settings.layers, 0, -1)}  # by depth
     for blocks, checkpointed in product(sorted(fewest.values()), (False, True)):

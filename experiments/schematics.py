@@ -19,7 +19,7 @@ from nano_db.heads import log_likelihood, make_target_embeddings
 from nano_db.partition import make_partition
 from nano_db.sampler import euler_walk
 from nano_db.schedule import LogNormal, equal_probability_grid, quantiles
-from nano_db.trainer.checkpoints import explained
+from nano_db.trainer.checkpoints import make_folder
 from nano_db.trainer.command import command
 from nano_db.trainer.plots import block_colours, plt
 from nano_db.trainer.settings import Parser
@@ -347,7 +347,7 @@ PICTURES = {
 
 def draw_all(folder=DOCS):
     """Write all pictures, the same bytes each time. Their text stays text; the cheat sheet's formulas become shapes."""
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "pictures")
     for name, draw in PICTURES.items():
         figure, as_text = draw(), "path" if name == "cheatsheet.svg" else "none"
         with plt.rc_context({"svg.hashsalt": name, "svg.fonttype": as_text}):
@@ -359,8 +359,6 @@ def main():
     parser = Parser(prog="python -m experiments.schematics", description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=DOCS, help="output folder (default docs)")
     out = parser.parse_args().out
-    with explained(f"cannot make {out}: choose another --out", OSError):
-        (out / "pictures").mkdir(parents=True, exist_ok=True)
     draw_all(out)
     print(f"written: {', '.join(str(out / name) for name in PICTURES)}")
 

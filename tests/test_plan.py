@@ -89,3 +89,15 @@ def test_the_smallest_number_of_blocks_that_fits_is_named(monkeypatch, capsys):
 def test_bad_demands_get_one_line(monkeypatch, flags, message):
     with pytest.raises(UsageError, match=message):
         run(monkeypatch, *flags)
+
+
+@pytest.mark.parametrize(
+    "flags, names_none", [("--recipe paper", False), ("--preset paper", True), ("--preset=paper", True)]
+)
+def test_only_a_preset_without_a_text_is_counted_with_the_manual(monkeypatch, flags, names_none):
+    """The vocabulary's size counts."""
+    asked = []
+    monkeypatch.setattr(plan, "script_and_settings", lambda name, flags: asked.append(flags) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(plan.plans("gpt", flags.split()))
+    assert ("pydocs" in asked[0]) == names_none

@@ -23,7 +23,7 @@ from experiments.gpu import job, memory, report, speed, works
 from experiments.gpu.apart import describe, found_by
 from experiments.gpu.cases import Options
 from nano_db.errors import UsageError
-from nano_db.trainer.checkpoints import explained
+from nano_db.trainer.checkpoints import make_folder
 from nano_db.trainer.command import command
 from nano_db.trainer.distributed import is_one_of_several
 from nano_db.trainer.report import is_taken
@@ -148,8 +148,7 @@ def start(stages, options, end):
     with tempfile.TemporaryDirectory() as folder:  # made by this process, because a stage's may be killed
         options = replace(options, scratch=Path(folder))
         about = ask_device(replace(options, out=options.scratch))
-        with explained(f"cannot make {options.out}: choose another --out", OSError):
-            options.out.mkdir(parents=True, exist_ok=True)
+        make_folder(options.out)
         flags = f"--minutes {options.minutes:g} --device {options.device} --preset {options.preset}"
         whole = {"command": f"python -m experiments.gpu {flags}", "about": about}
         print(f"{about['device']}: results are written to {options.out / 'report.md'} as they come", flush=True)

@@ -14,7 +14,7 @@ import torch
 
 from data.images import NAMES
 from nano_db.errors import UsageError
-from nano_db.trainer.checkpoints import explained, write_json
+from nano_db.trainer.checkpoints import make_folder, write_json
 from nano_db.trainer.command import command
 from nano_db.trainer.run import VERSIONS
 from nano_db.trainer.settings import Parser
@@ -69,11 +69,10 @@ def read_arguments(name, description, methods, add_flags, **defaults):
         raise UsageError("--device cuda is not available on this machine; use --device cpu (or auto)")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.name, args.out = name, Path(args.out or (f"out/{name}-{args.method}" if methods else f"out/{name}"))
+    args.name, args.out = name, Path(args.out or usual.replace("<method>", args.method))
     if (args.out / "config.json").exists():
         raise UsageError(f"{args.out} holds a run of a training script: choose another --out")
-    with explained(f"cannot make {args.out}: choose another --out", OSError):
-        args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     if (args.out / "result.json").exists():
         print(f"{args.out / 'result.json'} is there already, and will be replaced")
     return args

@@ -74,6 +74,12 @@ def write_atomically(path, write):
                 aside.unlink()
 
 
+def make_folder(folder):
+    """Make the folder that --out names, and those above it, unless it is there. Raises UsageError if it cannot be."""
+    with explained(f"cannot make {folder}: choose another --out", OSError):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+
+
 def replace(source, target):
     """os.replace, with up to five attempts: on Windows a virus scanner may hold a new file for a moment."""
     for pause in (0.1, 0.2, 0.4, 0.8):

@@ -258,8 +258,7 @@ class Run:
     def _take_folder(self):
         """Claim the folder for this run, or raise UsageError: a folder belongs to one set of settings."""
         config = self.folder / "config.json"
-        with checkpoints.explained(f"cannot make {self.folder}: choose another --out", OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.make_folder(self.folder)
         if not config.exists() or self._may_replace():
             with checkpoints.lock(self.folder / ".config.lock", "config.json", wait=True):
                 if not config.exists() or self._may_replace():  # several processes may have started at once
