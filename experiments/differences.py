@@ -1,7 +1,8 @@
 """Is a difference between two methods real? A paired t-test over seeds.
 
-Runs of one seed share data, batches and noise, so their scores are not independent. The difference is taken within
-each seed, and the test looks only at these few numbers (Student 1908).
+Runs of one seed share random numbers (block 0 and the end-to-end network even see the same batches), so their scores
+are not independent. The difference is taken within each seed, and the test looks only at these few numbers (Student
+1908).
 """
 
 import math

@@ -32,8 +32,7 @@ COMPARED = (  # in the table of differences
     ("blocks-few", "baseline"), ("blocks-few", "shallow-few"),
 )  # fmt: skip
 CERTAIN = 0.05  # p below which a difference counts
-AGAINST_END_TO_END = {"ahead": "win", "no clear difference": "tie", "behind": "loss"}
-AGAINST_CONTROL = {"ahead": "beats control", "no clear difference": "like control", "behind": "loses to control"}
+IN_SHORT = {"ahead": "win", "no clear difference": "tie", "behind": "loss"}
 MEMORIES = "memory_bytes", "checkpointed_bytes"
 NAMES = {"vit": "ViT", "dit": "DiT", "mdm": "masked diffusion", "gpt": "GPT", "looped": "looped"}
 TASKS = {
@@ -236,7 +235,7 @@ def commands_table(found):
 
 def verdicts_table(found):
     """Blocks compared with the whole network, and with the better of the two controls of equal memory."""
-    columns = ["network", "end to end", "blocks", "best control of equal memory", "verdict"]
+    columns = ["network", "end to end", "blocks", "best control of equal memory", "against end to end, control"]
     lines = []
     for script in SCRIPTS:
         rows, (name, column, decimals) = by_slug(script, found), QUALITY[script][0]
@@ -248,11 +247,11 @@ def verdicts_table(found):
             count = best[0]["settings"].get("ensemble", 1)
             several = f"mean of {count}" if count > 1 else "one"
             said = []
-            for records, words in ((theirs, AGAINST_END_TO_END), (best, AGAINST_CONTROL)):
-                if between := difference(ours, records, name, column):
-                    said.append(words[verdict(between[1], between[3])])
+            for records in (theirs, best):
+                between = difference(ours, records, name, column)
+                said.append(IN_SHORT[verdict(between[1], between[3])] if between else NONE)
             scores = [with_spread(values(records, name), decimals) for records in (theirs, ours, best)]
-            cells = [*scores[:2], f"{scores[2]} ({several})", ", ".join(said) or "one seed so far"]
+            cells = [*scores[:2], f"{scores[2]} ({several})", ", ".join(said)]
             lines.append([f"{NAMES[script]}: {short(column)}", *cells])
     return markdown(columns, lines) if lines else ""
 

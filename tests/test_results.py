@@ -346,14 +346,14 @@ def test_a_verdict_names_the_better_control_and_what_is_certain(laptop):
     found = summary.read_records(laptop, "laptop")[0]
     (row,) = cells_of(summary.table("verdicts", found))
     assert row["best control of equal memory"] == "2.201 ± 0.001 (mean of 4)"
-    assert row["verdict"] == "tie, beats control" and row["network"] == "GPT: bits ↓"
+    assert row["against end to end, control"] == "tie, win" and row["network"] == "GPT: bits ↓"
     (row,) = cells_of(summary.table("commands", found))
     assert row["command"] == "`python train_gpt.py --blocks 4`" and row["minutes"] == f"{0.5 * 7 / 60:.0f}"
     for slug in ("blocks", "baseline", "shallow", "ensemble"):
         for seed in (1, 2):
             (laptop / f"gpt-{slug}-s{seed}.json").unlink()
     (row,) = cells_of(summary.table("verdicts", summary.read_records(laptop, "laptop")[0]))
-    assert row["verdict"] == "one seed so far"
+    assert row["against end to end, control"] == "–, –"
 
 
 def test_the_best_rate_is_that_of_the_validation_half(tmp_path):
@@ -482,18 +482,52 @@ def test_the_numbers_in_the_readmes_text_are_those_of_the_records():
     """What stands outside its tables: the bullets, and the output of the main job, which is seed 0."""
     text = " ".join(README.read_text(encoding="utf-8").split())
     runs = {experiment.name: records for experiment, records in committed().items()}
-    for script, metric, pattern in (
-        ("dit", "edm_loss", r"in 3 blocks reaches a loss of ([\d.]+), the whole network ([\d.]+)\. "),
-        ("gpt", "bits_per_char", r"in 4 blocks reaches ([\d.]+) bits per character, the whole network ([\d.]+)\. "),
+    for script, pattern in (
+        ("dit", r"in 3 blocks reaches a loss of ([\d.]+), the whole network ([\d.]+)\. "),
+        ("gpt", r"in 4 blocks reaches ([\d.]+) bits per character, the whole network ([\d.]+)\. "),
     ):
-        for name, shown in zip(("blocks", "baseline"), *re.findall(pattern, text), strict=True):
-            decimals = len(shown.partition(".")[2])
-            mean = statistics.mean(summary.values(runs[f"{script}-{name}"], metric))
-            assert f"{mean:.{decimals}f}" == shown, (script, name)
+        assert_means(runs, script, *re.findall(pattern, text))
+    (shown,) = re.findall(r"takes the GPT from (\d+) to (\d+) MiB, blocks to (\d+) \(both: (\d+)\)", text)
+    cases = [("baseline", False), ("baseline", True), ("blocks", False), ("blocks", True)]
+    for number, (slug, checkpointed) in zip(shown, cases, strict=True):
+        key = "checkpointed_bytes" if checkpointed else "memory_bytes"
+        assert f"{summary.median(runs[f'gpt-{slug}'], key, 'total') / 2**20:.0f}" == number
     first = next(record["result"] for record in runs["gpt-blocks"] if record["seed"] == 0)
     blocks, whole = (first[key]["total"] for key in ("memory_bytes", "baseline_memory_bytes"))
     assert f"{first['metrics']['bits_per_char']:.4f} bits per character (upper bound)" in text
     assert f"{blocks / 2**20:.2f} MiB ({blocks / whole:.3f}) {whole / 2**20:.2f} MiB (1.000)" in text
+
+
+def assert_means(runs, script, shown, slugs=("blocks", "baseline")):
+    """shown: the mean of a script's first metric of each slug, with any number of decimals."""
+    metric, *_ = summary.QUALITY[script][0]
+    for slug, number in zip(slugs, shown, strict=True):
+        mean = statistics.mean(summary.values(runs[f"{script}-{slug}"], metric))
+        assert f"{mean:.{len(number.partition('.')[2])}f}" == number, (script, slug)
+
+
+CLAIMS = [  # (script, what blocks are compared with, the sentence that has both means and p, or only p)
+    ("dit", "baseline", r"EDM loss ([\d.]+) against ([\d.]+), p = ([\d.]+)"),
+    ("vit", "baseline", r"accuracy ([\d.]+) against ([\d.]+), p = ([\d.]+)"),
+    ("looped", "baseline", r"end-to-end baseline \(([\d.]+) bits against ([\d.]+), p = ([\d.]+)"),
+    ("mdm", "baseline", r"masked diffusion \(([\d.]+) bits against ([\d.]+), p = ([\d.]+)"),
+    ("gpt", "baseline", r"autoregressive transformer \(([\d.]+) against ([\d.]+), p = ([\d.]+)"),
+    ("looped", "shallow", r"without a loop reaches ([\d.]+) bits \(p = ([\d.]+)"),
+    ("mdm", "baseline", r"although they are ahead with every seed \(p = ([\d.]+)"),
+    ("vit", "baseline", r"against the whole network by 0\.004 \(p = ([\d.]+)"),
+    ("vit", "shallow", r"that lead is not significant \(p = ([\d.]+)"),
+]
+
+
+@pytest.mark.parametrize("script, other, pattern", CLAIMS)
+def test_the_numbers_in_the_text_of_results_are_those_of_the_records(script, other, pattern):
+    text = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    runs = {experiment.name: records for experiment, records in committed().items()}
+    name, column, _ = summary.QUALITY[script][0]
+    (shown,) = re.findall(pattern, text)
+    *means, p = [shown] if isinstance(shown, str) else shown
+    assert_means(runs, script, means, ("blocks", other)[-len(means) :] if means else ())
+    assert f"{summary.difference(runs[f'{script}-blocks'], runs[f'{script}-{other}'], name, column)[3]:.2g}" == p
 
 
 def committed(scale="laptop"):

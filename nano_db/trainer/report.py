@@ -108,7 +108,7 @@ def seconds_of(settings, work, *args):
 def print_costs(costs):
     """Two tables of text, with ratios to the last column in brackets. costs: {column: what costs_of returns}."""
     units = {"layer_evaluations": ("", 1), "seconds": ("ms", 1000)}
-    for part, title in (("memory_bytes", "training, the largest network"), ("one_sample", "inference, one sample")):
+    for part, title in (("memory_bytes", "training memory"), ("one_sample", "inference, one sample")):
         print(f"\n{title:32}" + "".join(f"{column:>22}" for column in costs))
         *_, last = (cost[part] for cost in costs.values())
         for figure in last:
