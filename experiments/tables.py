@@ -40,7 +40,8 @@ GROUPS = {  # the tables: their titles, and notes, which begin with the paper's 
                     "in what it names."),
     "dit-conversion": ("Blocks that start from a trained network", "Half as many steps as the network. Every run has "
                        "its own warm-up and cosine."),
-    "dit-plateau": ("One run to the plateau: diffusion transformer", "Five times the steps of the preset, one seed."),
+    "dit-plateau": ("One run to the plateau: diffusion transformer", "The preset's steps, and five times as many (one "
+                    "seed)."),
     "vit-cifar10": ("Vision transformer on photographs", "CIFAR-10, one seed."),
     "dit-cifar10": ("Diffusion transformer on photographs", "CIFAR-10, one seed."),
 }  # fmt: skip
@@ -227,9 +228,10 @@ def add_conversion(tables):
 
 
 def add_plateau(tables):
-    """These runs are evaluated in rounds during training, for the curves."""
-    changes = dict(steps=LONGER * steps_of("dit", tables.scale), rounds=10)
-    add_controls(tables, "dit-plateau", "dit", changes)
+    """The long runs are evaluated in rounds during training, for the curves. Those of the main table stand beside them."""
+    usual = steps_of("dit", tables.scale)
+    for steps, changes in ((usual, {}), (LONGER * usual, dict(steps=LONGER * usual, rounds=10))):
+        add_controls(tables, "dit-plateau", "dit", changes, f", {steps:,} steps")
 
 
 def add_photographs(tables):
@@ -237,11 +239,11 @@ def add_photographs(tables):
         add_controls(tables, f"{script}-cifar10", script, PHOTOGRAPHS[script])
 
 
-def add_controls(tables, table, script, changes):
-    """End to end, blocks, one shallow network and the mean of B such networks, with `changes`."""
+def add_controls(tables, table, script, changes, suffix=""):
+    """End to end, blocks, one shallow network and the mean of B such networks, with `changes`; suffix: of the rows."""
     (B, layers), control = cut(script, tables.scale), shallow(script, tables.scale)
     add = partial(tables.add, table, **changes)
-    add("baseline", "end to end", baseline=True)
-    add("blocks", f"{B} blocks")
-    add("shallow", f"one network of {layers // B} layers", **control)
-    add("ensemble", f"mean of {B} such networks", **control, ensemble=B)
+    add("baseline", "end to end" + suffix, baseline=True)
+    add("blocks", f"{B} blocks{suffix}")
+    add("shallow", f"one network of {layers // B} layers{suffix}", **control)
+    add("ensemble", f"mean of {B} such networks{suffix}", **control, ensemble=B)
