@@ -61,6 +61,7 @@ def draw_equal_memory(path, panels):
     marks = [plt.Line2D([], [], ls="", marker=marker, color=colour, ms=9) for marker, colour in METHODS.values()]
     hollow = plt.Line2D([], [], ls="", marker="o", color="grey", mfc="white", ms=9)
     names = [*METHODS, "hollow: with checkpointed activations"]
+    names[list(METHODS).index("one shallow network")] += "\n(looped: a plain transformer)"
     axes.flat[-1].legend(
         [*marks, hollow], names, loc="center", frameon=False, title="up and left is better; small dots: seeds"
     )
