@@ -228,7 +228,7 @@ def add_conversion(tables):
 
 
 def add_plateau(tables):
-    """The long runs are evaluated in rounds during training, for the curves. Those of the main table stand beside them."""
+    """The long runs, which are evaluated in rounds for the curves, beside those of the main table."""
     usual = steps_of("dit", tables.scale)
     for steps, changes in ((usual, {}), (LONGER * usual, dict(steps=LONGER * usual, rounds=10))):
         add_controls(tables, "dit-plateau", "dit", changes, f", {steps:,} steps")
