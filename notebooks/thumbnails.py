@@ -1,6 +1,6 @@
-"""Thumbnails for the index: one per notebook, taken from its outputs.
+"""Thumbnails for the index: one per notebook, taken from its outputs. The README has notebook 0's at its full size.
 
-python notebooks/thumbnails.py      # writes notebooks/pictures/00.png, 01.png, ...
+python notebooks/thumbnails.py      # writes notebooks/pictures/00.png, 01.png, ... and ten_minutes.png
 """
 
 import base64
@@ -24,12 +24,14 @@ def picture_of(path):
     piece = CHOSEN[path.name[:2]]
     (cell,) = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code" and piece in c.source]
     (data,) = [o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})]
-    picture = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
-    picture.thumbnail(SIZE)
-    return picture
+    return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
 
 
 if __name__ == "__main__":
     (HERE / "pictures").mkdir(exist_ok=True)
     for path in sorted(HERE.glob("*.ipynb")):
-        picture_of(path).save(HERE / "pictures" / f"{path.name[:2]}.png", optimize=True)
+        picture = picture_of(path)
+        if path.name.startswith("00"):
+            picture.save(HERE / "pictures" / "ten_minutes.png", optimize=True)
+        picture.thumbnail(SIZE)
+        picture.save(HERE / "pictures" / f"{path.name[:2]}.png", optimize=True)
