@@ -32,7 +32,6 @@ COMPARED = (  # in the table of differences
     ("blocks-few", "baseline"), ("blocks-few", "shallow-few"),
 )  # fmt: skip
 CERTAIN = 0.05  # p below which a difference counts
-IN_SHORT = {"ahead": "win", "no clear difference": "tie", "behind": "loss"}
 MEMORIES = "memory_bytes", "checkpointed_bytes"
 NAMES = {"vit": "ViT", "dit": "DiT", "mdm": "masked diffusion", "gpt": "GPT", "looped": "looped"}
 TASKS = {
@@ -195,7 +194,7 @@ def differences_table(found):
                     seeds, better, error, p = found_between
                     cells = [f"{better:+.{decimals}f}", f"{error:.{decimals}f}", f"{p:.2g}", verdict(better, p)]
                     names = f"{rows[ours][0].row} / {rows[theirs][0].row}"
-                    lines.append([GROUPS[script][0], column.split(" (")[0], names, str(seeds), *cells])
+                    lines.append([NAMES[script], short(column)[:-2], names, str(seeds), *cells])
     return markdown(columns, lines) if lines else ""
 
 
@@ -209,7 +208,7 @@ def difference(ours, theirs, metric, column):
 
 
 def verdict(better, p):
-    return "no clear difference" if p >= CERTAIN else "ahead" if better > 0 else "behind"
+    return "tie" if p >= CERTAIN else "win" if better > 0 else "loss"
 
 
 def short(column):
@@ -249,7 +248,7 @@ def verdicts_table(found):
             said = []
             for records in (theirs, best):
                 between = difference(ours, records, name, column)
-                said.append(IN_SHORT[verdict(between[1], between[3])] if between else NONE)
+                said.append(verdict(between[1], between[3]) if between else NONE)
             scores = [with_spread(values(records, name), decimals) for records in (theirs, ours, best)]
             cells = [*scores[:2], f"{scores[2]} ({several})", ", ".join(said)]
             lines.append([f"{NAMES[script]}: {short(column)}", *cells])

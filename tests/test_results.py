@@ -393,8 +393,8 @@ def test_differences_are_taken_within_seeds_and_better_is_positive(laptop):
             write(laptop, named["vit-blocks"], seed, {"accuracy": 0.9 - 0.3 * seed, "accuracy_walk": 0.7})
     vit, gpt, shallow = cells_of(summary.table("differences", summary.read_records(laptop, "laptop")[0]))
     assert gpt["compared"] == "4 blocks / end to end" and (gpt["seeds"], shallow["seeds"]) == ("3", "2")
-    assert (gpt["the first is better by"], gpt["standard error"], gpt["verdict"]) == ("+0.100", "0.001", "ahead")
-    assert (vit["the first is better by"], vit["p"], vit["verdict"]) == ("-0.150", "0.5", "no clear difference")
+    assert (gpt["the first is better by"], gpt["standard error"], gpt["verdict"]) == ("+0.100", "0.001", "win")
+    assert (vit["the first is better by"], vit["p"], vit["verdict"]) == ("-0.150", "0.5", "tie")
 
 
 def test_a_ratio_is_taken_within_seeds():
