@@ -516,6 +516,8 @@ CLAIMS = [  # (script, what blocks are compared with, the sentence that has both
     ("mdm", "baseline", r"although they are ahead with every seed \(p = ([\d.]+)"),
     ("vit", "baseline", r"against the whole network by 0\.004 \(p = ([\d.]+)"),
     ("vit", "shallow", r"that lead is not significant \(p = ([\d.]+)"),
+    ("vit", "ensemble", r"with the mean of three such networks \(p = ([\d.]+)"),
+    ("gpt", "ensemble", r"with the mean of four shallow networks \(p = ([\d.]+)"),
 ]
 
 
