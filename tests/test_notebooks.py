@@ -28,6 +28,7 @@ from nano_db.block import DiffusionBlock
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "notebooks"))
 import student_copies  # noqa: E402
+from renew_results import only_results  # noqa: E402
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ABSOLUTE_PATH = re.compile(r"(?:^|[\s\"'(=])(?:/\w[\w.+-]*/[\w.+-]|[A-Za-z]:\\)", re.MULTILINE)
@@ -91,12 +92,6 @@ def answered(notebook):
         answer = cell.source[: cell.source.rindex("\ncheck(")].rstrip()
         stubs[name][1].source = re.sub(r"\bsolution_", "answer_", re.sub(r"\bSolution(?=\d)", "Answer", answer))
     return notebook
-
-
-def only_results(notebook):
-    """The cells that need no computing: the setup, the imports, and those tagged `results`, after them."""
-    code = code_cells(notebook)
-    return new_notebook(cells=[*code[:2], *(cell for cell in code if "results" in cell.metadata.get("tags", []))])
 
 
 def shown_sources(cell):
@@ -263,7 +258,8 @@ def test_what_it_prints_of_the_results_is_what_they_are_today(path):
     shown = [text_of(cell) for cell in only_results(notebook).cells]
     assert reads == (len(shown) > 2), "a cell that reads results is tagged so"
     if reads:
-        assert [text_of(cell) for cell in execute(only_results(notebook), path.parent).cells] == shown
+        today = [text_of(cell) for cell in execute(only_results(notebook), path.parent).cells]
+        assert today == shown, "run notebooks/renew_results.py"
 
 
 @pytest.mark.parametrize("path", those_that_can_run(PATHS, slow=False))
