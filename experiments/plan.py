@@ -87,9 +87,10 @@ def main():
         if flag in CHOSEN_HERE:
             raise UsageError(f"{flag} is for this command to choose: drop it")
 
-    print(f"MiB of a training step{'':9}" + "".join(f"{part:>13}" for part in (*PARTS, "total")))
     fitting, smallest = {}, math.inf
     for blocks, checkpointed, count in plans(args.script, flags):
+        if smallest == math.inf:  # the first: no flag is wrong
+            print(f"MiB of a training step{'':9}" + "".join(f"{part:>13}" for part in (*PARTS, "total")))
         name = ("end to end" if blocks == 1 else f"{blocks} blocks") + (", checkpointed" if checkpointed else "")
         print(f"  {name:29}" + "".join(f"{count[part] / 2**20:13,.1f}" for part in (*PARTS, "total")), flush=True)
         smallest = min(smallest, count["total"])

@@ -84,11 +84,14 @@ def test_the_smallest_number_of_blocks_that_fits_is_named(monkeypatch, capsys):
         (["gpt", "--blocks", "3"], "--blocks is for this command to choose"),
         (["gpt", "--blocks=3"], "--blocks is for this command to choose"),
         (["mdm", "--checkpoint-activations"], "--checkpoint-activations is for this command"),
+        (["gpt", "--layer", "3"], "unrecognized arguments: --layer"),
     ],
 )
-def test_bad_demands_get_one_line(monkeypatch, flags, message):
-    with pytest.raises(UsageError, match=message):
+def test_bad_demands_get_one_line(monkeypatch, capsys, flags, message):
+    with pytest.raises((UsageError, SystemExit)) as error:
         run(monkeypatch, *flags)
+    printed = capsys.readouterr()
+    assert message in f"{error.value} {printed.err}" and printed.out == ""
 
 
 @pytest.mark.parametrize(
