@@ -1,7 +1,7 @@
 """A diffusion transformer (DiT) on pixels, trained in blocks: each block denoises at its own noise levels.
 
     python train_dit.py                                 # glyphs, drawn on the spot: no download needed
-    python train_dit.py --baseline                      # the same network, end to end
+    python train_dit.py --baseline                      # the same layers, end to end
     python train_dit.py --eval-only --guidance 1        # sample again, without guidance
     python train_dit.py --data cifar10 --out out/cifar  # photographs (downloaded)
     python train_dit.py --data FOLDER --out out/mine    # your own, one subfolder per class
@@ -136,7 +136,7 @@ def frechet_count(settings, images):
 
 
 def prepare(settings):
-    """What every block knows without being told: the images, and which noise levels are whose."""
+    """What all blocks share, and none trains: the images, and which noise levels are whose."""
     if settings.data not in NAMES:
         refuse_inside(settings)
     images = load_images(settings.data, count=settings.glyphs, size=settings.image_size, kept=kept(settings))
@@ -250,9 +250,9 @@ def main(flags=None):
     if settings.export:
         refuse_old_images(run.folder / "images")  # now, not after training
 
-    for _ in run.rounds():
+    for _ in run.rounds():  # each trains every block a part of its steps, then evaluates
         for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, some of them
-            block = first_weights(build, b, settings, images, partition)  # depends only on the seed and b
+            block = first_weights(build, b, settings, images, partition)  # from seed and b; run.steps loads later ones
             optimizer = make_optimizer(block, settings)
             for _ in run.steps(b, block, optimizer):  # resumes from the file; seeds, sets the rate, logs, saves
                 labels, y = batch(run.batch_size, settings, images, partition)
@@ -267,7 +267,7 @@ def main(flags=None):
             del block, optimizer, loss  # this block's memory is freed before the next one trains
         if run.ready():  # all blocks have been trained this round
             metrics = evaluate(run, OneAtATime(run, build, images, partition), images, partition)
-    if run.finished:
+    if run.finished:  # result.json and curves; memory and time, measured on networks built anew
         report(run, metrics, "edm_loss", build, batch, sample, images, partition)
 
 

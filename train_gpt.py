@@ -1,7 +1,7 @@
 """A GPT trained in blocks that never see each other.
 
     python train_gpt.py --blocks 4                         # 10 minutes on one CPU core, no download needed
-    python train_gpt.py --baseline                         # the same network, end to end
+    python train_gpt.py --baseline                         # the same layers, end to end
     python train_gpt.py --eval-only --prompt "def "        # sample from what was trained
     python train_gpt.py --recipe paper --out out/paper     # the paper's own choices
 
@@ -34,7 +34,8 @@ from nano_db.trainer.settings import Blocks, Discrete, Training, method, network
 
 @dataclass
 class Settings(Discrete, Blocks, Training):
-    # trainer/settings.py has more settings (blocks, layers, steps, ...) and what `of`, `needs`, `once`, ... mean.
+    # Skip these at first: begin with main(), at the end, then build() and GPT. method, network, training and output are
+    # headings of --help; `of`, `needs`, `once`, ... only check flags. More settings: trainer/settings.py (layers, ...).
     data: str = training("python", "text: python, pydocs, shakespeare, text8, or the path of a UTF-8 file")
     tokenizer: str = training("char", "characters, or GPT-2's byte pairs", choices=("char", "gpt2"))
     seq_len: int = network(128, "tokens of context", at_least=2)
@@ -43,9 +44,9 @@ class Settings(Discrete, Blocks, Training):
     dropout: float = training(0.0, "on both residual branches", flag=False)
     head: str = method("denoising", "output head (heads.py)", choices=tuple(HEADS), of="blocks")
     clean_weight: float = method(
-        0.0, "weight of the extra loss at z = 0 (block.py)", at_least=0, of="blocks", idle=Discrete.other_head
+        0.0, "weight of the loss at z = 0 (recipe nano: 1)", at_least=0, of="blocks", idle=Discrete.other_head
     )
-    predict: str = method("averaged", "from the active block, or from all so far", PREDICT, of="blocks", resumable=True)
+    predict: str = method("averaged", "by the active block, or all so far (mean)", PREDICT, of="blocks", resumable=True)
     sampling_steps_per_block: int = method(4, "Euler steps of each block, per token", flag=False, resumable=True)
     eval_windows: int = output(256, "test windows to evaluate on (and as many for validation); 0: all", at_least=0)
     export: int = output(0, "held-out texts to continue after their first quarter (texts.jsonl)", at_least=0, once=True)
@@ -79,32 +80,35 @@ NOISE = {
 class GPT(nn.Module):
     """Embedding and `layers` causal layers: features of the next token, (B, T, width), for the head to read.
 
-    Without shows_z it is a plain GPT: the trunk of a block with a denoising head, and the baseline. With it, it is the
+    Without sees_z it is a plain GPT: the trunk of a block with a denoising head, and the baseline. With it, it is the
     paper's network of two streams: a clean copy of the sequence, and a noisy one in which position t holds the noisy
     token t + 1 and attends to the clean past and itself.
     """
 
-    def __init__(self, classes, settings, layers, shows_z=False):
+    def __init__(self, classes, settings, layers, sees_z=False):
         super().__init__()
         width, self.head_width = settings.width, settings.width // settings.heads
         self.embedding = nn.Embedding(classes, width)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        cond_width = max(8, width // 6) if shows_z else 0
-        if shows_z:
+        cond_width = max(8, width // 6) if sees_z else 0
+        if sees_z:
             self.noise_embedding = NoiseEmbedding(cond_width)
             self.from_z = nn.Linear(width, width, bias=False)
-        layer = width, settings.heads, cond_width, settings.dropout
-        self.layers = nn.ModuleList(Layer(*layer, depth=layers) for _ in range(layers))
+        shape = width, settings.heads, cond_width, settings.dropout
+        self.layers = nn.ModuleList(Layer(*shape, depth=layers) for _ in range(layers))
 
     def forward(self, x, z=None, c_noise=None, cache=None):
         """x (B, T) tokens; with two streams also z (B, T, width), scaled noisy targets, and c_noise (B,). cache: what
         layers keep of earlier tokens while text is generated.
         """
-        T, past = x.shape[1], cache.begin(x.shape[1]) if cache else 0
+        T = x.shape[1]
+        past = cache.begin(T) if cache else 0
         positions = torch.arange(past, past + T, device=x.device)
         h = self.embedding(x)  # (B, T, width)
-        cond, causal = None, past == 0 and T > 1
-        mask = causal_mask(T, past, x.device) if past and T > 1 else None
+        cond, mask = None, None
+        causal = past == 0 and T > 1
+        if past and T > 1:  # (a single new token attends to everything)
+            mask = causal_mask(T, past, x.device)
         if z is not None:
             cond = self.noise_embedding(c_noise)
             h = torch.cat([h, self.from_z(z)], dim=1)  # (B, 2T, width)
@@ -113,24 +117,28 @@ class GPT(nn.Module):
         rotary = rotary_angles(positions, self.head_width)
         for layer in self.layers:
             h = layer(h, rotary, cond, mask, causal, cache)
-        return rms_norm(h[:, -T:])
+        return rms_norm(h[:, -T:])  # of two streams, the noisy one
 
 
 def two_stream_mask(T, past, device):
-    """(2T, past + 2T): clean queries see clean positions up to their own; noisy ones see these and themselves."""
+    """(2T, past + 2T): clean queries see clean positions up to their own; noisy ones see these and themselves.
+
+    clean: [causal, 0     ]
+    noisy: [causal, itself]
+    """
     clean, itself = causal_mask(T, past, device), torch.eye(T, dtype=torch.bool, device=device)
     return torch.cat([torch.cat([clean, torch.zeros_like(itself)], 1), torch.cat([clean, itself], 1)])
 
 
 def prepare(settings):
-    """What every block knows without being told: the text, and which noise levels are whose."""
+    """What all blocks share, and none trains: the text, and which noise levels are whose."""
     if settings.predict == "averaged" and settings.head != "denoising":
         raise UsageError("--predict averaged needs --head denoising: use --predict active")
     text = load_text(
         settings.data, settings.tokenizer, seq_len=settings.seq_len, export=settings.export, kept=kept(settings)
     )
     note_vocabulary(text.tokenizer.classes, settings)
-    text.tokenizer.encode(settings.prompt)  # refuses characters that are not in the data now, not after training
+    text.tokenizer.encode(settings.prompt)  # refuses characters that the data lacks: now, and not after training
     blocks = 1 if settings.baseline else settings.blocks
     return text, make_partition(NOISE[settings.noise], blocks, overlap=settings.overlap)
 
@@ -139,13 +147,14 @@ def build(b, settings, text, partition):
     """Block b; with --baseline the whole network."""
     classes = text.tokenizer.classes
     target_embeddings = make_target_embeddings(classes, settings.width, settings.seed)
-    if settings.baseline:
+    if settings.baseline:  # of its head, only the output projection is used
         return EndToEnd(GPT(classes, settings, settings.layers), PosteriorHead(target_embeddings))
     head = HEADS[settings.head](target_embeddings)
     layers = split_layers(settings.layers, settings.blocks)[b]
-    gpt = GPT(classes, settings, layers, shows_z=not head.sees_z)  # either the head sees z, or the network
-    weights = settings.loss_weight, settings.clean_weight if head.sees_z else 0.0
-    return DiffusionBlock(gpt, head, partition.noise, partition.training_range(b), *weights)
+    gpt = GPT(classes, settings, layers, sees_z=not head.sees_z)  # either the head sees z, or the network
+    clean_weight = settings.clean_weight if head.sees_z else 0.0  # the recipe sets it, whatever the head
+    span = partition.training_range(b)
+    return DiffusionBlock(gpt, head, partition.noise, span, settings.loss_weight, clean_weight)
 
 
 def batch(size, settings, text, partition):
@@ -191,9 +200,9 @@ def main(flags=None):
     text, partition = prepare(settings)
     run = Run("gpt", settings, text.keeps(), data_sha256=text.sha256, **noise_identity(partition))
 
-    for _ in run.rounds():
+    for _ in run.rounds():  # each trains every block a part of its steps, then evaluates
         for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, some of them
-            block = first_weights(build, b, settings, text, partition)  # depends only on the seed and b
+            block = first_weights(build, b, settings, text, partition)  # from seed and b; run.steps loads later ones
             optimizer = make_optimizer(block, settings)
             for _ in run.steps(b, block, optimizer):  # resumes from the file; seeds, sets the rate, logs, saves
                 x, y = batch(run.batch_size, settings, text, partition)
@@ -208,7 +217,7 @@ def main(flags=None):
             del block, optimizer, loss  # this block's memory is freed before the next one trains
         if run.ready():  # all blocks have been trained this round
             metrics = evaluate(run, run.trained_blocks(build, text, partition), text, partition)
-    if run.finished:
+    if run.finished:  # result.json and curves; memory and time, measured on networks built anew
         report(run, metrics, "bits_per_char", build, batch, sample, text, partition)
 
 

@@ -282,9 +282,9 @@ def main(flags=None):
     text, partition = prepare(settings)
     run = Run("looped", settings, text.keeps(), data_sha256=text.sha256, **noise_identity(partition))
 
-    for _ in run.rounds():
+    for _ in run.rounds():  # each trains every block a part of its steps, then evaluates
         for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, some of them
-            block = first_weights(build, b, settings, text, partition)  # depends only on the seed and b
+            block = first_weights(build, b, settings, text, partition)  # from seed and b; run.steps loads later ones
             optimizer = make_optimizer(block, settings)
             for _ in run.steps(b, block, optimizer):  # resumes from the file; seeds, sets the rate, logs, saves
                 x, y = batch(run.batch_size, settings, text, partition)
@@ -299,7 +299,7 @@ def main(flags=None):
             del block, optimizer, loss  # this block's memory is freed before the next one trains
         if run.ready():  # all blocks have been trained this round
             metrics = evaluate(run, run.trained_blocks(build, text, partition), text, partition)
-    if run.finished:
+    if run.finished:  # result.json and curves; memory and time, measured on networks built anew
         report(run, metrics, "bits_per_char", build, batch, sample, text, partition)
 
 

@@ -85,7 +85,7 @@ class Unmasker(nn.Module):
 
 
 def prepare(settings):
-    """What every block knows without being told: the text, and how much of it is masked at which time."""
+    """What all blocks share, and none trains: the text, and how much of it is masked at which time."""
     text = load_text(settings.data, seq_len=settings.seq_len, export=settings.export, kept=kept(settings))
     note_vocabulary(text.tokenizer.classes, settings)
     encode_fill(text, settings)  # refuses now, not after training, if it is too long or not in the data
@@ -193,9 +193,9 @@ def main(flags=None):
     text, schedule = prepare(settings)
     run = Run("mdm", settings, text.keeps(), data_sha256=text.sha256)
 
-    for _ in run.rounds():
+    for _ in run.rounds():  # each trains every block a part of its steps, then evaluates
         for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, some of them
-            block = first_weights(build, b, settings, text, schedule)  # depends only on the seed and b
+            block = first_weights(build, b, settings, text, schedule)  # from seed and b; run.steps loads later ones
             optimizer = make_optimizer(block, settings)
             for _ in run.steps(b, block, optimizer):  # resumes from the file; seeds, sets the rate, logs, saves
                 (x,) = batch(run.batch_size, settings, text, schedule)
@@ -210,7 +210,7 @@ def main(flags=None):
             del block, optimizer, loss  # this block's memory is freed before the next one trains
         if run.ready():  # all blocks have been trained this round
             metrics = evaluate(run, run.trained_blocks(build, text, schedule), text, schedule)
-    if run.finished:
+    if run.finished:  # result.json and curves; memory and time, measured on networks built anew
         report(run, metrics, "bits_per_char", build, batch, sample, text, schedule)
 
 

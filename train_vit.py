@@ -1,7 +1,7 @@
 """A vision transformer that denoises its label, trained in blocks.
 
     python train_vit.py                                    # glyphs, drawn on the spot: no download needed
-    python train_vit.py --baseline                         # the same network, end to end
+    python train_vit.py --baseline                         # the same layers, end to end
     python train_vit.py --recipe paper --out out/vit-paper # the paper's own choices
     python train_vit.py --data cifar10 --out out/cifar     # photographs (downloaded)
     python train_vit.py --data FOLDER --out out/mine       # your own, one subfolder per class
@@ -57,9 +57,9 @@ class Settings(Discrete, Blocks, Training):
     pooling: str = network("token", "features to classify: the label token's, or the mean", choices=("token", "mean"))
     head: str = method("denoising", "output head (heads.py)", choices=tuple(HEADS), of="blocks")
     clean_weight: float = method(
-        0.0, "weight of the extra loss at z = 0 (block.py)", at_least=0, of="blocks", idle=Discrete.other_head
+        0.0, "weight of the loss at z = 0 (recipe nano: 1)", at_least=0, of="blocks", idle=Discrete.other_head
     )
-    predict: str = method("averaged", "from the active block, or from all so far", PREDICT, of="blocks", resumable=True)
+    predict: str = method("averaged", "by the active block, or all so far (mean)", PREDICT, of="blocks", resumable=True)
     sampling_steps_per_block: int = method(1, "Euler steps of each block", flag=False, resumable=True)
     walks: int = output(8, "walks from noise to average", flag=False)
     samples: int = output(25, "hardest test images to show in samples.png; 0: no picture", at_least=0)
@@ -98,22 +98,22 @@ class ViT(nn.Module):
     The label token is learned, like [CLS]; if the network is shown the noisy label z, W(c_in * z) is added to it.
     """
 
-    def __init__(self, shape, settings, layers, shows_z=False):
+    def __init__(self, shape, settings, layers, sees_z=False):
         super().__init__()
         width, self.patch, self.pooling = settings.width, settings.patch, settings.pooling
-        cond_width = max(8, width // 6) if shows_z else 0
+        cond_width = max(8, width // 6) if sees_z else 0
         self.embedding = nn.Linear(shape[0] * settings.patch**2, width)
         positions = settings.positions * patch_positions(shape, settings.patch, width)
         self.register_buffer("positions", positions, persistent=False)
         self.label_token = nn.Parameter(torch.randn(width))
-        if shows_z:
+        if sees_z:
             self.from_z = nn.Linear(width, width, bias=False)
             self.noise_embedding = NoiseEmbedding(cond_width)
         layer = width, settings.heads, cond_width, settings.dropout
         self.layers = nn.ModuleList(Layer(*layer, depth=layers) for _ in range(layers))
 
     def forward(self, x, z=None, c_noise=None):
-        """x (B, C, H, W) images; with shows_z also z (B, width), scaled noisy labels, and c_noise (B,)."""
+        """x (B, C, H, W) images; with sees_z also z (B, width), scaled noisy labels, and c_noise (B,)."""
         patches = self.embedding(patchify(x, self.patch)) + self.positions  # (B, T, width)
         label = self.label_token.expand(len(x), 1, -1)
         cond = None if z is None else self.noise_embedding(c_noise)
@@ -127,7 +127,7 @@ class ViT(nn.Module):
 
 
 def prepare(settings):
-    """What every block knows without being told: the images, and which noise levels are whose."""
+    """What all blocks share, and none trains: the images, and which noise levels are whose."""
     if settings.data not in NAMES:
         refuse_inside(settings)
     if settings.predict == "averaged" and settings.head != "denoising":
@@ -145,13 +145,14 @@ def prepare(settings):
 def build(b, settings, images, partition):
     """Block b; with --baseline the whole network."""
     target_embeddings = make_target_embeddings(len(images.classes), settings.width, settings.seed)
-    if settings.baseline:
+    if settings.baseline:  # of its head, only the output projection is used
         return EndToEnd(ViT(images.shape, settings, settings.layers), PosteriorHead(target_embeddings))
     head = HEADS[settings.head](target_embeddings)
     layers = split_layers(settings.layers, settings.blocks)[b]
-    vit = ViT(images.shape, settings, layers, shows_z=not head.sees_z)  # either the head sees z, or the network
-    weights = settings.loss_weight, settings.clean_weight if head.sees_z else 0.0
-    return DiffusionBlock(vit, head, partition.noise, partition.training_range(b), *weights)
+    vit = ViT(images.shape, settings, layers, sees_z=not head.sees_z)  # either the head sees z, or the network
+    clean_weight = settings.clean_weight if head.sees_z else 0.0  # the recipe sets it, whatever the head
+    span = partition.training_range(b)
+    return DiffusionBlock(vit, head, partition.noise, span, settings.loss_weight, clean_weight)
 
 
 def batch(size, settings, images, partition):
@@ -188,9 +189,9 @@ def main(flags=None):
     images, partition = prepare(settings)
     run = Run("vit", settings, images.keeps(), data_sha256=images.sha256, **noise_identity(partition))
 
-    for _ in run.rounds():
+    for _ in run.rounds():  # each trains every block a part of its steps, then evaluates
         for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, some of them
-            block = first_weights(build, b, settings, images, partition)  # depends only on the seed and b
+            block = first_weights(build, b, settings, images, partition)  # from seed and b; run.steps loads later ones
             optimizer = make_optimizer(block, settings)
             for _ in run.steps(b, block, optimizer):  # resumes from the file; seeds, sets the rate, logs, saves
                 x, y = batch(run.batch_size, settings, images, partition)
@@ -205,7 +206,7 @@ def main(flags=None):
             del block, optimizer, loss  # this block's memory is freed before the next one trains
         if run.ready():  # all blocks have been trained this round
             metrics = evaluate(run, run.trained_blocks(build, images, partition), images, partition)
-    if run.finished:
+    if run.finished:  # result.json and curves; memory and time, measured on networks built anew
         report(run, metrics, "accuracy", build, batch, sample, images, partition)
 
 

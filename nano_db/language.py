@@ -34,12 +34,12 @@ def text_metrics(text, nats):
 def mean_nats(model, batches, generator):
     """Nats per token of batches (x, y), split by block. (blocks,) float64"""
     levels = [] if isinstance(model, Ensemble) else quadrature(model.partition)
+    sigmas = [sigma for _, sigma in levels]
     summed, tokens = 0.0, 0
     for x, y in batches:
         if isinstance(model, Ensemble):
             found = -model.log_p(x).gather(-1, y[..., None]).cpu().double().mean().view(1)
         else:
-            sigmas = [sigma for _, sigma in levels]
             found = measure(model.posterior(x), y, model.target_embeddings, sigmas, generator)
         summed, tokens = summed + y.numel() * found, tokens + y.numel()
     return split_by_block(levels, summed / tokens) if levels else summed / tokens
@@ -67,7 +67,8 @@ def _next_token(model, x, caches, sigmas, temperature, generator):
         log_p = model.log_p(x, caches)[:, -1:]
         return draw((log_p / temperature).log_softmax(-1), generator)
     posterior = model.posterior(x, caches, temperature)
-    known = model.target_embeddings[x[:, 1:]]  # the clean targets of earlier positions
+    # Clean targets of earlier positions. Only a network whose states attend to each other uses them (train_looped.py).
+    known = model.target_embeddings[x[:, 1:]]
 
     def at_last_position(z, sigma):
         noisy = known + sigma * torch.randn(known.shape, generator=generator).to(known.device)

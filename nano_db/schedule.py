@@ -1,4 +1,4 @@
-"""Noise levels: how often each sigma is trained, the EDM coefficients, and the grids a sampler walks.
+"""Noise levels: how often each sigma is trained, the EDM coefficients, and grids for a sampler.
 
 The process is variance exploding: z = y + sigma * eps. A noise distribution p_noise over sigma is any object with
 

@@ -47,7 +47,7 @@ class Stack:
                 return self.blocks[b](x, z, sigma, temperature, **_cache(caches, float(sigma))).log_softmax(-1)
             residuals = []
             for i in range(b + 1) if self.average else (b,):
-                level = max(float(sigma), self.blocks[i].span[0])
+                level = max(float(sigma), self.blocks[i].span[0])  # not below what it was trained on
                 levels = torch.full((len(z),), level, dtype=z.dtype, device=z.device)
                 residuals.append(self.blocks[i].head.residual(features[i], z, levels).log_softmax(-1))
             residual = torch.stack(residuals).mean(0)

@@ -81,7 +81,7 @@ def test_a_gpt_of_two_streams_begins_as_the_network_it_starts_from():
     settings, target_embeddings = train_gpt.Settings(width=16, heads=2), make_target_embeddings(11, 16)
     network = filled(EndToEnd(train_gpt.GPT(11, settings, 2), PosteriorHead(target_embeddings)), 0)
     block = DiffusionBlock(
-        train_gpt.GPT(11, settings, 2, shows_z=True), PaperHead(target_embeddings), LogNormal(), (0.1, 1.0)
+        train_gpt.GPT(11, settings, 2, sees_z=True), PaperHead(target_embeddings), LogNormal(), (0.1, 1.0)
     )
     two_streams = begun(block, network, 0)
     two_streams.from_z.weight.data = torch.eye(16)
@@ -94,7 +94,7 @@ def test_a_gpt_of_two_streams_begins_as_the_network_it_starts_from():
 def test_a_vit_that_is_shown_z_begins_as_the_layers_it_takes(first):
     settings, target_embeddings = train_vit.Settings(width=16, heads=2, patch=8), make_target_embeddings(10, 16)
     network = filled(EndToEnd(train_vit.ViT((1, 32, 32), settings, 4), PosteriorHead(target_embeddings)), 0)
-    vit = train_vit.ViT((1, 32, 32), settings, 2, shows_z=True)
+    vit = train_vit.ViT((1, 32, 32), settings, 2, sees_z=True)
     shown = begun(DiffusionBlock(vit, PaperHead(target_embeddings), LogNormal(), (0.1, 1.0)), network, first)
     shown.from_z.weight.data.zero_()
     network.network.layers, x = network.network.layers[first : first + 2], torch.randn(3, 1, 32, 32)

@@ -51,17 +51,17 @@ def test_with_uniform_edges_too_each_block_is_asked(vit, tmp_path, monkeypatch):
     assert len(metrics["accuracy_noise_free_after_each_block"]) == 3
 
 
-def make_vit(shows_z):
+def make_vit(sees_z):
     """With values in all weights, zero-initialised ones, too."""
     torch.manual_seed(0)
-    vit = train_vit.ViT((1, 32, 32), train_vit.Settings(width=16, heads=2, patch=8), 2, shows_z)
+    vit = train_vit.ViT((1, 32, 32), train_vit.Settings(width=16, heads=2, patch=8), 2, sees_z)
     for parameter in vit.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return vit
 
 
 def test_a_network_that_is_shown_z_depends_on_it_and_on_the_noise_level():
-    vit, x, z, c = make_vit(shows_z=True), torch.randn(3, 1, 32, 32), torch.randn(3, 16), torch.zeros(3)
+    vit, x, z, c = make_vit(sees_z=True), torch.randn(3, 1, 32, 32), torch.randn(3, 16), torch.zeros(3)
     features = vit(x, z, c)
     assert features.shape == (3, 16)
     assert not torch.allclose(features, vit(x, z + 1, c)) and not torch.allclose(features, vit(x, z, c + 1))
@@ -69,7 +69,7 @@ def test_a_network_that_is_shown_z_depends_on_it_and_on_the_noise_level():
 
 
 def test_a_trunk_reads_the_image_alone_and_has_no_weights_for_noise():
-    vit, x = make_vit(shows_z=False), torch.randn(3, 1, 32, 32)
+    vit, x = make_vit(sees_z=False), torch.randn(3, 1, 32, 32)
     assert vit(x).shape == (3, 16) and not torch.allclose(vit(x), vit(x.flip(-1)))
     assert not [name for name, _ in vit.named_parameters() if "noise" in name or "z" in name or "modulation" in name]
 

@@ -129,7 +129,7 @@ def make_blocks():
     return {
         "block": DiffusionBlock(GPT(11, gpt, 1), DenoisingHead(target_embeddings), noise, (0.05, 20.0)),
         "two streams": DiffusionBlock(
-            GPT(11, gpt, 1, shows_z=True), PosteriorHead(target_embeddings), noise, (0.1, 1.0), loss_weight="edm"
+            GPT(11, gpt, 1, sees_z=True), PosteriorHead(target_embeddings), noise, (0.1, 1.0), loss_weight="edm"
         ),
         "baseline": EndToEnd(GPT(11, gpt, 1), PosteriorHead(target_embeddings)),
         "masked": MaskedBlock(train_mdm.Unmasker(11, gpt, 1), MaskSchedule("cosine"), 11, (0.2, 0.7)),
