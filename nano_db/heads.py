@@ -58,15 +58,15 @@ def mean_embedding(log_p, target_embeddings):
         return log_p.float().exp() @ target_embeddings
 
 
-def cross_entropy(logits, y, *inputs, classes):
-    """-ln p(y) in nats, (B, ...), from logits(*inputs) of shape (B, ..., V); V is `classes`. If the logits would fill
-    the memory, they are computed for part of the batch at a time, and recomputed in the backward pass.
+def cross_entropy(logits_of, y, *inputs, classes):
+    """-ln p(y) in nats, (B, ...), from logits_of(*inputs) of shape (B, ..., V); V is `classes`. If the logits would
+    fill the memory, they are computed for part of the batch at a time, and recomputed in the backward pass.
     """
     rows = max(1, MOST_LOGITS // (classes * y[0].numel()))  # samples at a time
     if rows >= len(y):
-        return F.cross_entropy(logits(*inputs).float().flatten(0, -2), y.flatten(), reduction="none").view_as(y)
+        return F.cross_entropy(logits_of(*inputs).float().flatten(0, -2), y.flatten(), reduction="none").view_as(y)
     parts = zip(*(tensor.split(rows) for tensor in (y, *inputs)), strict=True)
-    return torch.cat([recompute(partial(cross_entropy, logits, classes=classes), *part) for part in parts])
+    return torch.cat([recompute(partial(cross_entropy, logits_of, classes=classes), *part) for part in parts])
 
 
 class DiscreteHead(nn.Module):
@@ -135,7 +135,9 @@ class DenoisingHead(PosteriorHead):
 
 
 class PaperHead(DiscreteHead):
-    """The paper's head: EDM's D = c_skip * z + c_out * F in the embedding space, then a linear projection to logits."""
+    """The paper's head: EDM's D = c_skip * z + c_out * F in the embedding space (not yet the D of the walk, the
+    mean embedding), then a linear projection to logits.
+    """
 
     def forward(self, features, z, sigma, temperature=1.0):
         c_skip, c_out, _, _ = edm_coefficients(broadcast(sigma, z), self.sigma_data)

@@ -38,12 +38,13 @@ class Stack:
         for each noise level. temperature T: with a posterior or denoising head the network's part becomes
         p(y | x)^(1/T), and the likelihood of z stays as it is; the paper's head has its whole answer sharpened.
         """
-        trunks = self.blocks[0].head.sees_z
-        features = [block.network(x, **_cache(caches, b)) for b, block in enumerate(self.blocks)] if trunks else None
+        reads_only_x = self.blocks[0].head.sees_z
+        if reads_only_x:
+            features = [block.network(x, **_cache(caches, b)) for b, block in enumerate(self.blocks)]
 
         def posterior(z, sigma):
             b = self.partition.route(sigma)
-            if not trunks:
+            if not reads_only_x:
                 return self.blocks[b](x, z, sigma, temperature, **_cache(caches, float(sigma))).log_softmax(-1)
             residuals = []
             for i in range(b + 1) if self.average else (b,):
