@@ -1,14 +1,15 @@
 """A diffusion transformer (DiT) on pixels, trained in blocks: each block denoises at its own noise levels.
 
-    python train_dit.py                                 # glyphs, drawn on the spot: no download needed
+    python train_dit.py                                 # glyphs, no download (on a GPU: cifar10, downloaded)
     python train_dit.py --baseline                      # the same layers, end to end
     python train_dit.py --eval-only --guidance 1        # sample again, without guidance
     python train_dit.py --data cifar10 --out out/cifar  # photographs (downloaded)
     python train_dit.py --data FOLDER --out out/mine    # your own, one subfolder per class
 
 Here the noisy target z is the image itself. A block is a denoiser in EDM form (heads.EDMHead), conditioned on the noise
-level and the class by adaLN-Zero, and trained at the noise levels it owns; the baseline is one such block for all
-levels. Each sampling step evaluates only the active block: L/B of L layers.
+level and the class by adaLN-Zero, and trained at the noise levels it owns, and a little beyond (its loss is
+block.DiffusionBlock.loss). The baseline is one such block for all levels. To sample, images.ImageStack.walk takes Euler
+steps from noise to image. Each evaluates only the active block, L/B of L layers (with guidance, the default, twice).
 """
 
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ def named_data(settings):
 
 @dataclass
 class Settings(Blocks, Training):
+    # Skip these at first: begin with main(), at the end, then build() and DiT. method, network, training and output are
+    # headings of --help; `of`, `idle`, `once`, ... only check flags. More settings: trainer/settings.py (layers, ...).
     data: str = training("glyphs", f"images: {', '.join(NAMES)}, or a folder with a subfolder per class")
     image_size: int = training(32, "side of a folder's images, in pixels", at_least=4, below=1025, idle=named_data)
     glyphs: int = training(18_000, "how many glyphs to draw for training", flag=False)
@@ -89,7 +92,8 @@ PRESETS = {
 
 
 class DiT(nn.Module):
-    """Noisy image and class through `layers` layers (Peebles & Xie 2023): features F of the image, (B, C, H, W).
+    """Noisy image and class through `layers` layers (Peebles & Xie 2023). Returns EDM's F, (B, C, H, W), of which the
+    head makes D.
 
     Classes are numbered from 0; the next number is the null label, which stands for no class.
     """
@@ -103,16 +107,16 @@ class DiT(nn.Module):
         self.label_embedding = nn.Embedding(classes + 1, width)
         nn.init.normal_(self.label_embedding.weight, std=0.02)
         self.noise_embedding = NoiseEmbedding(width)
-        layer = width, settings.heads, width, settings.dropout
-        self.layers = nn.ModuleList(Layer(*layer, depth=layers) for _ in range(layers))
+        shape = width, settings.heads, width, settings.dropout
+        self.layers = nn.ModuleList(Layer(*shape, depth=layers) for _ in range(layers))
         self.modulation = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, pixels)
-        for layer in (self.modulation, self.output):  # at the start F = 0, and D = c_skip * z
+        for layer in (self.modulation, self.output):  # at the start EDM's F = 0, and D = c_skip * z
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, x, z, c_noise):
-        """x (B,) labels, z (B, C, H, W) scaled noisy images, c_noise (B,)."""
+        """x (B,) labels, the condition; z (B, C, H, W) noisy images times c_in; c_noise (B,), ln(sigma) / 4."""
         h = self.embedding(patchify(z, self.patch)) + self.positions  # (B, T, width)
         cond = self.noise_embedding(c_noise) + self.label_embedding(x)  # (B, width)
         for layer in self.layers:
@@ -122,17 +126,30 @@ class DiT(nn.Module):
 
 
 def noise_levels(settings, images):
-    """(p_mean, sigma_data): from the flags, else those that fit the images."""
+    """(p_mean, sigma_data): the mean of ln sigma in training, and the standard deviation of clean pixels. From the
+    flags, else those that fit the images.
+    """
     p_mean = images.p_mean if settings.p_mean is None else settings.p_mean
     return p_mean, settings.sigma_data or images.sigma_data
 
 
 def frechet_count(settings, images):
     """How many images are sampled for frechet_small: for a folder at most half its training images, or none."""
-    if settings.data in NAMES:
+    if settings.data in NAMES or settings.frechet_images <= FEATURES:
         return settings.frechet_images
     count = min(settings.frechet_images, len(images.train) // 2)
     return count if count > FEATURES else 0
+
+
+def check_frechet(settings, images):
+    """Raise UsageError if frechet_small cannot be computed; say so if it is computed on fewer images than requested."""
+    count = frechet_count(settings, images)
+    if count and not FEATURES < count <= len(images.train) // 2:
+        limits = f"more than {FEATURES}, and at most half of the {len(images.train)} training images"
+        raise UsageError(f"--frechet-images {settings.frechet_images}: the distance needs {limits}")
+    if count < settings.frechet_images:
+        few = f"half of {len(images.train)} training pictures are too few"
+        print(f"frechet_small is {f'computed on {count} pictures' if count else 'left out'}: {few}")
 
 
 def prepare(settings):
@@ -141,13 +158,8 @@ def prepare(settings):
         refuse_inside(settings)
     images = load_images(settings.data, count=settings.glyphs, size=settings.image_size, kept=kept(settings))
     patch_positions(images.shape, settings.patch, settings.width)  # do they fit? Say so now, before there is a folder
-    count = frechet_count(settings, images)
-    if count and not images.missing and not FEATURES < count <= len(images.train) // 2:
-        limits = f"more than {FEATURES}, and at most half of the {len(images.train)} training images"
-        raise UsageError(f"--frechet-images {settings.frechet_images}: the distance needs {limits}")
-    if count < settings.frechet_images and not images.missing:
-        few = f"half of {len(images.train)} training pictures are too few"
-        print(f"frechet_small is {f'computed on {count} pictures' if count else 'left out'}: {few}")
+    if not images.missing:
+        check_frechet(settings, images)
     p_mean, sigma_data = noise_levels(settings, images)
     whys = ["by flag" if given else images.why for given in (settings.p_mean is not None, settings.sigma_data)]
     print(f"noise levels: p_mean {p_mean:.3g} ({whys[0]}), sigma_data {sigma_data:.3g} ({whys[1]})")
@@ -161,7 +173,7 @@ def prepare(settings):
 def build(b, settings, images, partition):
     """Block b; with --baseline the whole network, at all noise levels."""
     noise, layers = partition.noise, settings.layers
-    span = noise.sigma_min, noise.sigma_max
+    span = noise.sigma_min, noise.sigma_max  # (report() builds a baseline with the blocks' partition)
     if not settings.baseline:
         layers = split_layers(settings.layers, settings.blocks, settings.layer_split)[b]
         span = partition.training_range(b)
@@ -171,14 +183,14 @@ def build(b, settings, images, partition):
 
 def assemble(networks, settings, images, partition):
     """Trained blocks, or the mean of baselines, as a sampler of images."""
-    if settings.baseline:  # at all noise levels, also for comparing costs (trainer/report.py)
+    if settings.baseline:  # at all noise levels, although report() passes the blocks' partition
         networks, partition = [Ensemble(networks)], make_partition(partition.noise, 1)
     return ImageStack(networks, partition, images.shape, len(images.classes))
 
 
 def batch(size, settings, images, partition):
-    """Labels (size,) and images (size, C, H, W). In training some labels are dropped, so that one network learns both
-    terms of classifier-free guidance.
+    """Labels (size,), the condition x, and images (size, C, H, W), the target y. Some labels are dropped, so that one
+    network learns both terms of classifier-free guidance.
     """
     y, labels = images.batch(size, settings.augment, settings.device)
     dropped = torch.rand(size, device=labels.device) < settings.label_dropout
@@ -188,13 +200,13 @@ def batch(size, settings, images, partition):
 def walk(stack, count, settings):
     """Sample `count` images, of each class in turn. Yields the States (sampler.py)."""
     generator = torch.Generator().manual_seed(settings.seed)
-    labels = torch.arange(count, device=settings.device) % stack.null_label
+    labels = torch.arange(count, device=settings.device) % stack.null_label  # the number of classes
     sigmas = sampling_grid(stack.partition, settings.sampling_steps)
     return stack.walk(labels, sigmas, settings.guidance, generator)
 
 
 def sample(networks, count, settings, images, partition):
-    """Sample images; the report measures the cost."""
+    """A walk whose cost report() measures. (The images of samples.png are sampled in `evaluate`.)"""
     return list(walk(assemble(networks, settings, images, partition), count, settings))
 
 
@@ -207,8 +219,9 @@ def sample_images(stack, count, settings):
 
 def score(run, stack, images):
     """The held-out EDM loss and frechet_small, as metrics."""
-    settings, (_, sigma_data) = run.settings, noise_levels(run.settings, images)
-    batches = list(images.test_batches(TOGETHER, 2 * settings.test_images, settings.device))  # validation and test
+    settings = run.settings
+    _, sigma_data = noise_levels(settings, images)
+    batches = list(images.test_batches(TOGETHER, 2 * settings.test_images, settings.device))  # every other: validation
     with run.autocast:  # as in training
         metrics = edm_loss(stack, batches, sigma_data, seed=settings.seed)
     by_block = " ".join(f"{part:.4f}" for part in metrics["edm_loss_by_block"])
@@ -229,7 +242,7 @@ def evaluate(run, networks, images, partition):
     metrics = score(run, stack, images) if can_score(images) else {}
     run.log_evaluation(metrics)  # before samples, which may fail
     if settings.samples or settings.export:
-        from nano_db.trainer.plots import draw_images, save_images  # not at the top: matplotlib takes a second
+        from nano_db.trainer.plots import draw_images, save_images  # not at the top: pyplot takes a second
     if settings.samples:
         with run.autocast:
             states = list(walk(stack, settings.samples, settings))
@@ -266,6 +279,7 @@ def main(flags=None):
                 run.record(loss, norm)
             del block, optimizer, loss  # this block's memory is freed before the next one trains
         if run.ready():  # all blocks have been trained this round
+            # OneAtATime: the trained blocks, of which only the last that was asked for is in memory
             metrics = evaluate(run, OneAtATime(run, build, images, partition), images, partition)
     if run.finished:  # result.json and curves; memory and time, measured on networks built anew
         report(run, metrics, "edm_loss", build, batch, sample, images, partition)

@@ -40,6 +40,8 @@ K_VALUES = (1, 2, 4, 8, 16, 32, 64)  # sampling steps, or recurrences, at which 
 
 @dataclass
 class Settings(Discrete, Training):
+    # Skip these at first: begin with main(), at the end, then build(), Looped and Huginn. method, network, training and
+    # output are headings of --help; `of`, `idle`, `once`, ... only check flags. More settings: trainer/settings.py.
     data: str = training("python", "text: python, pydocs, shakespeare, text8, or the path of a UTF-8 file")
     tokenizer: str = training("char", "characters, or GPT-2's byte pairs", choices=("char", "gpt2"))
     seq_len: int = network(128, "tokens of context", at_least=2)

@@ -1,12 +1,14 @@
-"""Masked diffusion in blocks: a text is unmasked letter by letter, and each block serves its own range of masking.
+"""Masked diffusion in blocks: masked text is filled in step by step, and each block serves its own range of masking.
 
-    python train_mdm.py --blocks 3                           # no download needed
-    python train_mdm.py --baseline                           # the same network, one for all ranges
+    python train_mdm.py                                      # no download needed
+    python train_mdm.py --baseline                           # the same layers as one network, for all ranges
     python train_mdm.py --eval-only --fill "The ???? of" --gap "?"     # fill the gaps of a text
 
-Here noise is masking (masking.py): at time t each letter is unmasked with probability alpha(t). Each block is a small
-bidirectional transformer that predicts masked letters. It trains independently, on its own interval of alpha.
-Unlike in a GPT, a block sees the data itself, partly masked: it is a specialist for its degree of masking.
+Here noise is masking (masking.py): at time t each letter is still visible with probability alpha(t), which falls from
+1 at t = 0 to 0 at t = 1. There is no z and no head. Each block is a small bidirectional transformer that predicts the
+masked letters, trained independently on its own interval of alpha (its loss is masking.MaskedBlock.loss). To sample,
+masking.unmask starts with all letters masked, and reveals some of them at each step; the block that owns alpha predicts
+them. Unlike in a GPT, a block sees the data itself, partly masked: it is a specialist for its degree of masking.
 """
 
 from dataclasses import dataclass
@@ -33,6 +35,8 @@ GAP = "▁"  # a masked character, in --fill and in samples.txt
 
 @dataclass
 class Settings(Blocks, Training):
+    # Skip these at first: begin with main(), at the end, then build() and Unmasker. method, network, training, output
+    # are headings of --help; `of`, `needs`, `once`, ... only check flags. More: trainer/settings.py (layers, ...).
     data: str = training("python", "text: python, pydocs, shakespeare, text8, or the path of a UTF-8 file")
     seq_len: int = network(128, "characters of a text", at_least=2)
     width: int = network(128, "features of a character", at_least=2)
@@ -61,7 +65,10 @@ PRESETS = {
 
 
 class Unmasker(nn.Module):
-    """A bidirectional transformer, modulated by the time t: logits of every character, masked or not."""
+    """A bidirectional transformer, modulated by the time t: logits at every position, masked or not.
+
+    Characters are numbered from 0; the next number, `classes`, is the mask token, everywhere in this file.
+    """
 
     def __init__(self, classes, settings, layers):
         super().__init__()
@@ -70,8 +77,8 @@ class Unmasker(nn.Module):
         self.embedding = nn.Embedding(classes + 1, width)  # the last one is the mask
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.time_embedding = NoiseEmbedding(cond_width)
-        layer = width, settings.heads, cond_width, settings.dropout
-        self.layers = nn.ModuleList(Layer(*layer, depth=layers) for _ in range(layers))
+        shape = width, settings.heads, cond_width, settings.dropout
+        self.layers = nn.ModuleList(Layer(*shape, depth=layers) for _ in range(layers))
         self.lm_head = nn.Linear(width, classes, bias=False)
         nn.init.normal_(self.lm_head.weight, std=0.02)
 
@@ -111,7 +118,7 @@ def assemble(networks, settings):
 
 
 def batch(size, settings, text, schedule):
-    """Random texts x (size, T), as a tuple of one."""
+    """Random texts x (size, T), in a tuple: report() calls block.loss(*batch(...))."""
     return text.batch(size, settings.seq_len, settings.device)[:1]
 
 
@@ -136,8 +143,9 @@ def show(text, tokens):
 
 
 def sample(networks, count, settings, text, schedule):
-    """Unmask texts in 16 steps; the report measures the cost."""
-    masked = torch.full((count, settings.seq_len), text.tokenizer.classes, device=settings.device)
+    """Unmask texts in 16 steps, whatever --sampling-steps: report() measures the cost."""
+    mask = text.tokenizer.classes
+    masked = torch.full((count, settings.seq_len), mask, device=settings.device)
     return list(unmask(assemble(networks, settings), masked, 16))
 
 
@@ -148,8 +156,10 @@ def complete(tokens, length, generator, settings, blocks):
     return x
 
 
-def fill(blocks, text, settings):
-    """Samples, the first one with a strip: how far it is unmasked after each block."""
+def draw_texts(blocks, text, settings):
+    """The texts of samples.txt: --fill with its gaps filled, or all from masks. Before them stands how far the first
+    one is unmasked after each block.
+    """
     start = encode_fill(text, settings).expand(settings.samples, -1).to(settings.device)
     length = len(settings.fill) or settings.seq_len
     generator = torch.Generator().manual_seed(settings.seed)
@@ -164,11 +174,11 @@ def fill(blocks, text, settings):
 
 def score(blocks, text, settings):
     """The upper bound on the negative log-likelihood of held-out text, as metrics."""
-    nats = {}
+    nats, levels = {}, ceil(48 / len(blocks))  # of alpha per block: about as many in all for blocks and the baseline
     for half in ("validation", "test"):
         windows = text.heldout_batches(32, settings.seq_len, settings.device, settings.eval_windows, half)
         generator = torch.Generator().manual_seed(settings.seed)
-        nats[half] = score_masked(blocks, (x for x, _ in windows), ceil(48 / len(blocks)), generator)
+        nats[half] = score_masked(blocks, (x for x, _ in windows), levels, generator)
     metrics = text_metrics(text, nats)
     validation = metrics["validation_bits_per_char"]
     print(f"{metrics['bits_per_char']:.4f} bits per character (upper bound); on the validation half {validation:.4f}")
@@ -183,7 +193,7 @@ def evaluate(run, networks, text, schedule):
         metrics = score(blocks, text, settings) if can_score(text) else {}
         run.log_evaluation(metrics)  # before samples, which may fail
         if settings.samples:
-            keep_samples(run, fill(blocks, text, settings))
+            keep_samples(run, draw_texts(blocks, text, settings))
         export_texts(run, text, complete, blocks)
     return metrics
 

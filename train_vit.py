@@ -1,6 +1,6 @@
 """A vision transformer that denoises its label, trained in blocks.
 
-    python train_vit.py                                    # glyphs, drawn on the spot: no download needed
+    python train_vit.py                                    # glyphs, no download (on a GPU: cifar10, downloaded)
     python train_vit.py --baseline                         # the same layers, end to end
     python train_vit.py --recipe paper --out out/vit-paper # the paper's own choices
     python train_vit.py --data cifar10 --out out/cifar     # photographs (downloaded)
@@ -45,6 +45,8 @@ def named_data(settings):
 
 @dataclass
 class Settings(Discrete, Blocks, Training):
+    # Skip these at first: begin with main(), at the end, then build() and ViT. method, network, training and output are
+    # headings of --help; `of`, `idle`, `once`, ... only check flags. More settings: trainer/settings.py (layers, ...).
     data: str = training("glyphs", f"images: {', '.join(NAMES)}, or a folder with a subfolder per class")
     image_size: int = training(32, "side of a folder's images, in pixels", at_least=4, below=1025, idle=named_data)
     glyphs: int = training(18_000, "how many glyphs to draw for training", at_least=100, idle=other_data)
@@ -178,7 +180,7 @@ def evaluate(run, networks, images, partition):
         print(name.replace("_", " "), *(f"{share:.4f}" for share in torch.tensor(shares).view(-1)))
     run.log_evaluation(metrics)  # before samples, which may fail
     if settings.samples:
-        from nano_db.trainer.plots import draw_classification  # not at the top: importing matplotlib takes a second
+        from nano_db.trainer.plots import draw_classification  # not at the top: pyplot takes a second
 
         draw_classification(picture(run), images, log_p, labels, metrics, settings.samples)
     return metrics

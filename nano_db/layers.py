@@ -1,8 +1,9 @@
 """Transformer layers shared by all architectures: pre-norm, with or without rotary positions and modulation.
 
 A layer is conditioned on the noise level by adaLN-Zero (Peebles & Xie 2023): shift, scale and gate of both residual
-branches are linear in a conditioning vector, and zero at the start, so that a new layer is the identity.
-Unconditioned layers (the baseline's, or a trunk's) start as the identity because their output projections are zero.
+branches are linear in a conditioning vector, and zero at the start, so that a new layer is the identity. Unconditioned
+layers (of a baseline for labels and tokens, or of a trunk) start as the identity because their output projections are
+zero.
 """
 
 import math

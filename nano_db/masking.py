@@ -90,7 +90,7 @@ class MaskedBlock(nn.Module):
     def loss(self, x):
         """The block's part of the bound, as a mean over its span: times spread evenly, weighted by -alpha'."""
         low, high = self.span
-        t_low, t_high = float(self.schedule.time(high)), float(self.schedule.time(low))
+        t_low, t_high = float(self.schedule.time(high)), float(self.schedule.time(low))  # alpha falls as t grows
         where = "cpu" if x.device.type == "mps" else x.device  # MPS has no float64
         t = low_discrepancy_times(len(x), t_low, t_high, where)
         weight = -self.schedule.slope(t) * (t_high - t_low) / (high - low)  # (B,), 1 on average
@@ -99,7 +99,7 @@ class MaskedBlock(nn.Module):
 
 @torch.no_grad()
 def score_masked(blocks, batches, levels=16, generator=None):
-    """The upper bound in nats per token, split by block, (B,) float64: each at `levels` midpoints of its interval.
+    """The upper bound in nats per token, split by block, (blocks,) float64: each at `levels` midpoints of its interval.
 
     batches: yields x (n, T) to average over.
     """

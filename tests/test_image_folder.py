@@ -341,6 +341,9 @@ def test_of_few_pictures_frechet_small_is_left_out_and_said(cli, tmp_path):
     code, out, err = cli(*TINY, "--steps", "2", "--data", folder, "--out", tmp_path / "run", main=train_dit.main)
     assert code == 0 and "EDM loss" in out and out.count("frechet_small") == 1, err
     assert "frechet_small is left out: half of 10 training pictures are too few" in out
+    flags = ("--frechet-images", "50", "--data", folder, "--out", tmp_path / "other")
+    code, out, err = cli(*TINY, *flags, main=train_dit.main)
+    assert code == 2 and "--frechet-images 50: the distance needs more than 64" in err and "too few" not in out
 
 
 @pytest.mark.parametrize("main", [train_dit.main, train_vit.main])
