@@ -532,6 +532,16 @@ def test_the_numbers_in_the_text_of_results_are_those_of_the_records(script, oth
     assert f"{summary.difference(runs[f'{script}-blocks'], runs[f'{script}-{other}'], name, column)[3]:.2g}" == p
 
 
+def test_what_the_page_of_ablations_says_of_the_clean_term_is_in_the_records():
+    text = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
+    runs = {experiment.name: records for experiment, records in committed().items()}
+    shown = re.findall(r"validation score by ([\d.]+) bits \(three seeds, p = ([\d.]+)\)", text)
+    shown += re.findall(r"test half it gains less, ([\d.]+) bits, though with every seed \(p = ([\d.]+)\)", text)
+    for metric, (bits, p) in zip(("validation_bits_per_char", "bits_per_char"), shown, strict=True):
+        better = summary.difference(runs["gpt-blocks"], runs["gpt-recipes-clean"], metric, "lower is better")
+        assert (f"{better[1]:.3f}", f"{better[3]:.2g}") == (bits, p)
+
+
 def committed(scale="laptop"):
     """{experiment: its records} of what is committed."""
     return summary.read_records(ROOT / "results" / scale, scale)[0]
