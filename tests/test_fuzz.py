@@ -212,6 +212,14 @@ def test_mutated_metrics_cost_lines_at_most(small, tmp_path):
         assert len(read_metrics(tmp_path / "run", "train")) <= 2 * sound
 
 
+@pytest.mark.parametrize("line", ["", "{", "[" * 100_000, '{"kind": "train"}', *(
+    f'{{"kind": "train", "step": {step}}}' for step in ("null", '"x"', "[]", "1e999", "-Infinity", "NaN")
+)], ids=lambda line: line[:40])  # fmt: skip
+def test_a_damaged_line_of_metrics_costs_that_line(tmp_path, line):
+    (tmp_path / "metrics_0.jsonl").write_text(f'{line}\n{{"kind": "train", "step": 7}}\n', encoding="utf-8")
+    assert [record["step"] for record in read_metrics(tmp_path, "train")] == [7]
+
+
 # --- texts ---
 
 

@@ -175,7 +175,8 @@ def read_metrics(folder, kind):
     latest = {}
     for path in sorted(Path(folder).glob("metrics*.jsonl")):
         for line in path.read_bytes().splitlines():
-            with suppress(ValueError, KeyError, TypeError, RecursionError):  # a damaged line must not prevent the plot
+            # A damaged line must not prevent the plot. (OverflowError: a step of 1e999 is infinite.)
+            with suppress(ValueError, KeyError, TypeError, RecursionError, OverflowError):
                 record = json.loads(line)
                 if record["kind"] == kind:
                     latest[int(record.get("block", -1)), int(record["step"])] = record
