@@ -46,7 +46,7 @@ def read_json(path, keys, advice):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if content.keys() >= set(keys):
             return content
-    except (OSError, ValueError, AttributeError):  # AttributeError: no dictionary
+    except (OSError, ValueError, AttributeError, RecursionError):  # AttributeError: no dictionary
         pass
     raise UsageError(f"{path} is missing or damaged: {advice}")
 
