@@ -194,7 +194,7 @@ def differences_table(found):
                     seeds, better, error, p = found_between
                     cells = [f"{better:+.{decimals}f}", f"{error:.{decimals}f}", f"{p:.2g}", verdict(better, p)]
                     names = f"{rows[ours][0].row} / {rows[theirs][0].row}"
-                    lines.append([NAMES[script], short(column)[:-2], names, str(seeds), *cells])
+                    lines.append([NAMES[script], short(column).rstrip(" ↑↓"), names, str(seeds), *cells])
     return markdown(columns, lines) if lines else ""
 
 
