@@ -2,15 +2,15 @@
 
     python train_looped.py                                # one noisy forward pass per step
     python train_looped.py --baseline                     # Huginn's way: about 33 recurrences per step
-    python train_looped.py --eval-only --sampling-steps 16
+    python train_looped.py --eval-only --sampling-steps 4
     python -m experiments.compare out/looped-baseline out/looped-blocks
 
 The network (Geiping et al. 2025, "Huginn"): a prelude maps tokens to e; a recurrent core maps a state s and e to the
 next s; a coda reads the last s. Huginn starts from a random s, takes a random number of recurrences, and
 backpropagates through the last 8. The blocks method treats the loop as what it resembles, an ODE solver: the
 state is a noisy next token z, and one recurrence at a random noise level is a full training step. There is nothing to
-partition. The number K of sampling steps matters little: by Bayes' rule the first one, which sees only noise in z,
-already predicts p(y | x), and further steps only carry out the draw.
+partition. More sampling steps do not help: by Bayes' rule the first one, which sees only noise in z, already predicts
+p(y | x), and further steps only carry out the draw.
 """
 
 import math
@@ -51,7 +51,9 @@ class Settings(Discrete, Training):
     width: int = network(128, "features of a token", at_least=2)
     heads: int = network(4, "attention heads", flag=False)
     head: str = method("posterior", "output head (heads.py)", choices=("posterior", "paper"), of="blocks")
-    recurrences: int = method(0, "of the core in training; 0: a random number, as in Huginn", at_least=0, of="baseline")
+    recurrences: int = method(
+        0, "of the core in training; 0: a random number (Huginn); 1: a plain transformer", at_least=0, of="baseline"
+    )
     mean_recurrence: float = method(32.0, "mean of the Poisson rate of further recurrences", flag=False)
     backprop_depth: int = method(8, "how many last recurrences to backpropagate through", at_least=1, of="baseline")
     eval_windows: int = output(256, "test windows to evaluate on (and as many for validation); 0: all", at_least=0)
@@ -113,7 +115,7 @@ class Looped(nn.Module):
         """
         std = math.sqrt(2 / (5 * self.embedding.embedding_dim))
         if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.trunc_normal_(module.weight, std=std)
+            nn.init.trunc_normal_(module.weight, std=std)  # cut at +-2, so far out that it is a normal draw
         elif isinstance(module, Layer):
             for out in (module.attention.out, module.mlp[2]):
                 nn.init.trunc_normal_(out.weight, std=std / math.sqrt(2 * self.depth))
@@ -150,7 +152,9 @@ class Looped(nn.Module):
 
 
 class Huginn(nn.Module):
-    """The baseline: a random number of recurrences from a random state, and backpropagation through the last few."""
+    """The baseline: a random number of recurrences from a random state, and backpropagation through the last few. With
+    settings.recurrences 1 it is a plain transformer.
+    """
 
     def __init__(self, network, head, settings):
         super().__init__()
@@ -161,7 +165,7 @@ class Huginn(nn.Module):
         device = generator.device if generator else x.device
         s = math.sqrt(2 / 5) * torch.randn(*x.shape, self.settings.width, generator=generator, device=device)
         e, attend = self.network.embed(x, cache)
-        s = s.to(e)
+        s = s.to(e) if self.settings.recurrences != 1 else torch.zeros_like(e)  # without a loop there is no state
         for i in range(recurrences):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= recurrences - self.settings.backprop_depth):
                 s = self.network.recur(s, e, attend)
@@ -285,7 +289,7 @@ def main(flags=None):
     run = Run("looped", settings, text.keeps(), data_sha256=text.sha256, **noise_identity(partition))
 
     for _ in run.rounds():  # each trains every block a part of its steps, then evaluates
-        for b in run.blocks_to_train():  # every block in turn; with --only or torchrun, some of them
+        for b in run.blocks_to_train():  # the one network
             block = first_weights(build, b, settings, text, partition)  # from seed and b; run.steps loads later ones
             optimizer = make_optimizer(block, settings)
             for _ in run.steps(b, block, optimizer):  # resumes from the file; seeds, sets the rate, logs, saves

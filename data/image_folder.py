@@ -55,6 +55,10 @@ def load(folder, size):
     number = {name: label for label, name in enumerate(classes)}
     labelled = [(path, number[name]) for side in (train, test) for name, paths in side.items() for path in paths]
     cut = sum(map(len, train.values()))
+    if len(labelled) - cut < 2:
+        raise UsageError(f"{folder}: one held-out picture is too few, half are for validation: add more pictures")
+    # All classes are among the first of them, as in other data sets: --test-images takes these.
+    labelled[cut:] = sorted(labelled[cut:], key=lambda picture: digest(picture[0].relative_to(folder)))
     print(f"{folder}: {cut:,} pictures to train on, {len(labelled) - cut:,} held out, {len(classes)} classes")
     images, labels = read_all([path for path, _ in labelled], size), np.array([n for _, n in labelled], np.int64)
     return (images[:cut], labels[:cut]), (images[cut:], labels[cut:]), classes

@@ -28,8 +28,8 @@ def script_and_settings(name, flags):
     """The module, and its settings for these flags. Raises UsageError where the script does."""
     script = script_named(name)
     for flag in (argument.split("=")[0] for argument in flags):
-        if flag in ("--out", "--eval-only", "--init-from"):
-            raise UsageError(f"{flag} has no effect here, because no run is written or read: drop it")
+        if flag in ("--out", "--eval-only", "--init-from", "--only"):
+            raise UsageError(f"{flag} has no effect here, where no run is made: drop it")
     with tempfile.TemporaryDirectory() as folder:  # in which no run has left settings to resume with
         flags, recipes = [*flags, "--out", folder], getattr(script, "RECIPES", None)
         return script, read_settings(name, script.Settings, script.PRESETS, recipes, flags=flags)

@@ -4,7 +4,6 @@ python train_dit.py                                  # a run to take the blocks 
 python -m experiments.hero --seed 1 --out docs/pictures    # writes hero.gif, and hero.png, a still
 """
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -15,25 +14,34 @@ from PIL import Image
 import train_dit
 from nano_db.errors import UsageError
 from nano_db.partition import sampling_grid
+from nano_db.schedule import sample_sigma
 from nano_db.trainer.checkpoints import make_folder, read_config
 from nano_db.trainer.command import command
 from nano_db.trainer.plots import block_colours, plt
 from nano_db.trainer.run import Run, noise_identity
-from nano_db.trainer.settings import Parser
+from nano_db.trainer.settings import Parser, read_settings
 
 FAINT, PAPER = 0.18, "white"  # opacity of a block that waits; background
-SECONDS = {"training": 0.35, "sampling": 0.2, "end": 3.0}
+SECONDS = {"training": 0.5, "sampling": 0.2, "end": 3.0}
+BATCHES = 3  # shown per block in training
 
 
-def walk_of(folder, word, seed):
-    """(states of a walk to the letters of `word`, the Partition, sigma_data) by the blocks of a run of train_dit.py."""
+def scenes_of(folder, word, seed):
+    """What to show of a run of train_dit.py: (batches, states, the Partition, sigma_data).
+
+    batches: per block, some of what training_batch() returns; states: of the blocks' walk to the letters of `word`.
+    """
     if not word:
         raise UsageError("--word is empty: give it letters")
-    config = read_config(folder, "--run")
-    if config["script"] != "dit" or config["settings"]["baseline"]:
-        raise UsageError(f"--run {folder} is not a run of train_dit.py with blocks")
-    settings = train_dit.Settings(**config["settings"] | {"out": str(folder), "device": "cpu", "dtype": "float32"})
+    if read_config(folder, "--run")["script"] != "dit":
+        raise UsageError(f"--run {folder} is not a run of train_dit.py")
+    flags = ["--eval-only", "--device", "cpu", "--out", str(folder)]
+    settings = read_settings("dit", train_dit.Settings, train_dit.PRESETS, flags=flags)
+    if settings.baseline:
+        raise UsageError(f"--run {folder} has no blocks: it is an end-to-end run")
     images, partition = train_dit.prepare(settings)
+    if images.missing:
+        raise UsageError(images.missing)
     if unknown := set(word) - set(images.classes):
         raise UsageError(f"--word {word}: the run has no class {min(unknown)!r}, only {' '.join(images.classes)}")
     _, sigma_data = train_dit.noise_levels(settings, images)
@@ -42,11 +50,21 @@ def walk_of(folder, word, seed):
     stack = train_dit.assemble(run.trained_blocks(train_dit.build, images, partition), settings, images, partition)
     labels, sigmas = torch.tensor([images.classes.index(c) for c in word]), sampling_grid(partition, 30)
     states = list(stack.walk(labels, sigmas, settings.guidance, torch.Generator().manual_seed(seed)))
-    return states, partition, sigma_data
+    torch.manual_seed(seed)
+    batches = [[training_batch(images, labels, partition, b) for _ in range(BATCHES)] for b in range(partition.blocks)]
+    return batches, states, partition, sigma_data
+
+
+def training_batch(images, labels, partition, b):
+    """Training images of these labels, and noise of block b's levels, drawn as in its loss: (z, sigma (n), clean)."""
+    rows = [torch.multinomial((images.train_labels == label).float(), 1) for label in labels]
+    clean = images.training(torch.cat(rows))
+    sigma = sample_sigma(partition.noise, len(clean), *partition.training_range(b))
+    return clean + sigma[:, None, None, None] * torch.randn_like(clean), sigma, clean
 
 
 class Scene:
-    """The blocks side by side, and below them the letters: noisy, and as the active block estimates them."""
+    """The blocks side by side, and below them letters: noisy, and clean or as the active block estimates them."""
 
     def __init__(self, partition, letters):
         self.partition, self.colours = partition, block_colours(partition.blocks)
@@ -66,17 +84,23 @@ class Scene:
             self.ax.text(middle - 84, 83, "trained", size=9, va="center")
             self.ax.add_patch(plt.Rectangle((middle - 32, 76), 116, 14, fc=PAPER, ec="grey", lw=0.8))
             self.bars.append(self.ax.add_patch(plt.Rectangle((middle - 32, 76), 0, 14, fc=colour, lw=0)))
-        self.rows = []
-        for y, name in ((0.235, "noisy"), (0.02, "estimate")):
+        self.rows, self.names = [], []
+        for y in (0.235, 0.02):
             ax = self.figure.add_axes((0.12, y, 0.86, 0.21))
             ax.set_axis_off()
-            ax.text(-0.02, 0.5, name, transform=ax.transAxes, ha="right", va="center", size=10)
+            self.names.append(ax.text(-0.02, 0.5, "", transform=ax.transAxes, ha="right", va="center", size=10))
             self.rows.append(ax.imshow(mosaic(letters), cmap="gray", vmin=-1, vmax=1, interpolation="nearest"))
 
     def light(self, active):
         for b, (box, colour) in enumerate(zip(self.boxes, self.colours, strict=True)):
             box.set_facecolor((*colour[:3], 0.55 if b == active else FAINT / 2))
             box.set_linewidth(4 if b == active else 1.5)
+
+    def letters(self, **rows):
+        """Two rows of images, under the names of the arguments."""
+        for (name, images), text, row in zip(rows.items(), self.names, self.rows, strict=True):
+            text.set_text(name)
+            row.set_data(mosaic(images))
 
     def picture(self):
         self.figure.canvas.draw()
@@ -89,22 +113,26 @@ def mosaic(images):
     return torch.cat([*images], dim=1).numpy()
 
 
-def frames(states, partition, sigma_data):
+def frames(batches, states, partition, sigma_data):
     """[(picture, seconds)]"""
-    blank = -torch.ones_like(states[0].z)
-    scene, found = Scene(partition, blank), []
-    scene.caption.set_text("Training: each block by itself. Nothing passes from one to another.")
+    scene, found = Scene(partition, states[0].z), []
+
+    def visible(z, sigma):  # noisy images in the range of clean ones
+        sigma = torch.as_tensor(sigma).reshape(-1, 1, 1, 1)
+        return z * sigma_data / (sigma**2 + sigma_data**2).sqrt()
+
     for b in torch.arange(partition.blocks).roll(1).tolist():  # in any order: here the last one first
         scene.light(b)
-        for share in (0.34, 0.67, 1.0):
-            scene.bars[b].set_width(116 * share)
+        scene.caption.set_text(f"Training: block {b} learns to remove noise at its own levels. It sees no other block.")
+        for i, (z, sigma, clean) in enumerate(batches[b], 1):
+            scene.bars[b].set_width(116 * i / len(batches[b]))
+            scene.letters(noisy=visible(z, sigma), clean=clean)
             found.append((scene.picture(), SECONDS["training"]))
     for before, state in zip([partition.edges[0], *(s.sigma for s in states)], states, strict=False):
         b = partition.route(before)
         scene.light(b)
         scene.caption.set_text(f"Sampling: from noise to letters. Block {b} is active, at σ = {before:.2g}")
-        scene.rows[0].set_data(mosaic(state.z * sigma_data / math.hypot(sigma_data, state.sigma)))
-        scene.rows[1].set_data(mosaic(state.denoised))
+        scene.letters(noisy=visible(state.z, state.sigma), estimate=state.denoised)
         found.append((scene.picture(), SECONDS["sampling"]))
     plt.close(scene.figure)
     return [*found[:-1], (found[-1][0], SECONDS["end"])]
@@ -119,8 +147,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="random seed of the initial noise (default 0)")
     parser.add_argument("--out", type=Path, default=Path("out/hero"), help="output folder (default out/hero)")
     args = parser.parse_args()
-    states, *known = walk_of(args.run, args.word, args.seed)
-    pictures = frames(states, *known)
+    batches, states, *known = scenes_of(args.run, args.word, args.seed)
+    pictures = frames(batches, states, *known)
     make_folder(args.out)
     first, *others = (picture.quantize(64, dither=Image.Dither.NONE) for picture, _ in pictures)
     times = [round(1000 * seconds) for _, seconds in pictures]

@@ -19,7 +19,7 @@ from experiments.plan import largest_network
 from experiments.summary import depth_panels, fill, groups, memory_panels, read_records, summary
 from experiments.tables import SCALES, SCRIPTS
 from nano_db.errors import UsageError
-from nano_db.trainer.checkpoints import read_config, read_metrics, write_json, write_text
+from nano_db.trainer.checkpoints import make_folder, read_config, read_metrics, write_json, write_text
 from nano_db.trainer.command import command
 from nano_db.trainer.memory import training_bytes
 from nano_db.trainer.run import autocast, make_optimizer, stop_requests
@@ -67,7 +67,7 @@ def run_all(todo, jobs, out, folder):
 def start(experiment, seed, out):
     """Start a run; what it prints goes into a .log beside its folder."""
     folder = (out / experiment.file(seed)).resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     line = [sys.executable, *experiment.command(seed, folder.parents[1]), "--out", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with open(f"{folder}.log", "w", encoding="utf-8") as log:
@@ -136,7 +136,7 @@ def main():
     todo |= {name: files[name] for name in networks if not (out / name).exists()}  # a record has no weights
     if args.list:
         return print(f"to run: {len(todo)}; a run of preset laptop takes about eight minutes on one core")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--results")
     if not args.summary_only:
         first = sorted(todo.values(), key=lambda job: job[1])  # seed 0 of every row: whole tables can be read early
         failed = run_all(first, args.jobs, out, folder)

@@ -14,6 +14,8 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.patches import FancyBboxPatch
 
+import train_gpt
+import train_vit
 from experiments.mixture import GaussianMixture
 from nano_db.heads import log_likelihood, make_target_embeddings
 from nano_db.partition import make_partition
@@ -27,7 +29,7 @@ from nano_db.trainer.settings import Parser
 DOCS = Path(__file__).parents[1] / "docs"
 X, Y, Z, GREY = "#1971c2", "#e69f00", "#d6336c", "#868e96"  # condition, target, noise; everything else
 DASHED = (0, (3, 2))
-LABEL_NOISE = LogNormal(1.0, 0.8, 0.2, 20.0)  # of train_vit.py
+LABEL_NOISE, TOKEN_NOISE = train_vit.NOISE["nano"], train_gpt.NOISE["nano"]
 
 # Boxes and arrows. Lengths are in hundredths of an inch, from the lower left corner of the picture.
 
@@ -140,7 +142,7 @@ def draw_networks():
 def draw_gradients():
     """Where gradients flow, and what is in memory: end to end, and in blocks."""
     figure, ax = canvas(900, 480)
-    edges, rows = quantiles(LogNormal(0.3, 0.8, 0.05, 20.0), 4), (140, 212, 284, 356)
+    edges, rows = quantiles(TOKEN_NOISE, 4), (140, 212, 284, 356)
     box(ax, 130, 248, 190, 282, "", "black", tint=0.04, style="--")
     box(ax, 566, rows[1], 190, 66, "", "black", tint=0.04, style="--")
     say(ax, 130, 460, "end to end", 12, weight="bold")
@@ -174,7 +176,7 @@ def draw_gradients():
 
 def draw_levels(blocks=4):
     """The README's picture of the idea: noise levels of train_gpt.py cut into blocks, and walks through them."""
-    noise, colours = LogNormal(0.3, 0.8, 0.05, 20.0), block_colours(blocks)
+    noise, colours = TOKEN_NOISE, block_colours(blocks)
     partition = make_partition(noise, blocks)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.7), layout="constrained")
     for b, colour in enumerate(colours):
@@ -184,8 +186,8 @@ def draw_levels(blocks=4):
         middle = np.log(float(noise.inverse_cdf((blocks - b - 0.5) / blocks)))
         left.text(middle, 0.13, f"{b}", ha="center", va="center", color="white", size=13, weight="bold")
     left.text(np.log(9), 0.13, "block", ha="center", va="center", size=11)
-    ticks = [20, 5, 2, 1, 0.5, 0.2, 0.05]
-    left.set_xticks(np.log(ticks), ticks)
+    ticks = sorted([*partition.edges, 5, 0.2], reverse=True)
+    left.set_xticks(np.log(ticks), [f"{tick:.2g}" for tick in ticks])
     left.set(xlabel="noise level σ, from pure noise to none", ylabel="density, per unit of ln σ")
     left.set(xlim=np.log([20, 0.05]), ylim=(0, 0.52), yticks=[0, 0.2, 0.4])
     left.set_title("Each block trains on its own noise levels\n(equal areas: equal shares of the training)", size=11)
@@ -205,7 +207,7 @@ def draw_levels(blocks=4):
         xlim=(-5, 5), ylim=(-3.6, 3.6), aspect="equal", xlabel="first coordinate of z", ylabel="second coordinate of z"
     )
     right.set_title(
-        "One after the other, blocks walk from noise to data\n(colour: the block that takes the step)", size=11
+        "Walks: to the mean of the data, then to a point\n(colour: the block that takes the step)", size=11
     )
     right.set(xticks=range(-4, 5, 2), yticks=range(-2, 3, 2))
     right.legend(loc="upper right")
@@ -230,18 +232,18 @@ def draw_walk(blocks=4):
     rows = [s * data.log_density(heights[:, None] * s, sigma).exp() for s, sigma in zip(scales, levels, strict=True)]
     steps = np.linspace(0.05, 0.8, 6)
     ax.contourf(shares(levels), heights, torch.stack(rows, 1), steps, cmap="Greys", alpha=0.4, extend="max")
-    z, end = 20.0 * torch.linspace(-1.9, 1.9, 14, dtype=torch.float64)[:, None], torch.zeros(1, dtype=torch.float64)
-    fine, few = torch.cat([quantiles(noise, 600 * blocks), end]), equal_probability_grid(noise, 2 * blocks)
+    z = 20.0 * torch.linspace(-1.9, 1.9, 14, dtype=torch.float64)[:, None]
+    fine, few = equal_probability_grid(noise, 600 * blocks), equal_probability_grid(noise, 2 * blocks)
     many = walks(z, fine)
     for b, colour in enumerate(block_colours(blocks)):
-        mine = slice(600 * b, 600 * (b + 1) + (2 if b == blocks - 1 else 1))
+        mine = slice(600 * b, 600 * (b + 1) + 1)
         label = "14 walks in 2,400 sampling steps" if b == 0 else None
         ax.plot(shares(fine[mine]), many[mine], color=colour, lw=1.6, label=[label, *[None] * 13])
         ax.text(b + 0.5, 2.3, f"block {b}", ha="center", color=colour, weight="bold")
     ax.plot(shares(few), walks(z[3:4], few), "ko--", ms=5, lw=1.2, label="one of them in 8 sampling steps, 2 per block")
     ax.set(xlim=(-0.02, blocks + 0.02), ylim=(-2.2, 2.2), yticks=[], ylabel="z, over its standard deviation")
     ax.set_xticks(range(blocks + 1), [f"{edge:.2g}" for edge in partition.edges])
-    ax.set_xlabel("noise level σ (a block is as wide as its share of the training)")
+    ax.set_xlabel("noise level σ, with the paper's edges (a block is as wide as its share of the training)")
     ax.legend(loc="upper right")
     return figure
 

@@ -335,8 +335,8 @@ def summary(found, scale):
 
 `python -m experiments.results --scale {scale}` wrote this page from the JSON files beside it. Quality is the
 mean ± standard deviation over seeds, on the half of the held-out data not used to choose settings. Times are medians,
-with two runs at a time, one thread each. Memory is that of the largest network in training, without and with
-checkpointed activations. `docs/running.md` says what each number means.
+with one thread per run. Memory is that of the largest network in training, without and with checkpointed activations.
+`docs/running.md` says what each number means.
 """
     text += f"\n## All architectures\n\n{main_table(found) or 'Not run.' + chr(10)}"
     text += f"\n## Which differences are real\n\n{differences_table(found) or 'Not run.' + chr(10)}"

@@ -37,7 +37,7 @@ GROUPS = {  # the tables: their titles, and notes, which begin with the paper's 
     "gpt-depth": ("How deep must a block be? Autoregressive transformer", "The same comparison, with 8 layers."),
     "vit-recipes": ("Recipes of the vision transformer", "The effect of the clean term, and recipe paper."),
     "gpt-recipes": ("From recipe nano to recipe paper, one flag at a time", "A row differs from the first only "
-                    "in what it names."),
+                    "in what it names, and in what that excludes."),
     "dit-conversion": ("Blocks that start from a trained network", "Half as many steps as the network. Every run has "
                        "its own warm-up and cosine."),
     "dit-plateau": ("One run to the plateau: diffusion transformer", "The preset's steps, and five times as many (one "
@@ -81,7 +81,8 @@ def cut(script, scale):
 def shallow(script, scale, rate=None):
     """The flags of the control, a network of a block's size, at its best learning rate or at another."""
     if script == "looped":
-        sizes = dict(recurrences=1, sampling_steps=1, steps=steps_of(script, scale))
+        usual = preset(script, scale)
+        sizes = dict(recurrences=1, sampling_steps=1, steps=steps_of(script, scale), warmup=usual["warmup"])
     else:
         blocks, layers = cut(script, scale)
         sizes = dict(layers=layers // blocks)
@@ -165,7 +166,8 @@ def add_architectures(tables):
     few = steps_of("looped", tables.scale, baseline=True)
     if few != steps_of("looped", tables.scale):
         add("blocks-few", "one noisy pass, as many steps as Huginn", "", tables.seeds, steps=few)
-        add("shallow-few", "the plain transformer, as many steps", "", tables.seeds, **control | dict(steps=few))
+        few = dict(steps=few, warmup=preset("looped", tables.scale, baseline=True)["warmup"])
+        add("shallow-few", "the plain transformer, as many steps", "", tables.seeds, **control | few)
 
 
 def has_recipes(script):
@@ -204,12 +206,13 @@ def add_depth(tables):
 
 
 def add_recipes(tables):
-    for script in ("vit", "gpt"):
-        add = partial(tables.add, f"{script}-recipes", **BLOCKS.get(script, {}))
-        add("nano", "recipe nano")
-        add("clean", "without the clean term", seeds=tables.seeds, clean_weight=0.0)
-        if script == "vit":
-            add("paper", "recipe paper", recipe="paper")
+    add = partial(tables.add, "vit-recipes")
+    add("nano", "recipe nano")
+    add("clean", "without the clean term", seeds=tables.seeds, clean_weight=0.0)
+    add("paper", "recipe paper", recipe="paper")
+    add = partial(tables.add, "gpt-recipes", **BLOCKS["gpt"])
+    add("nano", "recipe nano")
+    add("clean", "without the clean term", seeds=tables.seeds, clean_weight=0.0)
     add("active", "only the active block predicts", predict="active")
     add("weight", "loss weighted by w(sigma)", loss_weight="edm")
     add("noise", "the paper's noise levels", noise="paper")

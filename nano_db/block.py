@@ -5,7 +5,7 @@ a block can be trained anywhere, in any order. Its loss is the whole method.
 
 The network is the script's own, and returns features for a head (heads.py): (B, ..., width), for images those of z:
 
-    network(x, ...)                with a DenoisingHead, and in the baseline: it reads only the condition x
+    network(x, ...)                with a DenoisingHead, and in EndToEnd: it reads only the condition x
     network(x, z, c_noise, ...)    with other heads: it is also shown the noisy target, times c_in, and the noise level
 """
 

@@ -112,7 +112,7 @@ def test_several_processes_are_refused(monkeypatch):
         benchmark.main()
 
 
-@pytest.mark.parametrize("flag", ["--out=there", "--eval-only", "--init-from=there"])
+@pytest.mark.parametrize("flag", ["--out=there", "--eval-only", "--init-from=there", "--only=1"])
 def test_flags_of_a_run_are_refused_where_there_is_none(flag):
-    with pytest.raises(UsageError, match="has no effect here, because no run is written or read"):
+    with pytest.raises(UsageError, match="has no effect here, where no run is made"):
         benchmark.script_and_settings("gpt", ["--preset", "tiny", flag])

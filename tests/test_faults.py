@@ -24,6 +24,7 @@ import train_gpt
 from nano_db.errors import UsageError
 from nano_db.trainer.checkpoints import read_block, read_config, read_metrics
 from nano_db.trainer.command import command
+from nano_db.trainer.run import Run
 
 FLAGS = [*SMALL, "--blocks", "2", "--rounds", "2"]  # saves each block at steps 5, 6, 10 and 12
 BLOCKS, EMA = range(2), 0.9
@@ -300,6 +301,21 @@ def test_a_clock_that_jumps(small, undisturbed, tmp_path, monkeypatch):
     seconds = [r["seconds"] for r in read_metrics(tmp_path / "jumped", "train") if r["block"] == 0]
     assert seconds == sorted(seconds) and seconds[0] >= 0
     assert_resumes(flags, tmp_path / "jumped", whole)
+
+
+def test_loading_a_file_is_not_training_time(small, text_file, tmp_path, monkeypatch):
+    """By a clock that stands still, except in _restore."""
+    clock, restore = [0.0], Run._restore
+
+    def slow(*args):
+        clock[0] += 1000
+        return restore(*args)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Run, "_restore", slow)
+    code, _, err = small("--out", tmp_path / "run")
+    assert code == 0, err
+    assert all(r["seconds"] == 0 for r in read_metrics(tmp_path / "run", "train"))
 
 
 def test_data_that_changed_between_start_and_resume(small, undisturbed, tmp_path):

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +19,8 @@ def test_each_picture_lights_the_active_block():
     partition, clean = make_partition(noise, 2), torch.rand(3, 1, 8, 8)
     z, grid = 80.0 * torch.randn(3, 1, 8, 8), equal_probability_grid(noise, 4)
     states = list(euler_walk(lambda z, sigma: clean, z, grid))
-    pictures = hero.frames(states, partition, 0.9)
+    batches = [[(z, torch.full((3,), middle), clean)] * 3 for middle in (3.0, 0.5)]
+    pictures = hero.frames(batches, states, partition, 0.9)
     assert len(pictures) == 2 * 3 + 4 and pictures[-1][1] == hero.SECONDS["end"]
     darkness = []
     for picture, _ in pictures:
@@ -36,6 +39,9 @@ def test_it_is_made_of_a_run(cli, tmp_path):
     assert code == 0 and "hero.gif" in said, err
     with Image.open(out / "hero.gif") as animation, Image.open(out / "hero.png") as still:
         assert animation.n_frames > 10 and animation.size == still.size
+    config = json.loads((run / "config.json").read_text())
+    later = config | {"settings": config["settings"] | {"of_a_later_version": 1}}
+    (run / "config.json").write_text(json.dumps(later))
     code, _, err = cli("--run", run, "--word", "a", "--out", out, main=hero.main)
     assert code == 2 and "has no class 'a'" in err and err.count("\n") == 1
 

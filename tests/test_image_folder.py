@@ -102,6 +102,7 @@ def test_a_tenth_of_each_class_is_held_out_and_the_same_one_everywhere(tmp_path)
     (train, labels), (test, test_labels), classes = image_folder.load(tmp_path / "a", 16)
     assert classes == ["cat", "dog", "rare"] and train.shape == (37, 3, 16, 16) and test.shape == (5, 3, 16, 16)
     assert np.bincount(labels).tolist() == [18, 18, 1] and np.bincount(test_labels).tolist() == [2, 2, 1]
+    assert test_labels.tolist() != sorted(test_labels)
     sides = image_folder.held_out(image_folder.classes_of(tmp_path / "a"), tmp_path / "a")
     (tmp_path / "a").rename(tmp_path / "b")
     again = image_folder.held_out(image_folder.classes_of(tmp_path / "b"), tmp_path / "b")
@@ -112,13 +113,20 @@ def test_a_tenth_of_each_class_is_held_out_and_the_same_one_everywhere(tmp_path)
     assert len(after["cat"]) == 3
 
 
+def test_the_first_held_out_pictures_are_of_all_classes(tmp_path):
+    """--test-images takes these."""
+    fill(tmp_path, 100)
+    _, (_, labels), _ = image_folder.load(tmp_path, 8)
+    assert set(labels[:8].tolist()) == {0, 1}
+
+
 @pytest.mark.parametrize("names", [("train", "test"), ("Train", "Test")])
 def test_folders_train_and_test_are_taken_as_they_are(tmp_path, names):
     fill(tmp_path / names[0], 3)
-    fill(tmp_path / names[1], 1, classes=("dog",))
+    fill(tmp_path / names[1], 2, classes=("dog",))
     (train, labels), (test, test_labels), classes = image_folder.load(tmp_path, 8)
-    assert (len(train), len(test), classes) == (6, 1, ["cat", "dog"])
-    assert labels.tolist() == [0, 0, 0, 1, 1, 1] and test_labels.tolist() == [1]
+    assert (len(train), len(test), classes) == (6, 2, ["cat", "dog"])
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1] and test_labels.tolist() == [1, 1]
 
 
 def test_colour_if_one_is_coloured_and_grey_if_none_is(tmp_path):
@@ -171,6 +179,7 @@ def bomb(folder):
         (lambda folder: None, "holds no folders: put the pictures of each class"),
         (lambda folder: save(folder / "1.png"), "holds no folders: put the pictures of each class"),
         (lambda folder: fill(folder, 1), "0.png is the only picture of its class"),
+        (lambda folder: fill(folder, 9, classes=("cat",)), "one held-out picture is too few"),
         (lambda folder: (fill(folder, 2) / "empty").mkdir(), "empty holds no PNG or JPEG"),
         (lambda folder: save(fill(folder, 2) / "cow" / "1.webp"), "cow holds no PNG or JPEG: convert the"),
         (lambda folder: fill(folder / "train", 2), "a split needs exactly the folders train and test"),
@@ -202,7 +211,7 @@ def test_a_pipe_is_no_picture(tmp_path):
 
 def test_a_class_without_pictures_to_test_on_is_said(tmp_path, capsys):
     fill(tmp_path / "train", 2)
-    fill(tmp_path / "test", 1, classes=("dog",))
+    fill(tmp_path / "test", 2, classes=("dog",))
     image_folder.load(tmp_path, 8)
     assert "without pictures to test on: cat" in capsys.readouterr().out
 
@@ -363,8 +372,8 @@ def test_names_that_are_too_long_for_the_system_are_one_line(cli, pictures, tmp_
         assert code == 2 and err.count("\n") == 1, err
 
 
-def test_a_single_class_can_be_painted_but_not_told(cli, tmp_path):
-    folder = fill(tmp_path / "pictures", 6, classes=("cat",))
+def test_a_single_class_can_be_generated_but_not_classified(cli, tmp_path):
+    folder = fill(tmp_path / "pictures", 20, classes=("cat",))
     flags = (*TINY, "--steps", "2", "--data", folder, "--out", tmp_path / "run")
     code, _, err = cli(*flags, main=train_vit.main)
     assert code == 2 and "has a single class: there is nothing to learn" in err and err.count("\n") == 1, err

@@ -254,6 +254,13 @@ def test_bad_flags_get_one_clear_line(few, flags, message):
     assert code == 2 and message in err and err.count("\n") == 1
 
 
+def test_folders_that_cannot_be_made_are_one_line_that_names_the_flag(few, tmp_path):
+    (tmp_path / "file").write_text("")
+    for flag in ("--results", "--out"):
+        code, _, err = few([row("vit-blocks")], flag, tmp_path / "file")
+        assert code == 2 and f"choose another {flag}" in err and err.count("\n") == 1
+
+
 def write(folder, experiment, seed, metrics=(), **parts):
     """A record of a run that was never made. `parts` are bytes; the checkpointed ones are half of their total."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -487,8 +494,12 @@ def test_the_numbers_in_the_readmes_text_are_those_of_the_records():
     pattern = r"reaches (\d\.\d+) bits per character, the whole network and the mean of four shallow GPTs (\d\.\d+)"
     ((blocks, whole),) = re.findall(pattern, text)
     assert_means(runs, "gpt", (blocks, whole, whole), ("blocks", "baseline", "ensemble"))
-    (shown,) = re.findall(r"takes the GPT from (\d+) to (\d+) MiB, blocks to (\d+) \(both: (\d+)\)", text)
-    cases = [("baseline", False), ("baseline", True), ("blocks", False), ("blocks", True)]
+    (shown,) = re.findall(r"trains the same layers end to end \((\d\.\d+) bits\)", text)
+    assert_means(runs, "gpt", [shown], ["baseline"])
+    (shown,) = re.findall(r"network is a loop: (\d\.\d+) bits, a plain transformer (\d\.\d+)", text)
+    assert_means(runs, "looped", shown, ("blocks", "shallow"))
+    (shown,) = re.findall(r"GPT's (\d+) MiB, not (\d+)\. So does \*checkpointing\* \((\d+); both: (\d+)\)", text)
+    cases = [("blocks", False), ("baseline", False), ("baseline", True), ("blocks", True)]
     for number, (slug, checkpointed) in zip(shown, cases, strict=True):
         key = "checkpointed_bytes" if checkpointed else "memory_bytes"
         assert f"{summary.median(runs[f'gpt-{slug}'], key, 'total') / 2**20:.0f}" == number

@@ -98,12 +98,6 @@ def test_the_cheat_sheet_and_method_md_have_the_noise_levels_of_the_code(name, n
     assert of_method.replace("-", "−") in (DOCS / "method.md").read_text(encoding="utf-8")
 
 
-def test_the_readmes_picture_has_the_noise_levels_of_the_main_job():
-    noise, text = train_gpt.NOISE["nano"], (ROOT / "experiments" / "schematics.py").read_text(encoding="utf-8")
-    levels = f"LogNormal({noise.p_mean}, {noise.p_std}, {noise.sigma_min}, {noise.sigma_max})"
-    assert text.partition("def draw_levels(")[2].partition("def ")[0].count(levels) == 1
-
-
 def test_the_step_by_hand_of_method_md_is_what_the_code_computes():
     angles = torch.arange(3) * 2 * math.pi / 3
     rows, prior = torch.stack([angles.cos(), angles.sin()], dim=1), torch.tensor([0.5, 0.3, 0.2]).log()

@@ -116,6 +116,13 @@ def test_the_control_takes_as_many_recurrences_as_it_is_told(batch):
     assert layer_evaluations(Settings(baseline=True, recurrences=1)) == {"forward": 8, "backward": 8}
 
 
+def test_a_plain_transformer_has_no_random_state_and_huginn_has_one(batch):
+    for recurrences, same in ((1, True), (2, False)):
+        network = make(baseline=True, recurrences=recurrences)
+        first, second = (network.features(batch[0], recurrences) for _ in range(2))
+        assert torch.equal(first, second) == same
+
+
 class NotOnCPU(TorchDispatchMode):
     """Refuses results of more than a few numbers on the CPU."""
 

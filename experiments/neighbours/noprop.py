@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import train_vit
 from data.images import load_images
 from experiments.neighbours.noprop_network import CNN, Shared, noisy
 from experiments.neighbours.shared import positive, progress, read_arguments, report, share_right, start, whole
@@ -28,7 +29,7 @@ from nano_db.block import DiffusionBlock
 from nano_db.classify import classify
 from nano_db.heads import PosteriorHead, make_target_embeddings
 from nano_db.partition import make_partition
-from nano_db.schedule import LogNormal, equal_probability_grid
+from nano_db.schedule import equal_probability_grid
 from nano_db.stack import Stack
 from nano_db.trainer.memory import training_bytes
 from nano_db.trainer.run import learning_rate, make_optimizer, seed_from
@@ -138,7 +139,7 @@ def build(args, shape, classes):
     """(networks to train, each with a loss of its own; the function scores(x) -> (B, V) that uses them)."""
     d, T = args.embedding, args.blocks
     if args.method == "blocks":
-        noise = LogNormal(1.0, 0.8, 0.2, 20.0)  # as train_vit.py's
+        noise = train_vit.NOISE["nano"]
         target_embeddings = make_target_embeddings(classes, d, args.seed)
         partition = make_partition(noise, T, overlap=0.05)
         networks = [CNN(shape, d, d, args.channels, timed=True) for _ in range(T)]

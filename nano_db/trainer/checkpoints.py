@@ -74,9 +74,9 @@ def write_atomically(path, write):
                 aside.unlink()
 
 
-def make_folder(folder):
-    """Make the folder that --out names, and those above it, unless it is there. Raises UsageError if it cannot be."""
-    with explained(f"cannot make {folder}: choose another --out", OSError):
+def make_folder(folder, flag="--out"):
+    """Make the folder that `flag` names, and those above it, unless it is there. Raises UsageError if it cannot be."""
+    with explained(f"cannot make {folder}: choose another {flag}", OSError):
         Path(folder).mkdir(parents=True, exist_ok=True)
 
 

@@ -52,7 +52,7 @@ def command(main):
             main()
         except Exception as error:
             if is_out_of_memory(error):
-                advice = "try more --blocks (`python -m experiments.plan` says how many), or a smaller --batch-size"
+                advice = "try --checkpoint-activations, a smaller --batch-size or, in blocks, more --blocks"
                 error = UsageError(f"out of memory: {advice}; what was saved is untouched")
             elif fault := compiler_fault(error):
                 error = UsageError(f"--compile: {fault}; without --compile the same run trains, only slower")

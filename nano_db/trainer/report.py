@@ -82,7 +82,7 @@ def cost_of_use(settings, built, sample, *shared, count=16):
     """Cost of one sample, as a dictionary; it does not depend on the weights. built: networks, in evaluation mode.
 
     seconds: the median of three timings of a batch of `count`, divided by `count`. weights: bytes of the largest
-    network, since only one at a time needs to be in memory.
+    network. A walk of a DiT or of masked diffusion needs only one at a time, averaged predictions need all.
     """
     evaluations = []
     layers = [m for network in built for m in network.modules() if isinstance(m, Layer)]

@@ -168,6 +168,7 @@ class Run:
             module.network.compile()  # in place: the names of the weights stay as they are
         module.train()
         with group.connected(b, settings.device, at.step) if group.size > 1 else nullcontext(), stop_requests() as stop:
+            at.clock = time.perf_counter()  # neither loading nor waiting for other processes is training
             while at.step < self.step_to_reach and not at.stopped:
                 seed_from(settings.seed, b, at.step, group.rank, *self.stream)
                 for parameters in optimizer.param_groups:
@@ -310,7 +311,7 @@ class Run:
     def _restore(self, b, module, optimizer):
         """Load block b's file, if there is one, into module and optimizer. Returns where its training stands."""
         self.losses = []
-        at = SimpleNamespace(step=0, seconds=0.0, average=None, stopped=False, clock=time.perf_counter())
+        at = SimpleNamespace(step=0, seconds=0.0, average=None, stopped=False)
         if self.paths[b].exists():
             state = self.load_block(b)
             at.step, at.seconds = state["step"], state["seconds"]
