@@ -4,7 +4,7 @@
     python train_mdm.py --baseline                           # the same layers as one network, for all ranges
     python train_mdm.py --eval-only --fill "The ???? of" --gap "?"     # fill the gaps of a text
 
-Here noise is masking (masking.py): at time t each letter is still visible with probability alpha(t), which falls from
+Here noise is masking (masking.py): at time t each letter is still unmasked with probability alpha(t), which falls from
 1 at t = 0 to 0 at t = 1. There is no z and no head. Each block is a small bidirectional transformer that predicts the
 masked letters, trained independently on its own interval of alpha (its loss is masking.MaskedBlock.loss). To sample,
 masking.unmask starts with all letters masked, and reveals some of them at each step; the block that owns alpha predicts

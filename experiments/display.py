@@ -56,6 +56,7 @@ class Progress:
     def __iter__(self):
         began = shown = time.monotonic()
         with nullcontext(self.say) if self.say else moving_line() as say:
+            say(f"{self.name}: {self.unit} 1 of {self.count}")
             for step in range(self.count):
                 yield step
                 now = time.monotonic()

@@ -41,7 +41,8 @@ def check(name, answer, passed, hints=("",), otherwise=NOT_USED):
     wrong = WRONG.setdefault(name, set())
     if counts:  # a typo is not an attempt
         wrong.add(fingerprint(answer))
-    print(f"{name}: not yet. {fault}{hints[max(0, min(len(wrong), len(hints)) - 1)]}{until}")
+    hint = hints[min(len(wrong), len(hints)) - 1] if wrong else ""
+    print(f"{name}: not yet. {fault}{hint}{until}")
     return otherwise if used else None
 
 

@@ -206,9 +206,7 @@ def draw_levels(blocks=4):
     right.set(
         xlim=(-5, 5), ylim=(-3.6, 3.6), aspect="equal", xlabel="first coordinate of z", ylabel="second coordinate of z"
     )
-    right.set_title(
-        "Walks: to the mean of the data, then to a point\n(colour: the block that takes the step)", size=11
-    )
+    right.set_title("Walks: to the mean of the data, then to a point\n(colour: the block that takes the step)", size=11)
     right.set(xticks=range(-4, 5, 2), yticks=range(-2, 3, 2))
     right.legend(loc="upper right")
     return figure

@@ -168,7 +168,7 @@ def test_the_baseline_is_plain_cross_entropy():
     ],
     ids=["gpt", "gpt-paper", "vit", "dit"],
 )
-def test_as_a_script_builds_it_a_block_trains_on_its_own_stretched_interval_alone(
+def test_as_a_script_builds_it_a_block_trains_only_on_its_own_widened_interval(
     cli, text_file, tmp_path, monkeypatch, script, noise, flags
 ):
     """Recorded where the noise reaches the block."""

@@ -42,7 +42,7 @@ def test_samples_that_the_terminal_cannot_show_are_written_and_the_run_ends(tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("unbuffered", [["-u"], []])
-def test_a_run_goes_on_when_nobody_reads_what_it_prints(tmp_path, text_file, unbuffered):
+def test_a_run_continues_when_nobody_reads_what_it_prints(tmp_path, text_file, unbuffered):
     line = [sys.executable, *unbuffered, "train_gpt.py", *SMALL, "--data", text_file, "--out", tmp_path / "run"]
     with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as run:
         run.stdout.readline()

@@ -134,7 +134,7 @@ def dit(cli, tmp_path):
     return run
 
 
-def test_blocks_begin_with_the_networks_averaged_layers_and_each_trains_alone(dit, tmp_path, monkeypatch):
+def test_blocks_start_from_the_networks_averaged_layers_and_each_trains_by_itself(dit, tmp_path, monkeypatch):
     source, begun = tmp_path / "network", {}
     before = (source / "block_0.pt").read_bytes()
 

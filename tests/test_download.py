@@ -65,7 +65,7 @@ def test_a_file_is_downloaded_once_and_verified_each_time(tmp_path, server):
 @pytest.mark.parametrize(
     "error", [None, http.client.IncompleteRead(b""), TimeoutError("timed out"), ConnectionResetError(104, "reset")]
 )
-def test_a_download_that_was_cut_short_goes_on_where_it_stood(tmp_path, server, capsys, error):
+def test_a_download_that_was_cut_short_resumes_where_it_stopped(tmp_path, server, capsys, error):
     asked = server(Answer(CONTENT, cut=3000, error=error), Answer(CONTENT[3000:], status=206))
     assert fetch("https://x/y", tmp_path / "y", SHA256, SIZE).read_bytes() == CONTENT
     assert asked == [None, "bytes=3000-"] and "trying again" in capsys.readouterr().err

@@ -90,7 +90,7 @@ def test_the_manual_of_another_python_is_another_text(cli, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_dit_paints_without_its_images(cli, tmp_path, monkeypatch):
+def test_a_dit_samples_without_its_images(cli, tmp_path, monkeypatch):
     run = tmp_path / "run"
     assert cli(*DIT, "--out", run, main=train_dit.main)[0] == 0
     make = glyphs.make
@@ -126,7 +126,7 @@ def test_a_vocabulary_that_is_damaged_is_one_line(cli, text_file, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [("--blocks", "2"), ("--baseline",), ("--baseline", "--ensemble", "2")])
-def test_each_network_goes_on_from_its_own_on_another_text(small, cli, tmp_path, flags):
+def test_each_network_continues_from_its_own_on_another_text(small, cli, tmp_path, flags):
     """At a learning rate of nearly nothing a network stays what it was."""
     source, mine = tmp_path / "source", tmp_path / "mine.txt"
     assert small(*flags, "--out", source)[0] == 0
@@ -203,7 +203,7 @@ def test_other_networks_are_refused_in_one_line(small, tmp_path, flags, message)
     assert code == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "run").exists(), err
 
 
-def test_an_ensemble_goes_on_as_the_same_ensemble(small, tmp_path):
+def test_an_ensemble_continues_as_the_same_ensemble(small, tmp_path):
     """Of another number of members some would be copies, and the mean no control."""
     two = ("--baseline", "--layers", "2", "--samples", "0", "--ensemble")
     assert small(*two, "2", "--out", tmp_path / "two")[0] == 0

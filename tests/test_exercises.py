@@ -80,6 +80,8 @@ def test_the_second_hint_is_for_a_second_different_attempt(capsys):
     assert hint(lambda x: minus(x)).endswith(HINTS[0]), "nor is a name that is not there"  # noqa: F821
     assert hint(wrong_again) == hint(wrong) == HINTS[1]
     assert hint(wrong_again, "1.3") == HINTS[0], "another exercise"
+    typo = hint(lambda x: minus(x), "1.4")  # noqa: F821
+    assert typo.startswith("NameError") and HINTS[0] not in typo, "no hint before an attempt"
 
 
 def test_decorated_answers_are_seen_through(capsys):
@@ -90,7 +92,7 @@ def test_decorated_answers_are_seen_through(capsys):
     assert "return y / 0  # here" in capsys.readouterr().out
 
 
-def test_the_notebook_goes_on_with_a_right_answer_and_else_with_the_librarys(capsys):
+def test_the_notebook_continues_with_a_right_answer_and_else_with_the_librarys(capsys):
     assert check("1.2", right, is_minus, HINTS, otherwise=abs) is right
     assert "The cells below use your answer" in capsys.readouterr().out
     assert check("1.2", wrong, is_minus, HINTS, otherwise=abs) is abs

@@ -31,8 +31,8 @@ def test_held_out_windows_are_written_anew_after_their_first_quarter(cli, text_f
     lines, text = exported(tmp_path / "run"), load_text(str(text_file))
     windows = torch.cat([x for x, _ in text.heldout_batches(8, 16, windows=3)])
     assert [line["prompt"] + line["original"] for line in lines] == list(map(text.tokenizer.decode, windows.tolist()))
-    assert {(len(line["prompt"]), len(line["written"])) for line in lines} == {(4, 12)}
-    assert any(line["written"] != line["original"] for line in lines)
+    assert {(len(line["prompt"]), len(line["generated"])) for line in lines} == {(4, 12)}
+    assert any(line["generated"] != line["original"] for line in lines)
     code, _, err = cli("--eval-only", "--samples", "0", "--export", "2", *run, main=script.main)
     again = exported(tmp_path / "run")
     assert code == 0 and len(again) == 2 and again[0]["prompt"] == lines[0]["prompt"], err
@@ -59,4 +59,4 @@ def test_only_what_follows_the_prompt_comes_from_the_model(text_file, tmp_path):
     run.last_round = True
     export_texts(run, text, complete, "a", "model")
     assert seen == [((16, 2), 6, 7), ((4, 2), 6, 7)] and len(exported(tmp_path)) == 20
-    assert all(line["written"] == 6 * line["prompt"][0] for line in exported(tmp_path))
+    assert all(line["generated"] == 6 * line["prompt"][0] for line in exported(tmp_path))

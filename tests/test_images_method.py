@@ -34,7 +34,7 @@ def test_positions_tell_rows_and_columns_apart():
     assert torch.pdist(positions).min() > 0.1
     torch.testing.assert_close(positions.square().mean(1), torch.ones(32))
     grid = positions.view(8, 4, 16)
-    assert torch.equal(grid[2, :, :4], grid[2, :1, :4].expand(4, 4)), "the first quarter knows the row alone"
+    assert torch.equal(grid[2, :, :4], grid[2, :1, :4].expand(4, 4)), "the first quarter knows only the row"
 
 
 # --- blocks that denoise images ---

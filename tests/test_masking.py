@@ -114,7 +114,7 @@ class SurerWithTime(nn.Module):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("least, most", [(0.0, 1.0), (0.0, 1 / 3), (1 / 3, 2 / 3)])
 def test_the_training_loss_weighs_times_so_that_equal_parts_of_alpha_count_the_same(kind, least, most):
-    """By -alpha'(t): a mean over t alone would be another one, for the cosine schedule."""
+    """By -alpha'(t): a mean over t by itself would be another one, for the cosine schedule."""
     schedule = MaskSchedule(kind)
     torch.manual_seed(0)
     with torch.no_grad():

@@ -116,7 +116,7 @@ def definitions(source):
 
 
 def source_of(notebook):
-    """All code cells as one piece of Python; lines for IPython alone (%magic, !shell) left out."""
+    """All code cells as one piece of Python; without lines that only IPython knows (%magic, !shell)."""
     lines = "\n".join(cell.source for cell in code_cells(notebook)).splitlines()
     return "\n".join(line for line in lines if not line.startswith(("%", "!")))
 
@@ -241,7 +241,7 @@ def test_a_notebook_that_stands_alone_says_what_is_missing(around, colab, owner,
     assert cloned == ["https://github.com/somebody/nano_db"] * (around == "nothing" and colab and not said)
 
 
-def test_all_notebooks_set_up_alike():
+def test_all_notebooks_have_the_same_setup():
     assert len({code_cells(nbformat.read(path, as_version=4))[0].source for path in PATHS}) == 1
 
 
@@ -302,7 +302,7 @@ def executed(stub, check, solution):
     names = {}
     for cell in cells:
         with redirect_stdout(io.StringIO()) as printed:
-            exec(compile(cell.source, cell.id, "exec"), names)  # its id, for it is told from other cells by its file
+            exec(compile(cell.source, cell.id, "exec"), names)  # its id: cells are distinguished by their file
         cell.outputs = [new_output("stream", name="stdout", text=printed.getvalue())] * bool(printed.getvalue())
     return new_notebook(cells=cells)
 

@@ -219,7 +219,7 @@ def test_blocks_start_from_the_network_that_was_trained_before_them(few, tmp_pat
 
 
 @pytest.mark.slow
-def test_an_interruption_lets_the_run_save_and_the_same_command_goes_on(few, tmp_path, monkeypatch):
+def test_an_interruption_lets_the_run_save_and_the_same_command_resumes_it(few, tmp_path, monkeypatch):
     """A request to stop that comes as soon as the run has written its first block."""
     rows = [row("vit-blocks", "--steps", "200")]
     stop, really_sleep = [], time.sleep
@@ -541,6 +541,20 @@ def test_the_numbers_in_the_text_of_results_are_those_of_the_records(script, oth
     *means, p = [shown] if isinstance(shown, str) else shown
     assert_means(runs, script, means, ("blocks", other)[-len(means) :] if means else ())
     assert f"{summary.difference(runs[f'{script}-blocks'], runs[f'{script}-{other}'], name, column)[3]:.2g}" == p
+
+
+def test_what_the_page_of_results_says_of_single_seeds_and_of_frechet_small_is_in_the_records():
+    text = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    runs = {experiment.name: records for experiment, records in committed().items()}
+    (shown,) = re.findall(r"behind Huginn with every seed \(([\d.]+), ([\d.]+) and ([\d.]+) bits", text)
+    few = summary.values(runs["looped-blocks-few"], "bits_per_char")
+    assert [f"{bits:.3f}" for bits in few] == [*shown]
+    assert all(
+        bits > whole for bits, whole in zip(few, summary.values(runs["looped-baseline"], "bits_per_char"), strict=True)
+    )
+    (p,) = re.findall(r"over the whole network is not significant \(p = ([\d.]+)\)", text)
+    difference = summary.difference(runs["dit-blocks"], runs["dit-baseline"], "frechet_small", "lower is better")
+    assert f"{difference[3]:.2g}" == p
 
 
 def test_what_the_page_of_ablations_says_of_the_clean_term_is_in_the_records():

@@ -50,7 +50,7 @@ NAMES = [script.__name__ for script in SCRIPTS]
 
 
 def test_imports_point_one_way():
-    """experiments -> scripts -> trainer -> method. Data knows the errors alone."""
+    """experiments -> scripts -> trainer -> method. Data knows only the errors."""
     assert sorted(path.stem for path in ROOT.glob("train_*.py")) == sorted(NAMES)
     assert forbidden("nano_db", TRAINER, EXPERIMENTS, "data", *NAMES) == []
     assert forbidden("nano_db/trainer", EXPERIMENTS, "data", *NAMES) == []

@@ -16,8 +16,9 @@ import train_vit
 from experiments import schematics
 from experiments.schematics import DOCS, PICTURES, draw_all, label_walks
 from nano_db.heads import log_likelihood
+from nano_db.partition import make_partition
 from nano_db.sampler import euler_walk
-from nano_db.schedule import LogNormal
+from nano_db.schedule import LogNormal, edm_weight, quantiles
 from nano_db.trainer.plots import plt
 
 each_picture = pytest.mark.parametrize("name", PICTURES)
@@ -40,7 +41,7 @@ def words(path):
 
 
 @each_picture
-def test_it_is_drawn_alike_each_time_and_not_too_large(folders, name):
+def test_it_is_the_same_each_time_and_not_too_large(folders, name):
     first, second = (folder / name for folder in folders)
     assert first.read_bytes() == second.read_bytes()
     assert first.stat().st_size < (150_000 if name.startswith("pictures") else 400_000)
@@ -96,6 +97,19 @@ def test_the_cheat_sheet_and_method_md_have_the_noise_levels_of_the_code(name, n
     assert f"- {of_sheet}\n" in (DOCS / "cheatsheet.md").read_text(encoding="utf-8")
     of_method = f"N({noise.p_mean:g}, {noise.p_std:g}²) on [{noise.sigma_min:g}, {noise.sigma_max:g}]"
     assert of_method.replace("-", "−") in (DOCS / "method.md").read_text(encoding="utf-8")
+
+
+def test_what_method_md_says_of_the_papers_noise_levels_is_so():
+    text = " ".join((DOCS / "method.md").read_text(encoding="utf-8").split())
+    noise, levels = LogNormal(), quantiles(LogNormal(), 20_000)
+    weight = edm_weight(levels, 0.5)
+    assert f"factor of {(weight.max() / weight.min()).round(decimals=-2):,.0f}" in text
+    assert f"({weight[levels < 0.2].sum() / weight.sum():.0%})" in text
+    edges = [f"{edge:.3f}" for edge in make_partition(noise, 4).edges[1:-1]]
+    assert f"σ = {edges[0]}, {edges[1]} and {edges[2]}" in text
+    z = 0.2 * torch.randn(20_000, 96, generator=torch.Generator().manual_seed(0))  # <z - E[y], E> of 96 orthogonal E
+    z[:, 0] += 1
+    assert f"at least {int(100 * (z.argmax(1) == 0).double().mean())} of 100" in text
 
 
 def test_the_step_by_hand_of_method_md_is_what_the_code_computes():

@@ -70,7 +70,7 @@ def set_preset(monkeypatch, script, **values):
 @in_all_scripts
 @pytest.mark.parametrize("more", [(), ("--baseline",)], ids=["blocks", "baseline"])
 @pytest.mark.usefixtures("no_report")
-def test_the_optimizer_sees_the_gradient_of_this_step_alone_no_longer_than_the_clip(tiny, monkeypatch, script, more):
+def test_the_optimizer_sees_the_gradient_of_this_step_only_and_no_longer_than_the_clip(tiny, monkeypatch, script, more):
     set_preset(monkeypatch, script, clip=0.02)
     seen, make = [], script.make_optimizer
 

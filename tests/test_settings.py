@@ -82,7 +82,7 @@ def test_the_folder_is_named_after_script_and_method(read):
     assert (read().out, read("--baseline").out, read("--out", "x").out) == ("out/toy-blocks", "out/toy-baseline", "x")
 
 
-def test_a_field_without_a_flag_is_for_presets_alone(read, capsys):
+def test_a_field_without_a_flag_is_for_presets_only(read, capsys):
     assert read("--preset", "tiny").hidden == 7
     for wrong in (["--hidden", "3"], ["--no-such-flag"], ["--wid", "3"], ["--width", "x"], ["--ways", "three"]):
         with pytest.raises(SystemExit) as stop:
@@ -138,7 +138,7 @@ def test_what_is_out_of_its_limits_or_does_nothing_is_refused(read, tmp_path, mo
 
 
 @in_all_scripts
-def test_an_evaluation_alone_refuses_what_only_training_uses(cli, tmp_path, script):
+def test_eval_only_refuses_what_only_training_uses(cli, tmp_path, script):
     values = {"preset": ["tiny"], "recipe": ["nano"], "rounds": [2], "only": [1]}
     write_config(tmp_path, script.__name__.removeprefix("train_"))
     refused = values.keys() & {f.name for f in fields(script.Settings)} | {"compile", "checkpoint_activations"}
@@ -204,7 +204,7 @@ def write_config(folder, script="toy", **settings):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_an_evaluation_alone_inherits_no_flag_that_was_for_one_time(read, tmp_path):
+def test_eval_only_inherits_no_flag_that_was_for_one_time(read, tmp_path):
     write_config(tmp_path, words="a", width=5)
     settings = read("--eval-only", "--out", tmp_path)
     assert (settings.width, settings.words) == (5, "")
@@ -258,7 +258,7 @@ def another(field, value):
 @pytest.mark.parametrize(
     "field", [f for f in fields(RunSettings) if f.name not in ("out", "device", "init_from")], ids=attrgetter("name")
 )
-def test_a_run_goes_on_with_other_resumable_settings_and_with_no_others(tmp_path, monkeypatch, field):
+def test_a_run_resumes_with_other_resumable_settings_and_with_no_others(tmp_path, monkeypatch, field):
     monkeypatch.setattr("torch.nn.Module.compile", lambda self: None)
     options = {"steps": 4, "rounds": 2, "blocks": 1}
     train(make_run(tmp_path, **options), rounds=1)

@@ -90,7 +90,7 @@ def test_the_averaged_walk_is_the_mean_of_the_heads_answers_at_this_very_z_and_s
 
 
 @pytest.mark.parametrize("head", [DenoisingHead, PosteriorHead, PaperHead])
-def test_the_block_at_work_alone_answers_as_it_was_trained(head):
+def test_only_the_active_block_answers_as_it_was_trained(head):
     stack, z = make_stack(3, head), torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1))
     x = torch.tensor([0, 1, 2])
     for sigma in (5.0, 1.3, 0.4):
@@ -137,7 +137,7 @@ def train(block, seed, steps=300):
 
 @pytest.fixture(scope="module")
 def trained():
-    """Three blocks, each trained alone on its own interval."""
+    """Three blocks, each trained only on its own interval."""
     stack = make_stack(3, overlap=0.1, random=False)
     for b, block in enumerate(stack.blocks):
         train(block, seed=b)

@@ -78,7 +78,7 @@ def test_a_run_that_has_exported_can_be_sampled_again(dit, cli, tmp_path):
     assert code == 0 and "samples-again.png" in out and len(list((tmp_path / "run" / "images").iterdir())) == 3, err
 
 
-def test_an_evaluation_alone_that_samples_nothing_refuses_to_be_told_how(dit, cli, tmp_path):
+def test_an_eval_only_run_that_samples_nothing_refuses_to_be_told_how(dit, cli, tmp_path):
     assert dit("--frechet-images", "0", "--samples", "0", "--guidance", "1")[0] == 0  # a sample's cost depends on it
     evaluate = ("--eval-only", "--out", tmp_path / "run")
     for flag in ("--guidance", "--sampling-steps"):

@@ -82,7 +82,7 @@ def test_later_tokens_change_nothing_at_earlier_positions(head, predict, sequenc
 
 @in_all_modes
 def test_a_position_sees_no_noise_but_its_own(head, predict, sequence):
-    """So nothing leaks: the noisy token t + 1 is known to position t alone, whose answer it is."""
+    """So nothing leaks: only position t, whose answer it is, knows the noisy token t + 1."""
     x, z, _ = sequence
     stack = make_stack(head, predict)
     changed = z.clone()
@@ -236,7 +236,7 @@ def test_eval_only_takes_the_settings_of_the_run_and_continues_the_prompt(small,
     assert code == 2 and "width is '16'" in err
 
 
-def test_what_was_asked_for_once_is_not_asked_for_again_by_an_evaluation_alone(small, cli, tmp_path):
+def test_what_was_asked_for_once_is_not_asked_for_again_by_eval_only(small, cli, tmp_path):
     run = ("--out", tmp_path / "run")
     code, out, err = small(*run, "--blocks", "2", "--prompt", "the dog", "--export", "2")
     assert code == 0 and "the dog|" in out, err
@@ -277,7 +277,7 @@ def test_blocks_are_combined_though_the_same_data_and_network_lay_elsewhere(smal
     shutil.copy(tmp_path / "b" / "block_1.pt", tmp_path / "a")
     code, out, err = cli("--eval-only", "--out", tmp_path / "a")
     assert code == 0 and "bits per character" in out, err
-    code, out, err = small("--blocks", "2", *there, "--out", tmp_path / "a")  # and the run goes on from there
+    code, out, err = small("--blocks", "2", *there, "--out", tmp_path / "a")  # and the run resumes from there
     assert code == 0 and "loss" not in out, err
     (copy / "the text.txt").write_text("the slow brown fox jumps over the lazy dog. " * 80)
     code, _, err = small("--blocks", "2", *there, "--out", tmp_path / "a")

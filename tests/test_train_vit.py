@@ -68,7 +68,7 @@ def test_a_network_that_is_shown_z_depends_on_it_and_on_the_noise_level():
     assert not torch.allclose(features, vit(x.flip(-1), z, c)), "patches know their place"
 
 
-def test_a_trunk_reads_the_image_alone_and_has_no_weights_for_noise():
+def test_a_trunk_reads_only_the_image_and_has_no_weights_for_noise():
     vit, x = make_vit(sees_z=False), torch.randn(3, 1, 32, 32)
     assert vit(x).shape == (3, 16) and not torch.allclose(vit(x), vit(x.flip(-1)))
     assert not [name for name, _ in vit.named_parameters() if "noise" in name or "z" in name or "modulation" in name]

@@ -142,7 +142,7 @@ DRAWS += [(nano_db.masking, "low_discrepancy_times")]  # whose times are those o
 
 
 def losses_one_by_one(module, batch, monkeypatch):
-    """The loss of each sample of the batch alone, under the noise that the whole batch draws."""
+    """The loss of each single sample of the batch, under the noise that the whole batch draws."""
     drawn, nested = [], []
 
     def recorded(function, *args, **kwargs):

@@ -160,7 +160,7 @@ def continue_prompt(text, complete, settings, *model):
 
 def export_texts(run, text, complete, *model):
     """After the last round take --export held-out windows, keep the first quarter of each, and sample the rest anew.
-    texts.jsonl of the run gets a line per window: its "prompt", what was "written", and the "original" text.
+    texts.jsonl of the run gets a line per window: its "prompt", what was "generated", and the "original" text.
 
     complete(tokens (n, m), length, generator, settings, *model): returns (n, m + length) tokens.
     """
@@ -168,9 +168,9 @@ def export_texts(run, text, complete, *model):
     generator, shown = torch.Generator().manual_seed(settings.seed), max(1, round(settings.seq_len / 4))
     windows = text.heldout_batches(EVALUATION_BATCH, settings.seq_len, settings.device, settings.export)
     for x, _ in windows if settings.export and run.last_round else ():
-        written = complete(x[:, :shown], settings.seq_len - shown, generator, settings, *model)
-        for old, new in zip(x.tolist(), written.tolist(), strict=True):
-            parts = {"prompt": old[:shown], "written": new[shown:], "original": old[shown:]}
+        generated = complete(x[:, :shown], settings.seq_len - shown, generator, settings, *model)
+        for old, new in zip(x.tolist(), generated.tolist(), strict=True):
+            parts = {"prompt": old[:shown], "generated": new[shown:], "original": old[shown:]}
             lines.append(json.dumps({name: text.tokenizer.decode(tokens) for name, tokens in parts.items()}))
     if lines:
         write_text(path, "\n".join(lines) + "\n")
