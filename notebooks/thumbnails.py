@@ -8,7 +8,7 @@ import io
 from pathlib import Path
 
 import nbformat
-from PIL import Image
+from PIL import Image, ImageChops
 
 HERE = Path(__file__).resolve().parent
 CHOSEN = {  # a piece of the code of the cell whose picture stands for the notebook
@@ -20,11 +20,12 @@ SIZE = 260, 110
 
 
 def picture_of(path):
-    """The picture below the chosen cell of a notebook, on white."""
+    """The picture below the chosen cell of a notebook, on white, without margins."""
     piece = CHOSEN[path.name[:2]]
     (cell,) = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code" and piece in c.source]
     (data,) = [o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})]
-    return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+    picture = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+    return picture.crop(ImageChops.invert(picture).getbbox())
 
 
 if __name__ == "__main__":
