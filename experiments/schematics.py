@@ -148,7 +148,7 @@ def draw_gradients():
     say(ax, 130, 460, "end to end", 12, weight="bold")
     say(ax, 566, 460, "in blocks: here block 1 is in training", 12, weight="bold")
     layers = [f"layers {2 * b + 1} and {2 * b + 2}" for b in range(4)]
-    stack = [(68, "x: the condition", X), *((y, text, GREY) for y, text in zip(rows, layers, strict=True))]
+    stack = [(68, "x: the text so far", X), *((y, text, GREY) for y, text in zip(rows, layers, strict=True))]
     for y, text, colour in (*stack, (420, "loss", Y)):
         box(ax, 130, y, 150, 34, text, colour)
     for y, above in pairwise((68, *rows, 420)):
@@ -158,7 +158,7 @@ def draw_gradients():
     for b, (y, colour) in enumerate(zip(rows, block_colours(4), strict=True)):
         trains = b == 1
         box(ax, 372, y, 160, 44, f"x, and z with σ from\n{edges[b]:.2g} to {edges[b + 1]:.2g}", Z, 9)
-        box(ax, 566, y, 150, 44, f"block {b}\n{layers[b]}", colour, 9, 0.3 if trains else 0.1)
+        box(ax, 566, y, 150, 44, f"block {b}:\n{layers[b]}, a head", colour, 9, 0.3 if trains else 0.1)
         box(ax, 732, y, 80, 34, f"loss {b}", Y)
         arrow(ax, (452, y), (491, y), colour=GREY)
         arrow(ax, (641, y + 8), (692, y + 8), colour=GREY)

@@ -312,7 +312,7 @@ def memory_panels(found):
                 plain, saving = (median(records, memory, "total") / 2**20 for memory in MEMORIES)
                 points[label] = (plain, saving, values(records, name))
         if len(points) > 1:
-            panels[GROUPS[script][0], unit] = points
+            panels[NAMES[script], unit] = points
     return panels
 
 

@@ -496,9 +496,11 @@ def test_the_numbers_in_the_readmes_text_are_those_of_the_records():
     assert_means(runs, "gpt", (blocks, whole, whole), ("blocks", "baseline", "ensemble"))
     (shown,) = re.findall(r"trains the same layers end to end \((\d\.\d+) bits\)", text)
     assert_means(runs, "gpt", [shown], ["baseline"])
-    (shown,) = re.findall(r"network is a loop: (\d\.\d+) bits, a plain transformer (\d\.\d+)", text)
+    (shown,) = re.findall(r"network is a loop: (\d\.\d+) bits, not (\d\.\d+)", text)
     assert_means(runs, "looped", shown, ("blocks", "shallow"))
-    (shown,) = re.findall(r"GPT's (\d+) MiB, not (\d+)\. So does \*checkpointing\* \((\d+); both: (\d+)\)", text)
+    (shown,) = re.findall(
+        r"(\d+) MiB for the GPT, not (\d+)\. So does \*checkpointing\* \((\d+); with blocks: (\d+)\)", text
+    )
     cases = [("blocks", False), ("baseline", False), ("baseline", True), ("blocks", True)]
     for number, (slug, checkpointed) in zip(shown, cases, strict=True):
         key = "checkpointed_bytes" if checkpointed else "memory_bytes"
