@@ -491,6 +491,8 @@ def test_the_numbers_in_the_readmes_text_are_those_of_the_records():
     runs = {experiment.name: records for experiment, records in committed().items()}
     (shown,) = re.findall(r"in 3 blocks reaches a loss of (\d\.\d+), the whole network (\d\.\d+)", text)
     assert_means(runs, "dit", shown)
+    (shown,) = re.findall(r"After five times the steps the lead is gone \((\d\.\d+) and (\d\.\d+)\)", text)
+    assert_means(runs, "dit", shown, ("plateau-blocks", "plateau-baseline"))
     pattern = r"reaches (\d\.\d+) bits per character, the whole network and the mean of four shallow GPTs (\d\.\d+)"
     ((blocks, whole),) = re.findall(pattern, text)
     assert_means(runs, "gpt", (blocks, whole, whole), ("blocks", "baseline", "ensemble"))
@@ -557,6 +559,19 @@ def test_what_the_page_of_results_says_of_single_seeds_and_of_frechet_small_is_i
     (p,) = re.findall(r"over the whole network is not significant \(p = ([\d.]+)\)", text)
     difference = summary.difference(runs["dit-blocks"], runs["dit-baseline"], "frechet_small", "lower is better")
     assert f"{difference[3]:.2g}" == p
+
+
+def test_what_the_page_of_results_says_of_the_run_to_the_plateau_is_in_the_records():
+    text = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    runs = {experiment.name: records for experiment, records in committed().items()}
+    (shown,) = re.findall(r"it reaches (\d\.\d+), blocks reach (\d\.\d+)", text)
+    assert_means(runs, "dit", shown, ("plateau-baseline", "plateau-blocks"))
+    (last,) = (int(step.replace(",", "")) for step in re.findall(r"Up to ([\d,]+) steps blocks are ahead", text))
+    blocks, whole = (
+        {point["step"]: point["edm_loss"] for point in runs[f"dit-plateau-{slug}"][0]["evaluations"]}
+        for slug in ("blocks", "baseline")
+    )
+    assert [step <= last for step in whole] == [blocks[step] < loss for step, loss in whole.items()]
 
 
 def test_what_the_page_of_ablations_says_of_the_clean_term_is_in_the_records():
