@@ -172,7 +172,7 @@ class Huginn(nn.Module):
         return self.network.read(s, attend)
 
     def forward(self, x, cache=None, recurrences=None):
-        """Logits (B, T, V) after `recurrences` (default: sampling_steps), always from the same random state."""
+        """Logits (B, T, V) after `recurrences` (default: sampling_steps), from the same random state for each T."""
         generator = torch.Generator().manual_seed(0)
         features = self.features(x, recurrences or self.settings.sampling_steps, cache, generator)
         return self.head.output_projection(features).float()
@@ -223,6 +223,8 @@ def prepare(settings):
     """The text, and the noise levels, all owned by one network."""
     if settings.compile and settings.baseline:
         raise UsageError("--compile does nothing for the baseline, whose number of recurrences varies: drop it")
+    if settings.baseline and settings.recurrences == 1 != settings.sampling_steps:
+        raise UsageError("--recurrences 1 trains a plain transformer, which cannot be looped: add --sampling-steps 1")
     text = load_text(
         settings.data, settings.tokenizer, seq_len=settings.seq_len, export=settings.export, kept=kept(settings)
     )

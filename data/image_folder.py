@@ -21,6 +21,7 @@ from nano_db.errors import UsageError, is_out_of_memory
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 HELD_OUT = 10  # one picture in this many
+MORE = f"a single class needs {2 * HELD_OUT} pictures, or two in a folder `test` beside `train`"
 REPORT_EVERY = 5  # seconds
 ORIENTATION = 0x0112  # the EXIF tag; below, by its value, the operation that turns a picture upright
 TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
@@ -53,13 +54,15 @@ def load(folder, size):
         print(f"classes without pictures to test on: {', '.join(untested)}")
     classes = list(train)
     number = {name: label for label, name in enumerate(classes)}
-    labelled = [(path, number[name]) for side in (train, test) for name, paths in side.items() for path in paths]
-    cut = sum(map(len, train.values()))
-    if len(labelled) - cut < 2:
-        raise UsageError(f"{folder}: one held-out picture is too few, half are for validation: add more pictures")
-    # All classes are among the first of them, as in other data sets: --test-images takes these.
-    labelled[cut:] = sorted(labelled[cut:], key=lambda picture: digest(picture[0].relative_to(folder)))
-    print(f"{folder}: {cut:,} pictures to train on, {len(labelled) - cut:,} held out, {len(classes)} classes")
+    labelled = [(path, number[name]) for name, paths in train.items() for path in paths]
+    cut = len(labelled)
+    # Two of each class in turn: so the first pictures (--test-images) are of all classes, and each class is in both
+    # halves, which take every other picture.
+    in_turn = sorted((i // 2, number[name], i, path) for name, paths in test.items() for i, path in enumerate(paths))
+    labelled += [(path, label) for _, label, _, path in in_turn]
+    if len(in_turn) < 2:
+        raise UsageError(f"{folder}: one held-out picture is too few, because half of them are for validation: {MORE}")
+    print(f"{folder}: {cut:,} pictures to train on, {len(in_turn):,} held out, {len(classes)} classes")
     images, labels = read_all([path for path, _ in labelled], size), np.array([n for _, n in labelled], np.int64)
     return (images[:cut], labels[:cut]), (images[cut:], labels[cut:]), classes
 

@@ -56,7 +56,8 @@ class Progress:
     def __iter__(self):
         began = shown = time.monotonic()
         with nullcontext(self.say) if self.say else moving_line() as say:
-            say(f"{self.name}: {self.unit} 1 of {self.count}")
+            if self.count:
+                say(f"{self.name}: {self.unit} 1 of {self.count}")
             for step in range(self.count):
                 yield step
                 now = time.monotonic()
@@ -65,7 +66,7 @@ class Progress:
                     left = (now - began) / (step + 1) * (self.count - step - 1)
                     say(f"{self.name}: {self.unit} {step + 1} of {self.count}{loss}, {left:.0f} s left")
                     shown = now
-            say(f"{self.name}: {self.count} {self.unit}s")
+            say(f"{self.name}: {self.count} {self.unit}{'s' * (self.count != 1)}")
 
 
 @contextmanager

@@ -34,7 +34,8 @@ def check(name, answer, passed, hints=("",), otherwise=NOT_USED):
             if missing := unwritten(error, answer):
                 print(f"{name}: not answered yet. Write {missing}, and run both cells.{until}")
                 return otherwise if used else None
-            fault, counts = explained(error, answer), not isinstance(error, NameError | SyntaxError)
+            fault = explained(error, answer)
+            counts = type(error) is not NameError and not isinstance(error, SyntaxError)
     if right:
         print(f"{name}: right." + " The cells below use your answer: run them again." * used)
         return answer if used else None

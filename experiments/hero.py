@@ -15,7 +15,7 @@ import train_dit
 from nano_db.errors import UsageError
 from nano_db.partition import sampling_grid
 from nano_db.schedule import sample_sigma
-from nano_db.trainer.checkpoints import make_folder, read_config
+from nano_db.trainer.checkpoints import explained, make_folder, read_config
 from nano_db.trainer.command import command
 from nano_db.trainer.plots import block_colours, plt
 from nano_db.trainer.run import Run, noise_identity
@@ -37,8 +37,8 @@ def scenes_of(folder, word, seed):
         raise UsageError(f"--run {folder} is not a run of train_dit.py")
     flags = ["--eval-only", "--device", "cpu", "--out", str(folder)]
     settings = read_settings("dit", train_dit.Settings, train_dit.PRESETS, flags=flags)
-    if settings.baseline:
-        raise UsageError(f"--run {folder} has no blocks: it is an end-to-end run")
+    if settings.baseline or settings.blocks > 4:
+        raise UsageError(f"--run {folder} does not suit the picture, which has room for one to four blocks")
     images, partition = train_dit.prepare(settings)
     if images.missing:
         raise UsageError(images.missing)
@@ -89,7 +89,7 @@ class Scene:
             ax = self.figure.add_axes((0.12, y, 0.86, 0.21))
             ax.set_axis_off()
             self.names.append(ax.text(-0.02, 0.5, "", transform=ax.transAxes, ha="right", va="center", size=10))
-            self.rows.append(ax.imshow(mosaic(letters), cmap="gray", vmin=-1, vmax=1, interpolation="nearest"))
+            self.rows.append(ax.imshow(mosaic(letters), interpolation="nearest"))
 
     def light(self, active):
         for b, (box, colour) in enumerate(zip(self.boxes, self.colours, strict=True)):
@@ -108,9 +108,9 @@ class Scene:
 
 
 def mosaic(images):
-    """Images (n, 1, H, W) side by side as one picture (height, width), with white between."""
-    images = torch.nn.functional.pad(images[:, 0].clamp(-1, 1), (4, 4, 0, 0), value=1.0)
-    return torch.cat([*images], dim=1).numpy()
+    """Images (n, 1 or 3, H, W) in [-1, 1] side by side as one picture (height, width, 3), with white between."""
+    images = torch.nn.functional.pad(images.clamp(-1, 1) / 2 + 0.5, (4, 4, 0, 0), value=1.0).expand(-1, 3, -1, -1)
+    return torch.cat([*images], dim=2).permute(1, 2, 0).numpy()
 
 
 def frames(batches, states, partition, sigma_data):
@@ -147,13 +147,16 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="random seed of the initial noise (default 0)")
     parser.add_argument("--out", type=Path, default=Path("out/hero"), help="output folder (default out/hero)")
     args = parser.parse_args()
+    if not 0 <= args.seed < 2**63:
+        raise UsageError(f"--seed must be at least 0 and below 2^63, not {args.seed}")
     batches, states, *known = scenes_of(args.run, args.word, args.seed)
     pictures = frames(batches, states, *known)
     make_folder(args.out)
     first, *others = (picture.quantize(64, dither=Image.Dither.NONE) for picture, _ in pictures)
     times = [round(1000 * seconds) for _, seconds in pictures]
-    first.save(args.out / "hero.gif", save_all=True, append_images=others, duration=times, loop=0, optimize=True)
-    pictures[-len(states) // 2][0].save(args.out / "hero.png")  # in the middle of the walk
+    with explained(f"cannot write into {args.out}: choose another --out", OSError):
+        first.save(args.out / "hero.gif", save_all=True, append_images=others, duration=times, loop=0, optimize=True)
+        pictures[-len(states) // 2][0].save(args.out / "hero.png")  # in the middle of the walk
     print(f"written: {args.out / 'hero.gif'}, {(args.out / 'hero.gif').stat().st_size / 1e6:.2f} MB, and hero.png")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 
 HERE = Path(__file__).resolve().parent
-BESIDE = ("README.md", "pictures")  # the index
+BESIDE = ("README.md", "pictures", ".ipynb_checkpoints")  # the index; and what Jupyter leaves
 
 
 def without_solutions(notebook):
@@ -30,12 +30,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the folder for the copies, for example students")
     out = parser.parse_args().out.resolve()
-    there = list(out.iterdir()) if out.is_dir() else []
-    others = [path for path in there if path.suffix != ".ipynb" and path.name not in (*BESIDE, ".ipynb_checkpoints")]
-    if out == HERE or (out.exists() and not out.is_dir()) or others:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        others = [path for path in out.iterdir() if path.suffix != ".ipynb" and path.name not in BESIDE]
+    except OSError:  # it cannot be made
+        others = [out]
+    if out == HERE or others:
         print(f"{parser.prog}: error: --out {out}: name another folder, beside {HERE.name}", file=sys.stderr)
         sys.exit(2)
-    out.mkdir(parents=True, exist_ok=True)
     for path in sorted(HERE.glob("*.ipynb")):
         nbformat.write(without_solutions(nbformat.read(path, as_version=4)), out / path.name)
     shutil.copy(HERE / "README.md", out / "README.md")

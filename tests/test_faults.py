@@ -304,12 +304,13 @@ def test_a_clock_that_jumps(small, undisturbed, tmp_path, monkeypatch):
 
 
 def test_loading_a_file_is_not_training_time(small, text_file, tmp_path, monkeypatch):
-    """By a clock that stands still, except in _restore."""
+    """By a clock that stands still, except at the end of _restore."""
     clock, restore = [0.0], Run._restore
 
     def slow(*args):
+        at = restore(*args)
         clock[0] += 1000
-        return restore(*args)
+        return at
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(Run, "_restore", slow)

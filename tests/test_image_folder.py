@@ -14,6 +14,7 @@ import train_vit
 from data import image_folder
 from data.images import EDM, load_images
 from nano_db.errors import UsageError
+from nano_db.images import TEST, VALIDATION
 from nano_db.partition import make_partition
 
 SIZES = ((40, 56), (64, 48), (33, 33), (90, 31))  # width, height
@@ -102,7 +103,6 @@ def test_a_tenth_of_each_class_is_held_out_and_the_same_one_everywhere(tmp_path)
     (train, labels), (test, test_labels), classes = image_folder.load(tmp_path / "a", 16)
     assert classes == ["cat", "dog", "rare"] and train.shape == (37, 3, 16, 16) and test.shape == (5, 3, 16, 16)
     assert np.bincount(labels).tolist() == [18, 18, 1] and np.bincount(test_labels).tolist() == [2, 2, 1]
-    assert test_labels.tolist() != sorted(test_labels)
     sides = image_folder.held_out(image_folder.classes_of(tmp_path / "a"), tmp_path / "a")
     (tmp_path / "a").rename(tmp_path / "b")
     again = image_folder.held_out(image_folder.classes_of(tmp_path / "b"), tmp_path / "b")
@@ -113,11 +113,13 @@ def test_a_tenth_of_each_class_is_held_out_and_the_same_one_everywhere(tmp_path)
     assert len(after["cat"]) == 3
 
 
-def test_the_first_held_out_pictures_are_of_all_classes(tmp_path):
-    """--test-images takes these."""
-    fill(tmp_path, 100)
+def test_the_first_held_out_pictures_are_of_all_classes_and_so_is_each_half(tmp_path):
+    """--test-images takes the first; every other picture is for validation. A class has 3, 4 or 1 of them."""
+    for name, count in (("cat", 30), ("dog", 40), ("rare", 2)):
+        fill(tmp_path, count, classes=(name,))
     _, (_, labels), _ = image_folder.load(tmp_path, 8)
-    assert set(labels[:8].tolist()) == {0, 1}
+    assert labels.tolist() == [0, 0, 1, 1, 2, 0, 1, 1]
+    assert set(labels[VALIDATION].tolist()) >= {0, 1} <= set(labels[TEST].tolist())
 
 
 @pytest.mark.parametrize("names", [("train", "test"), ("Train", "Test")])

@@ -21,6 +21,7 @@ from train_looped import Huginn, Looped, Settings, draw_recurrences, layer_evalu
 CLASSES, T, WIDTH = 11, 8, 16
 NOISE = LogNormal(0.3, 0.8, 0.05, 20.0)
 TINY = ("--preset", "tiny", "--steps", "6", "--device", "cpu", "--eval-windows", "4", "--sampling-steps", "2")
+PLAIN = ("--recurrences", "1", "--sampling-steps", "1")  # of the baseline: a plain transformer
 
 
 def randomised(module):
@@ -116,11 +117,13 @@ def test_the_control_takes_as_many_recurrences_as_it_is_told(batch):
     assert layer_evaluations(Settings(baseline=True, recurrences=1)) == {"forward": 8, "backward": 8}
 
 
-def test_a_plain_transformer_has_no_random_state_and_huginn_has_one(batch):
-    for recurrences, same in ((1, True), (2, False)):
-        network = make(baseline=True, recurrences=recurrences)
-        first, second = (network.features(batch[0], recurrences) for _ in range(2))
-        assert torch.equal(first, second) == same
+@pytest.mark.parametrize("generator", [None, torch.Generator().manual_seed(0)])
+def test_a_plain_transformer_has_no_random_state_and_huginn_has_one(batch, generator):
+    for recurrences in (0, 1, 2):  # of the setting; all are evaluated after one
+        baseline = make(baseline=True, recurrences=recurrences)
+        e, attend = baseline.network.embed(batch[0])
+        without = baseline.network.read(baseline.network.recur(torch.zeros_like(e), e, attend), attend)
+        assert torch.equal(baseline.features(batch[0], 1, generator=generator), without) == (recurrences == 1)
 
 
 class NotOnCPU(TorchDispatchMode):
@@ -170,10 +173,10 @@ def test_the_control_of_one_recurrence_starts_from_the_very_weights_of_huginn(cl
     """As the script builds them. So nothing but the number of recurrences differs between the two."""
     flags = ("--data", text_file, "--baseline")
     huginn = first_weights(cli, monkeypatch, *flags, "--out", tmp_path / "huginn")
-    control = first_weights(cli, monkeypatch, *flags, "--recurrences", "1", "--out", tmp_path / "control")
+    control = first_weights(cli, monkeypatch, *flags, *PLAIN, "--out", tmp_path / "control")
     assert huginn.keys() == control.keys() and any("attention.out" in name for name in huginn)
     assert all(torch.equal(control[name], tensor) for name, tensor in huginn.items())
-    other = first_weights(cli, monkeypatch, *flags, "--recurrences", "1", "--seed", "1", "--out", tmp_path / "other")
+    other = first_weights(cli, monkeypatch, *flags, *PLAIN, "--seed", "1", "--out", tmp_path / "other")
     assert not all(torch.equal(other[name], tensor) for name, tensor in huginn.items())
 
 
@@ -236,7 +239,7 @@ def test_cached_and_uncached_answers_agree_and_nothing_leaks(batch, baseline):
 WHOLE = pytest.param((), marks=pytest.mark.whole)
 
 
-@pytest.mark.parametrize("flags", [WHOLE, ("--recipe", "paper"), ("--baseline",), ("--baseline", "--recurrences", "1")])
+@pytest.mark.parametrize("flags", [WHOLE, ("--recipe", "paper"), ("--baseline",), ("--baseline", *PLAIN)])
 def test_a_run_reports_quality_by_sampling_steps_and_resumes(cli, text_file, tmp_path, monkeypatch, flags):
     monkeypatch.setattr(train_looped, "K_VALUES", (1, 3))
     command = (*TINY, "--data", text_file, "--out", tmp_path / "run", *flags)
@@ -247,9 +250,8 @@ def test_a_run_reports_quality_by_sampling_steps_and_resumes(cli, text_file, tmp
     code, out, _ = cli(*command, main=train_looped.main)
     assert code == 0 and "loss" not in out
     assert json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))["metrics"] == result["metrics"]
-    code, out, err = cli(
-        "--eval-only", "--sampling-steps", "3", "--prompt", "the dog", "--out", tmp_path / "run", main=train_looped.main
-    )
+    again = ("--eval-only", *(() if set(PLAIN) < set(flags) else ("--sampling-steps", "3")))
+    code, out, err = cli(*again, "--prompt", "the dog", "--out", tmp_path / "run", main=train_looped.main)
     assert code == 0 and "the dog|" in out, err
 
 
@@ -263,6 +265,7 @@ def test_a_run_reports_quality_by_sampling_steps_and_resumes(cli, text_file, tmp
         (("--backprop-depth", "4"), "--backprop-depth does nothing with the blocks method"),
         (("--recurrences", "1"), "--recurrences does nothing with the blocks method"),
         (("--baseline", "--recurrences", "-1"), "at least 0"),
+        (("--baseline", "--recurrences", "1"), "add --sampling-steps 1"),
         (("--head", "denoising"), "invalid choice"),
         (("--baseline", "--compile"), "--compile does nothing"),
     ],
