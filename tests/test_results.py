@@ -491,7 +491,7 @@ def test_the_numbers_in_the_readmes_text_are_those_of_the_records():
     runs = {experiment.name: records for experiment, records in committed().items()}
     (shown,) = re.findall(r"in 3 blocks reaches a loss of (\d\.\d+), the whole network (\d\.\d+)", text)
     assert_means(runs, "dit", shown)
-    (shown,) = re.findall(r"After five times the steps the lead is gone \((\d\.\d+) and (\d\.\d+)\)", text)
+    (shown,) = re.findall(r"after five times as many, the lead is gone \((\d\.\d+) and (\d\.\d+)\)", text)
     assert_means(runs, "dit", shown, ("plateau-blocks", "plateau-baseline"))
     pattern = r"reaches (\d\.\d+) bits per character, the whole network and the mean of four shallow GPTs (\d\.\d+)"
     ((blocks, whole),) = re.findall(pattern, text)
