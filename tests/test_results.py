@@ -561,6 +561,16 @@ def test_what_the_page_of_results_says_of_single_seeds_and_of_frechet_small_is_i
     assert f"{difference[3]:.2g}" == p
 
 
+def test_the_hours_of_training_are_those_of_the_records():
+    slugs = ("baseline", "blocks", "shallow", "ensemble", "paper")
+    main = {f"{script}-{slug}" for script in SCRIPTS for slug in slugs}
+    rows = {experiment.name: records for experiment, records in committed().items() if experiment.name in main}
+    results = [record["result"] for records in rows.values() for record in records]
+    hours = sum(r["seconds_per_step_all_blocks"] * r["steps"] for r in results) / 3600
+    text = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    assert re.findall(r"train for (\d+) hours of one core", text) == [f"{hours:.0f}"]
+
+
 def test_what_the_page_of_results_says_of_the_run_to_the_plateau_is_in_the_records():
     text = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
     runs = {experiment.name: records for experiment, records in committed().items()}
