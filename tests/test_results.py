@@ -576,6 +576,8 @@ def test_what_the_page_of_results_says_of_the_run_to_the_plateau_is_in_the_recor
     runs = {experiment.name: records for experiment, records in committed().items()}
     (shown,) = re.findall(r"it reaches (\d\.\d+), blocks reach (\d\.\d+)", text)
     assert_means(runs, "dit", shown, ("plateau-baseline", "plateau-blocks"))
+    (shown,) = re.findall(r"stay ahead of both controls \(([\d.]+) and ([\d.]+)\)", text)
+    assert_means(runs, "dit", shown, ("plateau-ensemble", "plateau-shallow"))
     (last,) = (int(step.replace(",", "")) for step in re.findall(r"Up to ([\d,]+) steps blocks are ahead", text))
     blocks, whole = (
         {point["step"]: point["edm_loss"] for point in runs[f"dit-plateau-{slug}"][0]["evaluations"]}
