@@ -165,7 +165,9 @@ class Huginn(nn.Module):
         device = generator.device if generator else x.device
         s = math.sqrt(2 / 5) * torch.randn(*x.shape, self.settings.width, generator=generator, device=device)
         e, attend = self.network.embed(x, cache)
-        s = s.to(e) if self.settings.recurrences != 1 else torch.zeros_like(e)  # without a loop there is no state
+        s = s.to(e)
+        if self.settings.recurrences == 1:  # a plain transformer: without a loop there is no state
+            s = torch.zeros_like(e)
         for i in range(recurrences):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= recurrences - self.settings.backprop_depth):
                 s = self.network.recur(s, e, attend)
@@ -223,7 +225,7 @@ def prepare(settings):
     """The text, and the noise levels, all owned by one network."""
     if settings.compile and settings.baseline:
         raise UsageError("--compile does nothing for the baseline, whose number of recurrences varies: drop it")
-    if settings.baseline and settings.recurrences == 1 != settings.sampling_steps:
+    if settings.baseline and settings.recurrences == 1 and settings.sampling_steps != 1:
         raise UsageError("--recurrences 1 trains a plain transformer, which cannot be looped: add --sampling-steps 1")
     text = load_text(
         settings.data, settings.tokenizer, seq_len=settings.seq_len, export=settings.export, kept=kept(settings)

@@ -21,7 +21,6 @@ from nano_db.errors import UsageError, is_out_of_memory
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 HELD_OUT = 10  # one picture in this many
-MORE = f"a single class needs {2 * HELD_OUT} pictures, or two in a folder `test` beside `train`"
 REPORT_EVERY = 5  # seconds
 ORIENTATION = 0x0112  # the EXIF tag; below, by its value, the operation that turns a picture upright
 TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
@@ -61,7 +60,10 @@ def load(folder, size):
     in_turn = sorted((i // 2, number[name], i, path) for name, paths in test.items() for i, path in enumerate(paths))
     labelled += [(path, label) for _, label, _, path in in_turn]
     if len(in_turn) < 2:
-        raise UsageError(f"{folder}: one held-out picture is too few, because half of them are for validation: {MORE}")
+        advice = f"a single class needs {2 * HELD_OUT} pictures, or two in a folder `test` beside `train`"
+        raise UsageError(
+            f"{folder}: one held-out picture is too few, because half are for validation: {advice}"
+        )
     print(f"{folder}: {cut:,} pictures to train on, {len(in_turn):,} held out, {len(classes)} classes")
     images, labels = read_all([path for path, _ in labelled], size), np.array([n for _, n in labelled], np.int64)
     return (images[:cut], labels[:cut]), (images[cut:], labels[cut:]), classes

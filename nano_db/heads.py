@@ -7,7 +7,8 @@ ones cannot, and every block knows them without being told.
 A head is a module with
 
     clean(y)                       the clean target, which gets noised: (B, ..., d)
-    head(features, z, sigma, temperature)   the answer: logits of p(y | z, x), or the denoised target D
+    head(features, z, sigma, temperature)
+                                   the answer: logits of p(y | z, x), or the denoised target D
     loss(features, z, sigma, y)    how wrong the answer is, one number per sample: (B,)
     sees_z                         True: only the head sees z and sigma, its network reads only x (DenoisingHead);
                                    False: the network is shown z and sigma (block.py)

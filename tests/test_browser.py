@@ -17,7 +17,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from test_notebooks import answered, tagged, those_that_can_run
+from test_notebooks import answered, notebooks, tagged
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -158,7 +158,7 @@ def drag_sliders(page):
     return followed
 
 
-@pytest.mark.parametrize("path", those_that_can_run(PATHS))
+@pytest.mark.parametrize("path", notebooks(PATHS))
 def test_a_student_goes_through_it(page, path):
     notebook = Notebook(page, path)
     notebook.run_all()

@@ -121,24 +121,15 @@ def source_of(notebook):
     return "\n".join(line for line in lines if not line.startswith(("%", "!")))
 
 
-READS = {  # the last of the committed results that a notebook reads, where they are being measured anew
-    "08_looped_without_bptt": "looped-shallow-s0.json",
-    "09_what_does_it_buy": "dit-plateau-ensemble-s0.json",
-}
+def notebooks(paths, slow=True):
+    """Notebooks as parameters. Where they are run, they are slow (but for one)."""
+    return [
+        pytest.param(path, id=path.stem, marks=pytest.mark.slow if slow and not path.stem.startswith("01") else ())
+        for path in paths
+    ]
 
 
-def those_that_can_run(paths, slow=True):
-    """Notebooks as parameters; some wait for what they read. Where they are run, they are slow (but for one)."""
-    found = []
-    for path in paths:
-        marks = [pytest.mark.slow] if slow and not path.stem.startswith("01") else []
-        if path.stem in READS and not (ROOT / "results" / "laptop" / READS[path.stem]).exists():
-            marks.append(pytest.mark.skip(reason=f"it reads results/laptop/{READS[path.stem]}, which is not there yet"))
-        found.append(pytest.param(path, id=path.stem, marks=marks))
-    return found
-
-
-@pytest.mark.parametrize("path", those_that_can_run(PATHS))
+@pytest.mark.parametrize("path", notebooks(PATHS))
 def test_it_runs_in_reduced_size_and_its_exercises_hold(path, monkeypatch):
     monkeypatch.setenv("NANO_DB_REDUCED", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -146,7 +137,7 @@ def test_it_runs_in_reduced_size_and_its_exercises_hold(path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", those_that_can_run(PATHS[1:], slow=False))
+@pytest.mark.parametrize("path", notebooks(PATHS[1:], slow=False))
 def test_a_students_copy_with_right_answers_runs_to_its_end_and_uses_them(path, monkeypatch):
     monkeypatch.setenv("NANO_DB_REDUCED", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -251,7 +242,7 @@ def test_an_export_to_html_shows_no_solution():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", those_that_can_run(PATHS, slow=False))
+@pytest.mark.parametrize("path", notebooks(PATHS, slow=False))
 def test_what_it_prints_of_the_results_is_what_they_are_today(path):
     notebook = nbformat.read(path, as_version=4)
     reads = [cell for cell in code_cells(notebook) if re.search(r"\bread_records\(|\bruns\[", cell.source)]
@@ -262,7 +253,7 @@ def test_what_it_prints_of_the_results_is_what_they_are_today(path):
         assert today == shown, "run notebooks/renew_results.py"
 
 
-@pytest.mark.parametrize("path", those_that_can_run(PATHS, slow=False))
+@pytest.mark.parametrize("path", notebooks(PATHS, slow=False))
 def test_it_is_committed_executed_small_and_without_traces_of_a_machine(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
