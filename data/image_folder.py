@@ -61,9 +61,7 @@ def load(folder, size):
     labelled += [(path, label) for _, label, _, path in in_turn]
     if len(in_turn) < 2:
         advice = f"a single class needs {2 * HELD_OUT} pictures, or two in a folder `test` beside `train`"
-        raise UsageError(
-            f"{folder}: one held-out picture is too few, because half are for validation: {advice}"
-        )
+        raise UsageError(f"{folder}: one held-out picture is too few, because half are for validation: {advice}")
     print(f"{folder}: {cut:,} pictures to train on, {len(in_turn):,} held out, {len(classes)} classes")
     images, labels = read_all([path for path, _ in labelled], size), np.array([n for _, n in labelled], np.int64)
     return (images[:cut], labels[:cut]), (images[cut:], labels[cut:]), classes
