@@ -8,7 +8,7 @@ import io
 from pathlib import Path
 
 import nbformat
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageOps
 
 HERE = Path(__file__).resolve().parent
 CHOSEN = {  # a piece of the code of the cell whose picture stands for the notebook
@@ -16,16 +16,16 @@ CHOSEN = {  # a piece of the code of the cell whose picture stands for the noteb
     "03": "moments = [*partition.edges", "04": "draw_images(picture", "05": "of_few = stack.posterior(few)",
     "06": "unigram = posterior_of", "07": "A text being unmasked", "08": "letters by K steps", "09": "cases = [(L, B",
 }  # fmt: skip
-SIZE = 260, 110
+SIZE, MARGIN = (260, 110), 6  # in pixels
 
 
 def picture_of(path):
-    """The picture below the chosen cell of a notebook, on white, without margins."""
+    """The picture below the chosen cell of a notebook, on white, with a narrow margin."""
     piece = CHOSEN[path.name[:2]]
     (cell,) = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code" and piece in c.source]
     (data,) = [o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})]
     picture = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
-    return picture.crop(ImageChops.invert(picture).getbbox())
+    return ImageOps.expand(picture.crop(ImageChops.invert(picture).getbbox()), MARGIN, "white")
 
 
 if __name__ == "__main__":
