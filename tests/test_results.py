@@ -481,7 +481,7 @@ def test_the_table_of_the_readme_is_of_the_commands_that_it_names():
         script = command.split("train_")[1].split(".py")[0]
         shallow = next(e for e in committed() if e.name == f"{script}-shallow").command_line(0)
         for line in (f"{command} --seed 0", f"python train_{script}.py --baseline --seed 0", shallow):
-            assert recorded[line] or line == shallow, line
+            assert len(recorded[line]) == 3, line
             assert {record["settings"]["preset"] for record in recorded[line]} <= {"laptop"}
 
 
@@ -491,17 +491,19 @@ def test_the_numbers_in_the_readmes_text_are_those_of_the_records():
     runs = {experiment.name: records for experiment, records in committed().items()}
     (shown,) = re.findall(r"in 3 blocks reaches a loss of (\d\.\d+), the whole network (\d\.\d+)", text)
     assert_means(runs, "dit", shown)
-    (shown,) = re.findall(r"after five times as many, the lead is gone \((\d\.\d+) and (\d\.\d+)\)", text)
+    (shown,) = re.findall(r"after five times the steps the lead is gone \((\d\.\d+) and (\d\.\d+)\)", text)
     assert_means(runs, "dit", shown, ("plateau-blocks", "plateau-baseline"))
     pattern = r"reaches (\d\.\d+) bits per character, the whole network and the mean of four shallow GPTs (\d\.\d+)"
     ((blocks, whole),) = re.findall(pattern, text)
     assert_means(runs, "gpt", (blocks, whole, whole), ("blocks", "baseline", "ensemble"))
     (shown,) = re.findall(r"trains the same layers end to end \((\d\.\d+) bits\)", text)
     assert_means(runs, "gpt", [shown], ["baseline"])
-    (shown,) = re.findall(r"network is a loop: (\d\.\d+) bits, not (\d\.\d+)", text)
+    (shown,) = re.findall(r"the GPT in 2 blocks: (\d\.\d+) bits", text)
+    assert_means(runs, "gpt", [shown], ["depth-blocks-4"])
+    (shown,) = re.findall(r"lose\*\* as a loop [^:]*: (\d\.\d+) bits; a plain transformer reaches (\d\.\d+)", text)
     assert_means(runs, "looped", shown, ("blocks", "shallow"))
     (shown,) = re.findall(
-        r"(\d+) MiB for the GPT, not (\d+)\. So does \*checkpointing\* \((\d+); with blocks: (\d+)\)", text
+        r"(\d+) MiB instead of (\d+) for the GPT\. So does \*checkpointing\* \((\d+); with blocks: (\d+)\)", text
     )
     cases = [("blocks", False), ("baseline", False), ("baseline", True), ("blocks", True)]
     for number, (slug, checkpointed) in zip(shown, cases, strict=True):
@@ -538,13 +540,22 @@ CLAIMS = [  # (script, what blocks are compared with, the sentence that has both
 
 @pytest.mark.parametrize("script, other, pattern", CLAIMS)
 def test_the_numbers_in_the_text_of_results_are_those_of_the_records(script, other, pattern):
-    text = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    assert_claim("results.md", script, "blocks", other, pattern)
+
+
+def assert_claim(page, script, ours, other, pattern):
+    """What a page says of two rows of an architecture: the means of both, or of the second, or of none, and p."""
+    text = " ".join((ROOT / "docs" / page).read_text(encoding="utf-8").split())
     runs = {experiment.name: records for experiment, records in committed().items()}
     name, column, _ = summary.QUALITY[script][0]
     (shown,) = re.findall(pattern, text)
     *means, p = [shown] if isinstance(shown, str) else shown
-    assert_means(runs, script, means, ("blocks", other)[-len(means) :] if means else ())
-    assert f"{summary.difference(runs[f'{script}-blocks'], runs[f'{script}-{other}'], name, column)[3]:.2g}" == p
+    assert_means(runs, script, means, (ours, other)[-len(means) :] if means else ())
+    difference = summary.difference(runs[f"{script}-{ours}"], runs[f"{script}-{other}"], name, column)
+    assert f"{difference[3]:.2g}" == p
+    if "with every seed" in pattern:
+        pairs = zip(*(summary.values(runs[f"{script}-{slug}"], name) for slug in (ours, other)), strict=True)
+        assert all((first > second) == ("higher" in column) for first, second in pairs)
 
 
 def test_what_the_page_of_results_says_of_single_seeds_and_of_frechet_small_is_in_the_records():
@@ -584,6 +595,21 @@ def test_what_the_page_of_results_says_of_the_run_to_the_plateau_is_in_the_recor
         for slug in ("blocks", "baseline")
     )
     assert [step <= last for step in whole] == [blocks[step] < loss for step, loss in whole.items()]
+
+
+DEPTHS = [  # (script, a row of its table of depth, what it is compared with, the sentence with means and p)
+    ("vit", "blocks", "depth-blocks-2", r"the ViT's blocks reach ([\d.]+) instead of ([\d.]+) \(p = ([\d.]+)\)"),
+    ("gpt", "depth-blocks-4", "blocks", r"the GPT's ([\d.]+) bits instead of ([\d.]+) \(p = ([\d.]+)\)"),
+    ("vit", "depth-blocks-2", "baseline", r"six blocks of two layers lose to the whole network \(p = ([\d.]+)\)"),
+    ("gpt", "depth-blocks-4", "baseline", r"ahead of it with every seed, but not significantly \(p = ([\d.]+)\)"),
+    ("vit", "depth-blocks-2", "depth-plain-2", r"of a ViT reach ([\d.]+) instead of ([\d.]+) \(p = ([\d.]+)\)"),
+    ("gpt", "depth-blocks-4", "depth-plain-4", r"of a GPT ([\d.]+) bits instead of ([\d.]+) \(p = ([\d.]+)\)"),
+]
+
+
+@pytest.mark.parametrize("script, ours, other, pattern", DEPTHS)
+def test_what_the_page_of_ablations_says_of_depth_is_in_the_records(script, ours, other, pattern):
+    assert_claim("ablations.md", script, ours, other, pattern)
 
 
 def test_what_the_page_of_ablations_says_of_the_clean_term_is_in_the_records():
