@@ -30,8 +30,8 @@ GROUPS = {  # the tables: their titles, and notes, which begin with the paper's 
             "MAUVE of samples (higher is better), no likelihood."),
     "looped": ("Looped transformer", "The paper: LM1B, 2 + 4 + 2 layers of width 512; MAUVE of samples. Nothing is "
                "partitioned: B = 1, and the control of a block's size is a plain transformer of all layers."),
-    "rates": ("Learning rates", "Seed 0. Each method takes the rate that is best on the validation half of the "
-              "held-out data; all tables report the other half."),
+    "rates": ("Learning rates", "Seed 0; the best rate with three seeds. It is the best by the validation half of the "
+              "held-out data with seed 0; all tables report the other half."),
     "vit-depth": ("How deep must a block be? Vision transformer", "12 layers in total. Blocks are compared with "
                   "plain networks that have as many layers as one block."),
     "gpt-depth": ("How deep must a block be? Autoregressive transformer", "The same comparison, with 8 layers."),

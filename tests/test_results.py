@@ -612,6 +612,26 @@ def test_what_the_page_of_ablations_says_of_depth_is_in_the_records(script, ours
     assert_claim("ablations.md", script, ours, other, pattern)
 
 
+@pytest.mark.parametrize(
+    "script, other, pattern",
+    [
+        ("mdm", "shallow", r"by ([\d.]+) bits for masked diffusion \(p = ([\d.]+)\)"),
+        ("gpt", "shallow", r"by ([\d.]+) for the GPT \(p = ([\d.]+)\)"),
+        ("vit", "shallow", r"by ([\d.]+) for the ViT \(p = ([\d.]+)\)"),
+        ("dit", "shallow", r"by ([\d.]+) for the DiT \(p = ([\d.]+)\)"),
+        ("looped", "shallow", r"behind the plain transformer by ([\d.]+) bits \(p = ([\d.]+)\)"),
+        ("looped", "shallow-few", r"after as many steps ahead by ([\d.]+) \(p = ([\d.]+)\)"),
+    ],
+)
+def test_what_the_page_of_ablations_says_of_deep_against_shallow_is_in_the_records(script, other, pattern):
+    text = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
+    runs = {experiment.name: records for experiment, records in committed().items()}
+    name, column, decimals = summary.QUALITY[script][0]
+    _, better, _, p = summary.difference(runs[f"{script}-baseline"], runs[f"{script}-{other}"], name, column)
+    assert re.findall(pattern, text) == [(f"{abs(better):.{decimals}f}", f"{p:.2g}")]
+    assert (better < 0) == ("behind" in pattern)
+
+
 def test_what_the_page_of_ablations_says_of_the_clean_term_is_in_the_records():
     text = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
     runs = {experiment.name: records for experiment, records in committed().items()}
@@ -658,10 +678,9 @@ def test_each_method_trains_at_the_rate_that_is_best_on_the_validation_half():
             name, column, _ = summary.QUALITY[script][0]
             found.setdefault((script, method, column), {})[float(rate)] = summary.values(records, f"validation_{name}")
     for (script, method, column), scores in found.items():
-        if all(scores.values()):
-            chosen = next(e for e in experiments("laptop") if e.name == f"{script}-{method}")
-            assert summary.best_rate(scores, column) == settings_of(chosen).learning_rate, (script, method)
-            assert settings_of(chosen).learning_rate in sorted(scores)[1:-1], "try a rate beyond it"
+        chosen = next(e for e in experiments("laptop") if e.name == f"{script}-{method}")
+        assert all(scores.values()) and summary.best_rate(scores, column) == settings_of(chosen).learning_rate
+        assert settings_of(chosen).learning_rate in sorted(scores)[1:-1], "try a rate beyond it"
 
 
 @pytest.mark.parametrize("path", ["pyproject.toml", "CITATION.cff"])
