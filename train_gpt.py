@@ -6,9 +6,10 @@
     python train_gpt.py --recipe paper --out out/paper     # the paper's own choices
 
 Each block is a small GPT with L/B of the layers. Its target is the next token, as a point on the unit sphere with noise
-added (heads.py), at the noise levels that the block owns (partition.py). Its loss is `DiffusionBlock.loss` (block.py).
-To sample a token, the trained blocks walk from pure noise to a target embedding, one after the other (sampler.py). We
-evaluate them with an upper bound on bits per character (likelihood.py).
+added (heads.py), at the noise levels that the block owns, and a little beyond (partition.py). Its loss is
+`DiffusionBlock.loss` (block.py): no other block is in it. To sample a token, a point walks from pure noise through the
+levels of block 0, then of block 1, and so on; at the last level the token is drawn (sampler.py). We evaluate the blocks
+with an upper bound on bits per character (likelihood.py).
 """
 
 from dataclasses import dataclass
@@ -151,8 +152,8 @@ def build(b, settings, text, partition):
         return EndToEnd(GPT(classes, settings, settings.layers), PosteriorHead(target_embeddings))
     head = HEADS[settings.head](target_embeddings)
     layers = split_layers(settings.layers, settings.blocks)[b]
-    gpt = GPT(classes, settings, layers, sees_z=not head.sees_z)  # either the head sees z, or the network
-    clean_weight = settings.clean_weight if head.sees_z else 0.0  # the recipe sets it, whatever the head
+    gpt = GPT(classes, settings, layers, sees_z=head.network_sees_z)
+    clean_weight = 0.0 if head.network_sees_z else settings.clean_weight  # the recipe sets it, whatever the head
     span = partition.training_range(b)
     return DiffusionBlock(gpt, head, partition.noise, span, settings.loss_weight, clean_weight)
 

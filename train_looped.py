@@ -63,6 +63,14 @@ class Settings(Discrete, Training):
     temperature: float = output(0.8, "of the samples; below 1 is more cautious", at_least=0.01, needs="samples export")
     sample_length: int = output(300, "tokens to sample", flag=False)
 
+    def of_baseline(self):
+        """Huginn takes its own preset's recurrences per token, unless --sampling-steps differs from the preset's."""
+        usual, twin = (PRESETS.get(name, {}) for name in (self.preset, f"{self.preset}-baseline"))
+        steps = self.sampling_steps
+        if steps == usual.get("sampling_steps", Settings.sampling_steps):
+            steps = twin.get("sampling_steps", steps)
+        return super().of_baseline() | {"sampling_steps": steps}
+
 
 PRESETS = {
     "tiny": dict(prelude=1, core=2, coda=1, width=24, heads=2, seq_len=16, batch_size=8, steps=40, warmup=5,
@@ -123,7 +131,7 @@ class Looped(nn.Module):
                 nn.init.zeros_(module.modulation.weight)
 
     def embed(self, x, cache=None):
-        """e (B, T, width) of tokens x (B, T), and how all layers attend: (mask, causal, cache) and rotary angles."""
+        """e (B, T, width) of tokens x (B, T), and the arguments with which all layers attend."""
         T, past = x.shape[1], cache.begin(x.shape[1]) if cache else 0
         rotary = rotary_angles(torch.arange(past, past + T, device=x.device), self.head_width)
         mask = causal_mask(T, past, x.device) if past and T > 1 else None
@@ -147,6 +155,7 @@ class Looped(nn.Module):
         return rms_norm(s)
 
     def forward(self, x, z, c_noise, cache=None):
+        """x (B, T) tokens, z (B, T, width) scaled noisy targets, c_noise (B,) -> features (B, T, width)."""
         e, attend = self.embed(x, cache)
         return self.read(self.recur(z, e, attend, self.noise_embedding(c_noise)), attend)
 
@@ -174,7 +183,9 @@ class Huginn(nn.Module):
         return self.network.read(s, attend)
 
     def forward(self, x, cache=None, recurrences=None):
-        """Logits (B, T, V) after `recurrences` (default: sampling_steps), from the same random state for each T."""
+        """Logits (B, T, V) after `recurrences` (default: sampling_steps), from a random state that depends only on
+        x's shape. (So with a cache, each single new token starts from the same state.)
+        """
         generator = torch.Generator().manual_seed(0)
         features = self.features(x, recurrences or self.settings.sampling_steps, cache, generator)
         return self.head.output_projection(features).float()

@@ -56,7 +56,9 @@ class Settings(Discrete, Blocks, Training):
     width: int = network(96, "features of a patch", at_least=4)
     heads: int = network(4, "attention heads", flag=False)
     dropout: float = training(0.0, "on both residual branches", flag=False)
-    pooling: str = network("token", "features to classify: the label token's, or the mean", choices=("token", "mean"))
+    pooling: str = network(
+        "token", "features to classify: the label token's, or all tokens' mean", choices=("token", "mean")
+    )
     head: str = method("denoising", "output head (heads.py)", choices=tuple(HEADS), of="blocks")
     clean_weight: float = method(
         0.0, "weight of the loss at z = 0 (recipe nano: 1)", at_least=0, of="blocks", idle=Discrete.other_head
@@ -111,8 +113,8 @@ class ViT(nn.Module):
         if sees_z:
             self.from_z = nn.Linear(width, width, bias=False)
             self.noise_embedding = NoiseEmbedding(cond_width)
-        layer = width, settings.heads, cond_width, settings.dropout
-        self.layers = nn.ModuleList(Layer(*layer, depth=layers) for _ in range(layers))
+        shape = width, settings.heads, cond_width, settings.dropout
+        self.layers = nn.ModuleList(Layer(*shape, depth=layers) for _ in range(layers))
 
     def forward(self, x, z=None, c_noise=None):
         """x (B, C, H, W) images; with sees_z also z (B, width), scaled noisy labels, and c_noise (B,)."""
@@ -151,8 +153,8 @@ def build(b, settings, images, partition):
         return EndToEnd(ViT(images.shape, settings, settings.layers), PosteriorHead(target_embeddings))
     head = HEADS[settings.head](target_embeddings)
     layers = split_layers(settings.layers, settings.blocks)[b]
-    vit = ViT(images.shape, settings, layers, sees_z=not head.sees_z)  # either the head sees z, or the network
-    clean_weight = settings.clean_weight if head.sees_z else 0.0  # the recipe sets it, whatever the head
+    vit = ViT(images.shape, settings, layers, sees_z=head.network_sees_z)
+    clean_weight = 0.0 if head.network_sees_z else settings.clean_weight  # the recipe sets it, whatever the head
     span = partition.training_range(b)
     return DiffusionBlock(vit, head, partition.noise, span, settings.loss_weight, clean_weight)
 

@@ -242,7 +242,8 @@ def verdicts_table(found):
         controls = [rows[slug] for slug in ("shallow", "ensemble") if slug in rows and rows[slug][1]]
         if ours and theirs and controls:
             better = max if "higher" in column else min
-            _, best = better(controls, key=lambda row: statistics.mean(values(row[1], name)))
+            # by the validation half, so that the test half which is shown does not choose its opponent
+            _, best = better(controls, key=lambda row: statistics.mean(values(row[1], f"validation_{name}")))
             count = best[0]["settings"].get("ensemble", 1)
             several = f"mean of {count}" if count > 1 else "one"
             said = []
@@ -277,7 +278,7 @@ def rates_table(found):
 
 
 def best_rate(scores, column):
-    """The key of `scores` {rate: [score]} with the best score; None where none has been run."""
+    """The key of `scores` {rate: [score of seed 0, ...]} with the best score of seed 0; None if none has been run."""
     sign = -1 if "higher" in column else 1
     done = {rate: sign * numbers[0] for rate, numbers in scores.items() if numbers}
     return min(done, key=done.get) if done else None
@@ -321,10 +322,11 @@ def fill(text, results):
 
     def renew(match):
         start, scale, group, end = match.groups()
-        found = read_records(Path(results) / scale, scale)[0] if scale in SCALES else {}
-        if group not in (tables := [*SPECIAL, *groups(found)]):
-            raise UsageError(f"{start.strip()}: there is no such scale or table; tables: {', '.join(tables)}")
-        return start + table(group, found) + end
+        tables = [*SPECIAL, *groups(experiments(scale))] if scale in SCALES else []
+        if group not in tables:
+            names = f"scales: {', '.join(SCALES)}; tables: {', '.join(tables or SPECIAL)}"
+            raise UsageError(f"{start.strip()}: there is no such scale or table ({names})")
+        return start + table(group, read_records(Path(results) / scale, scale)[0]) + end
 
     return MARKED.sub(renew, text)
 

@@ -65,7 +65,11 @@ def steps_of(script, scale, baseline=False):
 
 def rate_flag(script, scale, rate, baseline=True):
     """The flag of a learning rate, where it is not the preset's own."""
-    return {} if rate == preset(script, scale, baseline).get("learning_rate", 1e-3) else dict(learning_rate=rate)
+    return (
+        {}
+        if rate == preset(script, scale, baseline).get("learning_rate", SCRIPTS[script].Settings.learning_rate)
+        else dict(learning_rate=rate)
+    )
 
 
 def rates(script, method):
@@ -153,7 +157,7 @@ def add_architectures(tables):
         B, layers = cut(script, tables.scale)
         control = shallow(script, tables.scale)
         if script == "looped":
-            names = "Huginn: about 33 recurrences per step", "one noisy pass", "a plain transformer of the same layers"
+            names = "Huginn: about 33 recurrences", "one noisy pass", "a plain transformer of the same layers"
         else:
             names = "end to end", f"{B} blocks", f"one network of {layers // B} layers"
         add("baseline", names[0], whole, tables.seeds, baseline=True)
@@ -163,11 +167,16 @@ def add_architectures(tables):
         add("shallow", names[2], "", tables.seeds, **control)
         if B > 1:
             add("ensemble", f"mean of {B} such networks", "", tables.seeds, **control, ensemble=B)
-    few = steps_of("looped", tables.scale, baseline=True)
-    if few != steps_of("looped", tables.scale):
-        add("blocks-few", "one noisy pass, as many steps as Huginn", "", tables.seeds, steps=few)
-        few = dict(steps=few, warmup=preset("looped", tables.scale, baseline=True)["warmup"])
-        add("shallow-few", "the plain transformer, as many steps", "", tables.seeds, **control | few)
+    add_few(tables)
+
+
+def add_few(tables):
+    """The looped networks after as many steps as Huginn, which takes fewer in the same time."""
+    add, steps = partial(tables.add, "looped", seeds=tables.seeds), steps_of("looped", tables.scale, baseline=True)
+    if steps != steps_of("looped", tables.scale):
+        few = dict(steps=steps, warmup=preset("looped", tables.scale, baseline=True)["warmup"])
+        add("blocks-few", f"one noisy pass, {steps} steps", steps=steps)
+        add("shallow-few", f"a plain transformer, {steps} steps", **shallow("looped", tables.scale) | few)
 
 
 def has_recipes(script):

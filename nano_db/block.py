@@ -23,14 +23,15 @@ class DiffusionBlock(nn.Module):
 
     def __init__(self, network, head, noise, span, loss_weight="none", clean_weight=0.0):
         super().__init__()
-        assert head.sees_z or not clean_weight, "a network that is shown z would have to be evaluated twice"
+        assert not (head.network_sees_z and clean_weight), "a network that is shown z would have to be evaluated twice"
+        assert loss_weight in ("none", "edm"), loss_weight
         self.clean_weight = clean_weight
         self.network, self.head = network, head
         self.noise, self.span, self.loss_weight = noise, span, loss_weight
 
     def features(self, x, z, sigma, **extra):
         """The network's features, which the head reads: (B, ..., width). sigma (B,); `extra` goes to the network."""
-        if self.head.sees_z:
+        if not self.head.network_sees_z:
             return self.network(x, **extra)
         _, _, c_in, c_noise = edm_coefficients(sigma, self.head.sigma_data)
         return self.network(x, broadcast(c_in, z) * z, c_noise, **extra)
@@ -58,7 +59,7 @@ class DiffusionBlock(nn.Module):
         assert weight.shape == per_sample.shape == (len(y),)  # (B,) times (B, 1) would broadcast to all pairs
         loss = (weight * per_sample).mean()
         if self.clean_weight:
-            highest = torch.full_like(sigma, self.span[1])
+            highest = torch.full_like(sigma, self.span[1])  # where z says least, as z = 0 does
             loss = loss + self.clean_weight * self.head.loss(features, torch.zeros_like(z), highest, y).mean()
         return loss
 

@@ -10,11 +10,11 @@ A head is a module with
     head(features, z, sigma, temperature)
                                    the answer: logits of p(y | z, x), or the denoised target D
     loss(features, z, sigma, y)    how wrong the answer is, one number per sample: (B,)
-    sees_z                         True: only the head sees z and sigma, its network reads only x (DenoisingHead);
-                                   False: the network is shown z and sigma (block.py)
-    sigma_data                     the clean target's standard deviation in EDM's coefficients
-    target_embeddings, residual    for stack.py: the E[y] of all classes; where sees_z, the part of the logits that is
-                                   not the likelihood term
+    network_sees_z                 True: the network is shown z and sigma (block.py); False: it reads only x, and only
+                                   the head sees them (DenoisingHead)
+    sigma_data                     EDM's constant for the clean target's standard deviation
+    target_embeddings, residual    for stack.py: the E[y] of all classes; the network's part of the logits, without the
+                                   likelihood term (posterior and denoising head)
 """
 
 from functools import partial
@@ -63,8 +63,8 @@ def mean_embedding(log_p, target_embeddings):
 
 
 def cross_entropy(logits_of, y, *inputs, classes):
-    """-ln p(y) in nats, (B, ...), from logits_of(*inputs) of shape (B, ..., V); V is `classes`. If the logits would
-    fill the memory, they are computed for part of the batch at a time, and recomputed in the backward pass.
+    """-ln p(y) in nats, (B, ...), from logits_of(*inputs) of shape (B, ..., V); V is `classes`. If the logits are
+    more than MOST_LOGITS, they are computed for part of the batch at a time, and recomputed in the backward pass.
     """
     rows = max(1, MOST_LOGITS // (classes * y[0].numel()))  # samples at a time
     if rows >= len(y):
@@ -76,7 +76,7 @@ def cross_entropy(logits_of, y, *inputs, classes):
 class DiscreteHead(nn.Module):
     """What the heads for labels and tokens share. target_embeddings: (V, d), see make_target_embeddings."""
 
-    sees_z, sigma_data = False, 0.5  # the value in the paper and in EDM, also for unit vectors
+    network_sees_z, sigma_data = True, 0.5  # as in the paper; a coordinate of a unit vector has 1 / sqrt(d)
 
     def __init__(self, target_embeddings):
         super().__init__()
@@ -115,7 +115,7 @@ class DenoisingHead(PosteriorHead):
     head (Li et al. 2024, arXiv 2406.11838), with Bayes' rule as its output layer.
     """
 
-    sees_z = True
+    network_sees_z = False
 
     def __init__(self, target_embeddings):
         super().__init__(target_embeddings)
@@ -156,7 +156,7 @@ class EDMHead(nn.Module):
     features as F. Their target has unit variance at every sigma, and loss_weight="edm" weighs its error equally at all.
     """
 
-    sees_z = False
+    network_sees_z = True
 
     def __init__(self, sigma_data):
         super().__init__()

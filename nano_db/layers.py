@@ -3,7 +3,7 @@
 A layer is conditioned on the noise level by adaLN-Zero (Peebles & Xie 2023): shift, scale and gate of both residual
 branches are linear in a conditioning vector, and zero at the start, so that a new layer is the identity. Unconditioned
 layers (of a baseline for labels and tokens, or of a trunk) start as the identity because their output projections are
-zero.
+zero. (train_looped.py initialises its layers in Huginn's way, not as the identity.)
 """
 
 import math
@@ -94,10 +94,11 @@ class Layer(nn.Module):
     """h <- h + attention(norm(h)) * scale; h <- h + mlp(norm(h)) * scale. With cond_width, both branches are modulated
     (adaLN-Zero).
 
-    depth: layers of the network, L. Then scale = 1 / sqrt(2 L), so that the sum of the 2 L branches has the same size
-    in networks of any depth, and deep ones learn as fast as shallow ones. GPT-2 (Radford et al. 2019) scales the first
-    weights instead. Here they or their gates start at zero, so the factor stays, as in depth-muP (Yang et al. 2023,
-    arXiv 2310.02244). sandwich: also normalise each sum (Geiping et al. 2025), to keep a repeated layer stable.
+    depth: layers of the network, L (0: scale 1). Then scale = 1 / sqrt(2 L), so that the sum of the 2 L branches has
+    the same size in networks of any depth, and deep ones learn as fast as shallow ones. GPT-2 (Radford et al. 2019)
+    scales the first weights instead. Here they or their gates start at zero, so the factor stays, as in depth-muP (Yang
+    et al. 2023, arXiv 2310.02244). sandwich: also normalise each sum (Geiping et al. 2025), to keep a repeated layer
+    stable.
     """
 
     def __init__(self, width, heads, cond_width=0, dropout=0.0, sandwich=False, depth=0):
@@ -177,8 +178,9 @@ def watch_recomputing(watcher):
 class NoiseEmbedding(nn.Module):
     """c_noise (B,) -> conditioning vector (B, width): sines and cosines, then a small MLP.
 
-    Keep the width narrow (d/6, as in the released code): at full width the modulations would add 6 d^2 weights to a
-    layer's 12 d^2, and so cancel half of the memory that training in blocks saves.
+    For labels and tokens keep the width narrow (d/6, as in the released code): at full width the modulations would add
+    6 d^2 weights to a layer's 12 d^2, and make a block half as large again as the same layers of the baseline, which
+    sees no noise. (A DiT's baseline is modulated as well, so there the width is d.)
     """
 
     def __init__(self, width, features=32):

@@ -28,6 +28,9 @@ class MaskSchedule:
 
     kind: str = "linear"
 
+    def __post_init__(self):
+        assert self.kind in ("linear", "cosine"), self.kind
+
     def alpha(self, t):
         t = torch.as_tensor(t, dtype=torch.float64)
         return 1 - t if self.kind == "linear" else 1 - torch.cos(math.pi / 2 * (1 - t))
@@ -44,13 +47,15 @@ class MaskSchedule:
 
 
 def alpha_range(b, blocks, overlap=0.0):
-    """(low, high) of the alpha that block b of B trains on: its interval, wider by overlap / B at both ends."""
+    """(low, high) of the alpha that block b of B owns; with overlap, of what it trains on: wider by overlap / B at both
+    ends.
+    """
     return max(0.0, (b - overlap) / blocks), min(1.0, (b + 1 + overlap) / blocks)
 
 
 def block_at(alpha, blocks):
     """The block that is active at alpha; an alpha on an edge belongs to the less masked block."""
-    return min(int(alpha * blocks + 1e-9), blocks - 1)
+    return max(b for b in range(blocks) if alpha_range(b, blocks)[0] <= alpha + 1e-9)
 
 
 def low_discrepancy_times(count, t_low, t_high, device="cpu"):
@@ -106,10 +111,11 @@ def score_masked(blocks, batches, levels=16, generator=None):
     nats, sequences = torch.zeros(len(blocks), dtype=torch.float64), 0
     for x in batches:
         for b, block in enumerate(blocks):
+            low, high = alpha_range(b, len(blocks))
             for i in range(levels):
-                alpha = (b + (i + 0.5) / levels) / len(blocks)
+                alpha = low + (high - low) * (i + 0.5) / levels
                 t = block.schedule.time(alpha).expand(len(x))
-                nats[b] += float(block.nats(x, t, generator).cpu().double().sum()) / (levels * len(blocks))
+                nats[b] += float(block.nats(x, t, generator).cpu().double().sum()) * (high - low) / levels
         sequences += len(x)
     return nats / sequences
 

@@ -1,7 +1,7 @@
 """Who owns which noise levels: edges between blocks, their overlap in training, routing; and who owns which layers.
 
 Block 0 is the noisiest, runs first, and stands nearest the input. Edges descend: edges[0] = sigma_max, edges[B] =
-sigma_min, and block b owns (edges[b+1], edges[b]].
+sigma_min, and block b owns (edges[b+1], edges[b]]. (Masked diffusion has no sigma; it is cut in masking.alpha_range.)
 """
 
 import math
@@ -45,7 +45,7 @@ class Partition:
 
     def training_range(self, b):
         """(low, high) of what block b trains on: its interval, stretched at both ends by a = (high / low)^overlap."""
-        low, high = self.edges[b + 1], self.edges[b]
+        low, high = self.interval(b)
         a = (high / low) ** self.overlap
         return max(low / a, self.edges[-1]), min(high * a, self.edges[0])
 
@@ -54,6 +54,7 @@ def make_partition(noise, blocks, kind="probability", overlap=0.0):
     """Cut the range of `noise` into blocks. kind: "probability" gives all blocks the same probability (the paper's
     way), "uniform" the same width in ln sigma (its ablation).
     """
+    assert kind in KINDS, kind
     if kind == "probability":
         return Partition(tuple(quantiles(noise, blocks).tolist()), overlap, noise)
     top, bottom = math.log(noise.sigma_max), math.log(noise.sigma_min)

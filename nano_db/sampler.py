@@ -53,7 +53,7 @@ def heun_walk(denoise, z, sigmas):
 
 
 def draw(log_p, generator=None):
-    """One class per position from ln p (..., V), in float64 on the CPU: float32 draws are slightly overconfident."""
+    """One class per position from ln p (B, ..., V), in float64 on the CPU: float32 draws are slightly overconfident."""
     p = log_p.detach().cpu().double().exp()
     return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1]).to(log_p.device)
 

@@ -6,8 +6,9 @@ The process is variance exploding: z = y + sigma * eps. A noise distribution p_n
     cdf(sigma)              share of the training below sigma: 0 at sigma_min, 1 at sigma_max
     inverse_cdf(q)          the sigma below which a share q of the training lies
 
-Partition, sampling and grids use only these four, so any such distribution will do. All of it is float64: in float32
-the upper probabilities of a narrow distribution round to 1, and the top edge becomes infinite.
+Partition, sampling and grids use only these four, so any such distribution will do. (A script's run also writes down
+p_mean and p_std: trainer/run.py, noise_identity.) All of it is float64: in float32 the upper probabilities of a narrow
+distribution round to 1, and all upper levels become sigma_max.
 """
 
 import torch

@@ -28,7 +28,9 @@ class Stack:
     def __init__(self, blocks, partition, average=False):
         self.blocks, self.partition, self.average = blocks, partition, average
         self.target_embeddings = blocks[0].head.target_embeddings
-        assert not average or all(block.head.sees_z for block in blocks), "only denoising heads answer together"
+        assert not (average and any(block.head.network_sees_z for block in blocks)), (
+            "only denoising heads answer together"
+        )
 
     def posterior(self, x, caches=None, temperature=1.0):
         """A function (z, sigma) -> ln p(y | z, x).
@@ -38,13 +40,13 @@ class Stack:
         for each noise level. temperature T: with a posterior or denoising head the network's part becomes
         p(y | x)^(1/T), and the likelihood of z stays as it is; the paper's head has its whole answer sharpened.
         """
-        reads_only_x = self.blocks[0].head.sees_z
-        if reads_only_x:
+        network_sees_z = self.blocks[0].head.network_sees_z
+        if not network_sees_z:
             features = [block.network(x, **_cache(caches, b)) for b, block in enumerate(self.blocks)]
 
         def posterior(z, sigma):
             b = self.partition.route(sigma)
-            if not reads_only_x:
+            if network_sees_z:
                 return self.blocks[b](x, z, sigma, temperature, **_cache(caches, float(sigma))).log_softmax(-1)
             residuals = []
             for i in range(b + 1) if self.average else (b,):
@@ -81,6 +83,7 @@ class Ensemble(nn.Module):
 
 def assemble(networks, partition, predict="active"):
     """Trained DiffusionBlocks as a Stack, end-to-end networks as an Ensemble. predict: one of PREDICT."""
+    assert predict in PREDICT, predict
     if isinstance(networks[0], DiffusionBlock):
         return Stack(networks, partition, average=predict == "averaged")
     return Ensemble(networks)

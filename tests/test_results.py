@@ -334,7 +334,7 @@ def test_the_main_table_has_the_command_of_each_architecture_and_what_its_blocks
     assert shares == ["0.33", "0.50", "0.17"]
     assert frechet["blocks"] == "0.500" and gpt["blocks"].startswith("2.150 ± ")
     assert summary.fill("<!-- results: laptop main -->\n<!-- end -->", laptop.parent).count("\n") == 6
-    for marked in ("laptop glyphs", "real dit", "labtop gpt"):
+    for marked in ("laptop glyphs", "real dit", "labtop gpt", "labtop main", "labtop verdicts"):
         with pytest.raises(UsageError, match=f"{marked}.*no such scale or table"):
             summary.fill(f"<!-- results: {marked} -->\n<!-- end -->", laptop.parent)
 
@@ -349,7 +349,8 @@ def test_a_verdict_names_the_better_control_and_what_is_certain(laptop):
             ("shallow", 2.4),
             ("ensemble", 2.2),
         ):
-            write(laptop, named[f"gpt-{slug}"], seed, {"bits_per_char": bits + 0.001 * seed * (slug != "blocks")})
+            bits += 0.001 * seed * (slug != "blocks")
+            write(laptop, named[f"gpt-{slug}"], seed, {"bits_per_char": bits, "validation_bits_per_char": bits})
     found = summary.read_records(laptop, "laptop")[0]
     (row,) = cells_of(summary.table("verdicts", found))
     assert row["best control of equal memory"] == "2.201 ± 0.001 (mean of 4)"

@@ -33,7 +33,7 @@ def make_stack(blocks, head=DenoisingHead, average=False, overlap=0.0, random=Tr
     torch.manual_seed(0)
     partition, made = make_partition(NOISE, blocks, overlap=overlap), []
     for b in range(blocks):
-        network = nn.Embedding(CONTEXTS, WIDTH) if head.sees_z else Shown()
+        network = Shown() if head.network_sees_z else nn.Embedding(CONTEXTS, WIDTH)
         made.append(DiffusionBlock(network, head(EMBEDDINGS), NOISE, partition.training_range(b)))
         for p in made[b].parameters() if random else ():
             nn.init.normal_(p, std=0.3)

@@ -40,7 +40,7 @@ def make_stack(head="denoising", predict="averaged", blocks=2):
     target_embeddings, partition = make_target_embeddings(CLASSES, 16), make_partition(NOISE, blocks)
     stack = []
     for b in range(blocks):
-        network = GPT(CLASSES, settings, 2, sees_z=not HEADS[head].sees_z)
+        network = GPT(CLASSES, settings, 2, sees_z=HEADS[head].network_sees_z)
         stack.append(randomised(DiffusionBlock(network, HEADS[head](target_embeddings), NOISE, partition.interval(b))))
     return Stack(stack, partition, average=predict == "averaged")
 

@@ -16,6 +16,8 @@ from nano_db.sampler import sample_classes
 from nano_db.schedule import LogNormal, equal_probability_grid
 from nano_db.stack import Stack
 from nano_db.trainer.memory import training_bytes
+from nano_db.trainer.report import end_to_end
+from nano_db.trainer.settings import read_settings
 from train_looped import Huginn, Looped, Settings, draw_recurrences, layer_evaluations
 
 CLASSES, T, WIDTH = 11, 8, 16
@@ -273,3 +275,14 @@ def test_a_run_reports_quality_by_sampling_steps_and_resumes(cli, text_file, tmp
 def test_bad_input_gets_one_clear_line(cli, text_file, tmp_path, flags, message):
     code, _, err = cli(*TINY, "--data", text_file, "--out", tmp_path / "run", *flags, main=train_looped.main)
     assert code == 2 and message in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("given", [(), ("--sampling-steps", "5")])
+def test_blocks_are_shown_beside_the_baseline_that_its_command_trains(given):
+    """A run of blocks reports the cost of Huginn with as many recurrences per token as `--baseline` would take."""
+    flags = ["--preset", "laptop", "--device", "cpu", *given]
+    blocks, baseline = (
+        read_settings("looped", Settings, train_looped.PRESETS, train_looped.RECIPES, flags=[*flags, *more])
+        for more in ((), ("--baseline",))
+    )
+    assert end_to_end(blocks).sampling_steps == baseline.sampling_steps == (5 if given else 32)

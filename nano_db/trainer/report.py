@@ -54,7 +54,7 @@ def report(run, metrics, metric, build, batch, sample, *shared):
 
 def end_to_end(settings):
     """The settings for one end-to-end network instead of blocks."""
-    return replace(settings, baseline=True, **({"ensemble": 1} if hasattr(settings, "ensemble") else {}))
+    return replace(settings, **settings.of_baseline())
 
 
 def costs_of(settings, build, batch, sample, *shared):

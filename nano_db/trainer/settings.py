@@ -95,6 +95,10 @@ class Training:
     def method(self):
         return "baseline" if self.baseline else "blocks"
 
+    def of_baseline(self):
+        """{setting: value} of the end-to-end network with which a run of blocks is compared."""
+        return {"baseline": True}
+
 
 @dataclass
 class Blocks:
@@ -107,6 +111,9 @@ class Blocks:
     only: str = training(
         "", "train only these blocks, like 2 or 0,3; evaluate once all are trained", trains=True, once=True
     )
+
+    def of_baseline(self):
+        return super().of_baseline() | {"ensemble": 1}
 
 
 @dataclass
