@@ -598,18 +598,25 @@ def test_what_the_page_of_results_says_of_the_run_to_the_plateau_is_in_the_recor
     assert [step <= last for step in whole] == [blocks[step] < loss for step, loss in whole.items()]
 
 
-DEPTHS = [  # (script, a row of its table of depth, what it is compared with, the sentence with means and p)
+ABLATIONS = [  # (script, a row of a further table, what it is compared with, the sentence with means and p)
     ("vit", "blocks", "depth-blocks-2", r"the ViT's blocks reach ([\d.]+) instead of ([\d.]+) \(p = ([\d.]+)\)"),
     ("gpt", "depth-blocks-4", "blocks", r"the GPT's ([\d.]+) bits instead of ([\d.]+) \(p = ([\d.]+)\)"),
     ("vit", "depth-blocks-2", "baseline", r"six blocks of two layers lose to the whole network \(p = ([\d.]+)\)"),
     ("gpt", "depth-blocks-4", "baseline", r"ahead of it with every seed, but not significantly \(p = ([\d.]+)\)"),
     ("vit", "depth-blocks-2", "depth-plain-2", r"of a ViT reach ([\d.]+) instead of ([\d.]+) \(p = ([\d.]+)\)"),
+    (
+        "dit",
+        "conversion-started",
+        "conversion-nothing",
+        r"loss of ([\d.]+), blocks from scratch ([\d.]+) \(p = ([\d.]+)\)",
+    ),
+    ("dit", "conversion-started", "conversion-further", r"for as many steps, reaches ([\d.]+) \(p = ([\d.]+)\)"),
     ("gpt", "depth-blocks-4", "depth-plain-4", r"of a GPT ([\d.]+) bits instead of ([\d.]+) \(p = ([\d.]+)\)"),
 ]
 
 
-@pytest.mark.parametrize("script, ours, other, pattern", DEPTHS)
-def test_what_the_page_of_ablations_says_of_depth_is_in_the_records(script, ours, other, pattern):
+@pytest.mark.parametrize("script, ours, other, pattern", ABLATIONS)
+def test_the_numbers_in_the_text_of_ablations_are_those_of_the_records(script, ours, other, pattern):
     assert_claim("ablations.md", script, ours, other, pattern)
 
 
