@@ -157,12 +157,15 @@ def load_text(name="python", tokenizer="char", folder="data/cache", seq_len=1, e
     try:
         parts = [torch.from_numpy(np.array(tokens.encode(part), smallest)) for part in (text[:cut], text[cut:])]
     except UsageError as error:  # not in the kept vocabulary
-        raise UsageError(f"--data {name} has {error}. Replace them, or train without --init-from") from error
+        which = str(error).removesuffix(": leave them out")
+        advice = "give the --preset and --data of that run, or replace them, or train without --init-from"
+        raise UsageError(f"--data {name} has {which}: {advice}") from error
     train, heldout = parts
     for part, side, windows in ((heldout, "held-out", 2), (train, "training", 1)):  # two: for validation, and to report
         if len(part) < windows * (seq_len + 1):
             raise UsageError(
-                f"--data {name}: {len(part)} {side} tokens are too few for --seq-len {seq_len}: use a longer text"
+                f"--data {name}: {len(part)} {side} tokens are too few for --seq-len {seq_len}, which needs "
+                f"{windows * (seq_len + 1)}: use a longer text, or a smaller --seq-len"
             )
     if (train == train[0]).all() and (heldout == train[0]).all():
         only = tokens.decode(train[:1].tolist())

@@ -129,13 +129,16 @@ def main():
         missing = sorted(set(range(experiment.seeds)) - {record["seed"] for record in records})
         if experiment.group in only:
             todo |= {experiment.file(seed): (experiment, seed) for seed in missing}  # once, though in two tables
-        if args.list:
-            print(f"{experiment.name:40} {len(missing)} of {experiment.seeds} to run  {experiment.row}")
     files = {experiment.file(seed): (experiment, seed) for experiment in found for seed in range(experiment.seeds)}
     networks = {experiment.init_from(seed) for experiment, seed in todo.values()} - {""}
     todo |= {name: files[name] for name in networks if not (out / name).exists()}  # a record has no weights
     if args.list:
-        return print(f"to run: {len(todo)}; a run of preset laptop takes about eight minutes on one core")
+        for name, experiment in {e.name: e for e in found if e.group in only}.items():  # a row may be in two tables
+            count = sum(experiment.file(seed) in todo for seed in range(experiment.seeds))
+            print(f"{name:28} {count} of {experiment.seeds} to run  {experiment.command_line(0)}")
+        again = [name for name in todo if name in networks]
+        kept = f" (among them {', '.join(again)}: others start from their weights)" if again else ""
+        return print(f"to run: {len(todo)}{kept}; most runs of preset laptop take about eight minutes on one core")
     make_folder(folder, "--results")
     if not args.summary_only:
         first = sorted(todo.values(), key=lambda job: job[1])  # seed 0 of every row: whole tables can be read early

@@ -76,7 +76,10 @@ def test_an_interruption_claims_no_more_than_was_saved(cli, said):
         raise KeyboardInterrupt(*said)
 
     code, _, err = cli(main=interrupted)
-    assert code == 130 and err.strip() == f"stopped; {said[0] if said else 'what had been saved is kept'}"
+    assert (
+        code == 130
+        and err.strip() == f"stopped; {said[0] if said else 'what had been saved is kept: repeat the command to go on'}"
+    )
 
 
 def test_the_table_of_compare_never_raises(tmp_path, monkeypatch):

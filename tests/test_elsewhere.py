@@ -358,7 +358,7 @@ def test_a_short_text_by_gpt2s_tokens_is_refused_in_one_line(tmp_path, monkeypat
     monkeypatch.setattr("data.text.GPT2Tokenizer", Eighths)
     (tmp_path / "a.txt").write_text(FOX * 20)  # 900 characters, 90 of which are held out
     assert len(load_text(str(tmp_path / "a.txt"), "gpt2", seq_len=5).heldout) == 12
-    with pytest.raises(UsageError, match="12 held-out tokens are too few for --seq-len 6"):
+    with pytest.raises(UsageError, match="12 held-out tokens are too few for --seq-len 6, which needs 14"):
         load_text(
             str(tmp_path / "a.txt"), "gpt2", seq_len=6
         )  # with what follows them, 7 for validation and 7 to report

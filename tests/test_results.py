@@ -158,7 +158,10 @@ def test_runs_are_made_kept_and_skipped_and_a_failing_one_is_named(few, tmp_path
     code, out, _ = few([row("vit-baseline", "--baseline", "--width", "32"), rows[2]], "--summary-only")
     assert code == 0 and "vit-baseline-s0.json is left out" in out and len(started) == 2
     code, out, _ = few(rows, "--list")
-    assert "to run: 1;" in out and "vit-bad" in out and len(started) == 2
+    assert "to run: 1;" in out and len(started) == 2
+    assert re.search(r"vit-bad +1 of 1 to run  python train_vit.py .*--seed 0\n", out)
+    code, out, _ = few([rows[0], dataclasses.replace(rows[1], group="gpt"), rows[2]], "--list", "--only", "gpt")
+    assert re.findall(r"(\S+) +. of . to run", out) == ["vit-baseline"] and "to run: 0;" in out
     pages = [tmp_path / name for name in ("a.md", "b.md")]
     for path in pages:
         path.write_text("<!-- results: tiny vit -->\n<!-- end -->\n")

@@ -63,5 +63,7 @@ def command(main):
             print(f"{name}: error: {line}", file=sys.stderr)  # one line, even if a file name contains a line break
             sys.exit(2)
         except KeyboardInterrupt as stop:
-            print(f"\nstopped; {str(stop) or 'what had been saved is kept'}", file=sys.stderr)
+            print(
+                f"\nstopped; {str(stop) or 'what had been saved is kept: repeat the command to go on'}", file=sys.stderr
+            )
             sys.exit(130)

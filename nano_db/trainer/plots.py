@@ -12,6 +12,7 @@ if "MPLBACKEND" not in os.environ:  # a notebook has set it, to show figures in 
 import matplotlib.pyplot as plt
 import numpy as np
 
+from nano_db.images import TEST
 from nano_db.trainer.checkpoints import explained, read_metrics, write_atomically
 
 
@@ -55,10 +56,11 @@ def short(name, length):
 def draw_classification(path, images, log_p, labels, metrics, hardest):
     """samples.png of a classifier: the test images that surprise it most, and for blocks its accuracy along the walk.
 
-    log_p (N, V) and labels (N,) of the first N test images.
+    log_p (N, V) and labels (N,) of the first N held-out images; only those of the test half are shown.
     """
     surprise, guesses = -log_p.gather(1, labels[:, None])[:, 0], log_p.argmax(-1)
-    chosen = surprise.topk(min(hardest, len(labels))).indices
+    in_test = range(len(labels))[TEST]
+    chosen = [in_test[i] for i in surprise[TEST].topk(min(hardest, len(in_test))).indices]
     tiles = [image / 127.5 - 1 for image in images.test[chosen].float()]
     titles = [f"{short(images.classes[labels[i]], 9)} -> {short(images.classes[guesses[i]], 9)}" for i in chosen]
     walks = "accuracy_walk" in metrics

@@ -115,7 +115,8 @@ def print_costs(costs):
             unit, factor = units.get(figure, ("MiB", 2**-20))
             numbers = [cost[part][figure] for cost in costs.values()]
             cells = [f"{number * factor:.2f} {unit} ({number / (last[figure] or 1):.3f})" for number in numbers]
-            print(f"  {figure.replace('_', ' '):30}" + "".join(f"{cell:>22}" for cell in cells))
+            label = "weights of one network" if figure == "weights" else figure.replace("_", " ")
+            print(f"  {label:30}" + "".join(f"{cell:>22}" for cell in cells))
 
 
 # --- texts and pictures ---
