@@ -576,6 +576,20 @@ def test_what_the_page_of_results_says_of_single_seeds_and_of_frechet_small_is_i
     assert f"{difference[3]:.2g}" == p
 
 
+def test_what_the_page_of_results_says_of_photographs_is_in_the_records():
+    text = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    runs = {experiment.name: records for experiment, records in committed().items()}
+    (shown,) = re.findall(r"Blocks \(([\d.]+)\) are about as good as the mean \(([\d.]+)\)", text)
+    assert_means(runs, "vit", shown, ("cifar10-blocks", "cifar10-ensemble"))
+    for script, metric, best, first in (
+        ("vit", "accuracy", min, "baseline"),  # the whole network is last
+        ("dit", "edm_loss", min, "blocks"),
+        ("dit", "frechet_small", min, "baseline"),
+    ):
+        found = {s: summary.values(runs[f"{script}-cifar10-{s}"], metric) for s in summary.MAIN.values()}
+        assert best(found, key=found.get) == first, (script, metric)
+
+
 def test_the_hours_of_training_are_those_of_the_records():
     slugs = ("baseline", "blocks", "shallow", "ensemble", "paper")
     main = {f"{script}-{slug}" for script in SCRIPTS for slug in slugs}
