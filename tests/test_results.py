@@ -667,6 +667,17 @@ def test_what_the_page_of_ablations_says_of_the_clean_term_is_in_the_records():
         assert (f"{better[1]:.3f}", f"{better[3]:.2g}") == (bits, p)
 
 
+def test_what_the_page_of_ablations_says_of_single_options_is_in_the_records():
+    text = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
+    runs = {experiment.name: records for experiment, records in committed().items()}
+    (shown,) = re.findall(
+        r"blocks reach ([\d.]+) bits instead of ([\d.]+), with the paper's noise levels ([\d.]+)\.", text
+    )
+    assert_means(runs, "gpt", shown, ("recipes-active", "blocks", "recipes-noise"))
+    (shown,) = re.findall(r"costs little at our noise levels \(([\d.]+)\)", text)
+    assert_means(runs, "gpt", [shown], ["recipes-weight"])
+
+
 def committed(scale="laptop"):
     """{experiment: its records} of what is committed."""
     return summary.read_records(ROOT / "results" / scale, scale)[0]
