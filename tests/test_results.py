@@ -674,6 +674,8 @@ def test_what_the_page_of_ablations_says_of_single_options_is_in_the_records():
         r"blocks reach ([\d.]+) bits instead of ([\d.]+), with the paper's noise levels ([\d.]+)\.", text
     )
     assert_means(runs, "gpt", shown, ("recipes-active", "blocks", "recipes-noise"))
+    (shown,) = re.findall(r"the network has two streams: ([\d.]+) bits", text)
+    assert_means(runs, "gpt", [shown], ["recipes-head"])
     (shown,) = re.findall(r"costs little at our noise levels \(([\d.]+)\)", text)
     assert_means(runs, "gpt", [shown], ["recipes-weight"])
 
