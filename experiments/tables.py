@@ -65,11 +65,8 @@ def steps_of(script, scale, baseline=False):
 
 def rate_flag(script, scale, rate, baseline=True):
     """The flag of a learning rate, where it is not the preset's own."""
-    return (
-        {}
-        if rate == preset(script, scale, baseline).get("learning_rate", SCRIPTS[script].Settings.learning_rate)
-        else dict(learning_rate=rate)
-    )
+    own = preset(script, scale, baseline).get("learning_rate", SCRIPTS[script].Settings.learning_rate)
+    return {} if rate == own else dict(learning_rate=rate)
 
 
 def rates(script, method):

@@ -491,8 +491,8 @@ def test_the_table_of_the_readme_is_of_the_commands_that_it_names():
 
 def test_the_numbers_in_the_readmes_text_are_those_of_the_records():
     """What stands outside its tables: the bullets, and the output of the main job, which is seed 0."""
-    text = " ".join(README.read_text(encoding="utf-8").split())
-    runs = {experiment.name: records for experiment, records in committed().items()}
+    text = one_line(README)
+    runs = committed_by_name()
     (shown,) = re.findall(r"in 3 blocks reaches a loss of (\d\.\d+), the whole network (\d\.\d+)", text)
     assert_means(runs, "dit", shown)
     (shown,) = re.findall(r"after five times the steps the lead is gone \((\d\.\d+) and (\d\.\d+)\)", text)
@@ -517,6 +517,15 @@ def test_the_numbers_in_the_readmes_text_are_those_of_the_records():
     blocks, whole = (first[key]["total"] for key in ("memory_bytes", "baseline_memory_bytes"))
     assert f"{first['metrics']['bits_per_char']:.4f} bits per character (upper bound)" in text
     assert f"{blocks / 2**20:.2f} MiB ({blocks / whole:.3f}) {whole / 2**20:.2f} MiB (1.000)" in text
+
+
+def one_line(page):
+    """A page's text without line breaks, which may divide a sentence."""
+    return " ".join(page.read_text(encoding="utf-8").split())
+
+
+def committed_by_name():
+    return {experiment.name: records for experiment, records in committed().items()}
 
 
 def assert_means(runs, script, shown, slugs=("blocks", "baseline")):
@@ -549,8 +558,8 @@ def test_the_numbers_in_the_text_of_results_are_those_of_the_records(script, oth
 
 def assert_claim(page, script, ours, other, pattern):
     """What a page says of two rows of an architecture: the means of both, or of the second, or of none, and p."""
-    text = " ".join((ROOT / "docs" / page).read_text(encoding="utf-8").split())
-    runs = {experiment.name: records for experiment, records in committed().items()}
+    text = one_line(ROOT / "docs" / page)
+    runs = committed_by_name()
     name, column, _ = summary.QUALITY[script][0]
     (shown,) = re.findall(pattern, text)
     *means, p = [shown] if isinstance(shown, str) else shown
@@ -563,8 +572,8 @@ def assert_claim(page, script, ours, other, pattern):
 
 
 def test_what_the_page_of_results_says_of_single_seeds_and_of_frechet_small_is_in_the_records():
-    text = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
-    runs = {experiment.name: records for experiment, records in committed().items()}
+    text = one_line(ROOT / "docs" / "results.md")
+    runs = committed_by_name()
     (shown,) = re.findall(r"behind Huginn with every seed \(([\d.]+), ([\d.]+) and ([\d.]+) bits", text)
     few = summary.values(runs["looped-blocks-few"], "bits_per_char")
     assert [f"{bits:.3f}" for bits in few] == [*shown]
@@ -577,8 +586,8 @@ def test_what_the_page_of_results_says_of_single_seeds_and_of_frechet_small_is_i
 
 
 def test_what_the_page_of_results_says_of_photographs_is_in_the_records():
-    text = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
-    runs = {experiment.name: records for experiment, records in committed().items()}
+    text = one_line(ROOT / "docs" / "results.md")
+    runs = committed_by_name()
     (shown,) = re.findall(r"Blocks \(([\d.]+)\) are about as good as the mean \(([\d.]+)\)", text)
     assert_means(runs, "vit", shown, ("cifar10-blocks", "cifar10-ensemble"))
     for script, metric, best, first in (
@@ -596,13 +605,13 @@ def test_the_hours_of_training_are_those_of_the_records():
     rows = {experiment.name: records for experiment, records in committed().items() if experiment.name in main}
     results = [record["result"] for records in rows.values() for record in records]
     hours = sum(r["seconds_per_step_all_blocks"] * r["steps"] for r in results) / 3600
-    text = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    text = one_line(ROOT / "docs" / "results.md")
     assert re.findall(r"train for (\d+) hours of one core", text) == [f"{hours:.0f}"]
 
 
 def test_what_the_page_of_results_says_of_the_run_to_the_plateau_is_in_the_records():
-    text = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
-    runs = {experiment.name: records for experiment, records in committed().items()}
+    text = one_line(ROOT / "docs" / "results.md")
+    runs = committed_by_name()
     (shown,) = re.findall(r"it reaches (\d\.\d+), blocks reach (\d\.\d+)", text)
     assert_means(runs, "dit", shown, ("plateau-baseline", "plateau-blocks"))
     (shown,) = re.findall(r"stay ahead of both controls \(([\d.]+) and ([\d.]+)\)", text)
@@ -649,8 +658,8 @@ def test_the_numbers_in_the_text_of_ablations_are_those_of_the_records(script, o
     ],
 )
 def test_what_the_page_of_ablations_says_of_deep_against_shallow_is_in_the_records(script, other, pattern):
-    text = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
-    runs = {experiment.name: records for experiment, records in committed().items()}
+    text = one_line(ROOT / "docs" / "ablations.md")
+    runs = committed_by_name()
     name, column, decimals = summary.QUALITY[script][0]
     _, better, _, p = summary.difference(runs[f"{script}-baseline"], runs[f"{script}-{other}"], name, column)
     assert re.findall(pattern, text) == [(f"{abs(better):.{decimals}f}", f"{p:.2g}")]
@@ -658,8 +667,8 @@ def test_what_the_page_of_ablations_says_of_deep_against_shallow_is_in_the_recor
 
 
 def test_what_the_page_of_ablations_says_of_the_clean_term_is_in_the_records():
-    text = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
-    runs = {experiment.name: records for experiment, records in committed().items()}
+    text = one_line(ROOT / "docs" / "ablations.md")
+    runs = committed_by_name()
     shown = re.findall(r"validation score by ([\d.]+) bits \(three seeds, p = ([\d.]+)\)", text)
     shown += re.findall(r"test half it gains less, ([\d.]+) bits, though with every seed \(p = ([\d.]+)\)", text)
     for metric, (bits, p) in zip(("validation_bits_per_char", "bits_per_char"), shown, strict=True):
@@ -668,8 +677,8 @@ def test_what_the_page_of_ablations_says_of_the_clean_term_is_in_the_records():
 
 
 def test_what_the_page_of_ablations_says_of_single_options_is_in_the_records():
-    text = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
-    runs = {experiment.name: records for experiment, records in committed().items()}
+    text = one_line(ROOT / "docs" / "ablations.md")
+    runs = committed_by_name()
     (shown,) = re.findall(
         r"blocks reach ([\d.]+) bits instead of ([\d.]+), with the paper's noise levels ([\d.]+)\.", text
     )
