@@ -107,8 +107,8 @@ class DiT(nn.Module):
         self.label_embedding = nn.Embedding(classes + 1, width)
         nn.init.normal_(self.label_embedding.weight, std=0.02)
         self.noise_embedding = NoiseEmbedding(width)
-        shape = width, settings.heads, width, settings.dropout
-        self.layers = nn.ModuleList(Layer(*shape, depth=layers) for _ in range(layers))
+        sizes = width, settings.heads, width, settings.dropout
+        self.layers = nn.ModuleList(Layer(*sizes, depth=layers) for _ in range(layers))
         self.modulation = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, pixels)
         for layer in (self.modulation, self.output):  # at the start EDM's F = 0, and D = c_skip * z

@@ -113,8 +113,8 @@ class ViT(nn.Module):
         if sees_z:
             self.from_z = nn.Linear(width, width, bias=False)
             self.noise_embedding = NoiseEmbedding(cond_width)
-        shape = width, settings.heads, cond_width, settings.dropout
-        self.layers = nn.ModuleList(Layer(*shape, depth=layers) for _ in range(layers))
+        sizes = width, settings.heads, cond_width, settings.dropout
+        self.layers = nn.ModuleList(Layer(*sizes, depth=layers) for _ in range(layers))
 
     def forward(self, x, z=None, c_noise=None):
         """x (B, C, H, W) images; with sees_z also z (B, width), scaled noisy labels, and c_noise (B,)."""

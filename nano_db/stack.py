@@ -28,9 +28,8 @@ class Stack:
     def __init__(self, blocks, partition, average=False):
         self.blocks, self.partition, self.average = blocks, partition, average
         self.target_embeddings = blocks[0].head.target_embeddings
-        assert not (average and any(block.head.network_sees_z for block in blocks)), (
-            "only denoising heads answer together"
-        )
+        if average:
+            assert not any(block.head.network_sees_z for block in blocks), "only denoising heads answer together"
 
     def posterior(self, x, caches=None, temperature=1.0):
         """A function (z, sigma) -> ln p(y | z, x).
