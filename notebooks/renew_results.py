@@ -2,7 +2,7 @@
 
     python notebooks/renew_results.py
 
-Cells tagged `results` need no computing. With the setup and the imports, they are run in a kernel of their own.
+Cells tagged `results` need no training. With the setup and the imports, they are run in a kernel of their own.
 """
 
 from pathlib import Path

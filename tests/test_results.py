@@ -689,6 +689,53 @@ def test_what_the_page_of_ablations_says_of_single_options_is_in_the_records():
     assert_means(runs, "gpt", [shown], ["recipes-weight"])
 
 
+@pytest.mark.parametrize(
+    "notebook, script, slugs, pattern",
+    [
+        ("08_looped_without_bptt", "looped", ("shallow", "blocks"), r"better \(([\d.]+) bits against ([\d.]+)\)"),
+        ("09_what_does_it_buy", "gpt", ("blocks", "baseline"), r"whole network \(([\d.]+) bits against ([\d.]+)\)"),
+        ("09_what_does_it_buy", "gpt", ("depth-blocks-4",), r"\(([\d.]+), ahead with every seed\)"),
+        ("09_what_does_it_buy", "vit", ("depth-blocks-2", "baseline"), r"classify glyphs: ([\d.]+) against ([\d.]+)"),
+    ],
+)
+def test_the_numbers_in_the_text_of_notebooks_are_those_of_the_records(notebook, script, slugs, pattern):
+    (shown,) = re.findall(pattern, prose(notebook))
+    assert_means(committed_by_name(), script, [shown] if isinstance(shown, str) else shown, slugs)
+
+
+def test_what_notebook_7_says_of_masked_diffusion_is_in_the_records():
+    runs = committed_by_name()
+    (p,) = re.findall(r"with every seed, though not significantly \(p = ([\d.]+)\)", prose("07_masked_diffusion"))
+    difference = summary.difference(runs["mdm-blocks"], runs["mdm-baseline"], "bits_per_char", "lower is better")
+    assert f"{difference[3]:.2g}" == p
+
+
+def test_what_notebook_9_says_of_the_run_to_the_plateau_is_in_the_records():
+    ((first, lead, way),) = re.findall(
+        r"from ([\d,]+) steps on it is ahead of them, by ([\d.]+) at the end .* covers (\d+)% of the way",
+        prose("09_what_does_it_buy"),
+    )
+    runs = committed_by_name()
+    losses = {
+        slug: {point["step"]: point["edm_loss"] for point in runs[f"dit-plateau-{slug}"][0]["evaluations"]}
+        for slug in summary.MAIN.values()
+    }
+    first = int(first.replace(",", ""))
+    assert [step >= first for step in losses["baseline"]] == [
+        loss < losses["blocks"][step] for step, loss in losses["baseline"].items()
+    ]
+    last = max(losses["baseline"])
+    assert first in losses["baseline"]
+    whole, blocks, one, several = (losses[slug][last] for slug in ("baseline", "blocks", "shallow", "ensemble"))
+    assert (f"{blocks - whole:.4f}", f"{100 * (one - several) / (one - blocks):.0f}") == (lead, way)
+
+
+def prose(notebook):
+    """The text of a notebook, without line breaks."""
+    cells = json.loads((ROOT / "notebooks" / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+    return " ".join(" ".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown").split())
+
+
 def committed(scale="laptop"):
     """{experiment: its records} of what is committed."""
     return summary.read_records(ROOT / "results" / scale, scale)[0]
