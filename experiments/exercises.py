@@ -26,7 +26,7 @@ def check(name, answer, passed, hints=("",), otherwise=NOT_USED):
     right = False
     with apart():
         try:
-            right, fault, counts = bool(passed(answer)), "", True
+            right, fault, counts = bool(passed(guarded(answer))), "", True
         except KeyboardInterrupt:
             print(f"{name}: stopped before it was checked.{until}")
             return otherwise if used else None
@@ -34,8 +34,12 @@ def check(name, answer, passed, hints=("",), otherwise=NOT_USED):
             if missing := unwritten(error, answer):
                 print(f"{name}: not answered yet. Write {missing}, and run both cells.{until}")
                 return otherwise if used else None
+            if type(error) is NameError and not frames_of(error, answer):  # of the check: it needs other cells
+                print(f"{name}: not checked. {error}: run the cells above this one first.{until}")
+                return otherwise if used else None
             fault = explained(error, answer)
-            counts = type(error) is not NameError and not isinstance(error, SyntaxError)
+            of_module = isinstance(error, AttributeError) and inspect.ismodule(error.obj)
+            counts = not of_module and not isinstance(error, (NameError, SyntaxError))
     if right:
         print(f"{name}: right." + " The cells below use your answer: run them again." * used)
         return answer if used else None
@@ -49,15 +53,56 @@ def check(name, answer, passed, hints=("",), otherwise=NOT_USED):
 
 @contextmanager
 def apart():
-    """The random state, the default dtype and whether gradients are recorded are the same afterwards as before."""
-    dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
+    """Random state, default dtype and device, and whether gradients are recorded are afterwards what they were."""
+    dtype, device, gradients = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
             yield
         finally:
             torch.set_default_dtype(dtype)
+            if torch.get_default_device() != device:  # a device that has been set slows every call
+                torch.set_default_device(device)
             torch.set_grad_enabled(gradients)
+
+
+def guarded(answer):
+    """The function `answer`, which now raises ValueError if it returns NaN or changes a tensor that it was given.
+
+    NaN is neither above nor below the tolerance of a check; and later cells need their tensors as they were.
+    """
+    if isinstance(answer, type):
+        return answer
+
+    @functools.wraps(answer)
+    def call(*inputs, **named):
+        given = [x for x in (*inputs, *named.values()) if torch.is_tensor(x)]
+        before = [x.clone() for x in given]
+        found = answer(*inputs, **named)
+        if not all(map(torch.equal, given, before)):
+            raise ValueError("it changes one of its inputs in place; later cells need them as they were")
+        if any(number.isnan().any() for number in map(torch.as_tensor, numbers_of(found))):
+            raise ValueError("it returns nan, which is not a number")
+        return found
+
+    return call
+
+
+def numbers_of(found):
+    """The numbers and tensors of numbers in what an answer returned: alone, or in a list or tuple."""
+    parts = found if isinstance(found, (list, tuple)) else [found]
+    return [part for part in parts if isinstance(part, (int, float, torch.Tensor))]
+
+
+def close(found, wanted, atol=1e-6, rtol=0.0):
+    """Whether an answer has the shape of what is wanted and, up to a tolerance, its numbers. Any dtype will do.
+
+    A single number may also be a tensor of one element.
+    """
+    found, wanted = (torch.as_tensor(x).detach().double() for x in (found, wanted))
+    if found.numel() == wanted.numel() == 1:
+        found, wanted = found.view(()), wanted.view(())
+    return found.shape == wanted.shape and torch.allclose(found, wanted, atol=atol, rtol=rtol)
 
 
 def functions_of(answer):
@@ -72,13 +117,13 @@ def functions_of(answer):
 
 
 def fingerprint(answer):
-    """The same for the same code, wherever it stands and whatever comments it has."""
+    """The same for the same code, wherever it stands and whatever comments and docstring it has."""
 
-    def of(code):
-        constants = [of(c) if inspect.iscode(c) else repr(c) for c in code.co_consts]
+    def of(code, docstring=None):
+        constants = [of(c) if inspect.iscode(c) else repr(c) for c in code.co_consts if c not in (None, docstring)]
         return code.co_code, code.co_names, tuple(constants)
 
-    return tuple(of(part.__code__) for part in functions_of(answer)) or repr(answer)
+    return tuple(of(part.__code__, part.__doc__) for part in functions_of(answer)) or repr(answer)
 
 
 def frames_of(error, answer):
@@ -99,7 +144,7 @@ def explained(error, answer):
     """An error as a sentence: type, message and, where it arose in the answer, the line."""
     text, own = f"{type(error).__name__}: {str(error).strip() or 'no message'}".rstrip("."), frames_of(error, answer)
     if not own:
-        return f"{text} (when the check looked at what it returned). "
+        return f"{text} (when the check called the answer, or looked at what it returned). "
     line = linecache.getline(own[-1].filename, own[-1].lineno).strip()
     return f"{text}, in line {own[-1].lineno} of the answer's cell:\n    {line}\n"
 

@@ -37,9 +37,9 @@ class DiffusionBlock(nn.Module):
         return self.network(x, broadcast(c_in, z) * z, c_noise, **extra)
 
     def forward(self, x, z, sigma, temperature=1.0, **extra):
-        """The head's answer for noisy targets z (B, ..., d) at sigma, (B,) or a float."""
-        if not torch.is_tensor(sigma):
-            sigma = torch.full((len(z),), sigma, dtype=z.dtype, device=z.device)
+        """The head's answer for noisy targets z (B, ..., d) at sigma, (B,) or one number."""
+        if not torch.is_tensor(sigma) or not sigma.dim():
+            sigma = torch.full((len(z),), float(sigma), dtype=z.dtype, device=z.device)
         return self.head(self.features(x, z, sigma, **extra), z, sigma, temperature)
 
     def loss(self, x, y):

@@ -5,6 +5,7 @@
 Cells tagged `results` need no training. With the setup and the imports, they are run in a kernel of their own.
 """
 
+import argparse
 from pathlib import Path
 
 import nbformat
@@ -36,7 +37,8 @@ def renew(path):
 
 
 if __name__ == "__main__":
-    for path in sorted(HERE.glob("*.ipynb")):
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    for path in sorted(HERE.glob("[0-9][0-9]_*.ipynb")):
         if len(only_results(nbformat.read(path, as_version=4)).cells) > 2:
             renew(path)
             print(f"renewed: {path.name}")

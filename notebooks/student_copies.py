@@ -2,8 +2,8 @@
 
     python notebooks/student_copies.py --out students
 
-The folder must lie beside `notebooks`, in the repository's root: a notebook looks for nano_db one folder up. Outputs
-are removed, too. The copies keep the checks, and with them the hints.
+The folder must be new or empty, and lie beside `notebooks`, in the repository's root: a notebook looks for nano_db one
+folder up. Outputs are removed, too. The copies keep the checks, and with them the hints.
 """
 
 import argparse
@@ -14,7 +14,6 @@ from pathlib import Path
 import nbformat
 
 HERE = Path(__file__).resolve().parent
-BESIDE = ("README.md", "pictures", ".ipynb_checkpoints")  # the index; and what Jupyter leaves
 
 
 def without_solutions(notebook):
@@ -32,13 +31,13 @@ def main():
     out = parser.parse_args().out.resolve()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        others = [path for path in out.iterdir() if path.suffix != ".ipynb" and path.name not in BESIDE]
+        taken = any(out.iterdir())  # perhaps by copies that hold answers
     except OSError:  # it cannot be made
-        others = [out]
-    if out == HERE or others:
-        print(f"{parser.prog}: error: --out {out}: name another folder, beside {HERE.name}", file=sys.stderr)
+        taken = True
+    if taken:
+        print(f"{parser.prog}: error: --out {out}: name a folder that is new or empty", file=sys.stderr)
         sys.exit(2)
-    for path in sorted(HERE.glob("*.ipynb")):
+    for path in sorted(HERE.glob("[0-9][0-9]_*.ipynb")):
         nbformat.write(without_solutions(nbformat.read(path, as_version=4)), out / path.name)
     shutil.copy(HERE / "README.md", out / "README.md")
     shutil.copytree(HERE / "pictures", out / "pictures", dirs_exist_ok=True)

@@ -1,8 +1,11 @@
 """Thumbnails for the index: one per notebook, taken from its outputs. The README has notebook 0's at its full size.
 
-python notebooks/thumbnails.py      # writes notebooks/pictures/00.png, 01.png, ... and ten_minutes.png
+    python notebooks/thumbnails.py
+
+Writes notebooks/pictures/00.png, 01.png, ... and ten_minutes.png.
 """
 
+import argparse
 import base64
 import io
 from pathlib import Path
@@ -29,10 +32,12 @@ def picture_of(path):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     (HERE / "pictures").mkdir(exist_ok=True)
-    for path in sorted(HERE.glob("*.ipynb")):
+    for path in sorted(HERE.glob("[0-9][0-9]_*.ipynb")):
         picture = picture_of(path)
         if path.name.startswith("00"):
             picture.save(HERE / "pictures" / "ten_minutes.png", optimize=True)
         picture.thumbnail(SIZE)
         picture.save(HERE / "pictures" / f"{path.name[:2]}.png", optimize=True)
+        print(f"drawn: pictures/{path.name[:2]}.png")

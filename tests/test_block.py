@@ -49,7 +49,8 @@ def test_the_network_is_shown_scaled_z_or_the_head_is():
 def test_one_noise_level_may_stand_for_all_samples(head):
     block, _ = make(head)
     x, z = torch.zeros(2, 3, dtype=torch.long), torch.randn(2, 3, 8)
-    assert torch.equal(block(x, z, 0.5), block(x, z, torch.tensor([0.5, 0.5])))
+    for one in (0.5, torch.tensor(0.5)):
+        assert torch.equal(block(x, z, one), block(x, z, torch.tensor([0.5, 0.5])))
 
 
 @pytest.mark.parametrize("head", [PosteriorHead, DenoisingHead])

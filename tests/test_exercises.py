@@ -1,10 +1,11 @@
 import functools
+import math
 import sys
 
 import pytest
 import torch
 
-from experiments.exercises import WRONG, check, reduced
+from experiments.exercises import WRONG, check, close, reduced
 
 HINTS = "Mind the sign.", "return -x."
 
@@ -52,6 +53,8 @@ def broken(x):
         (functools.partial(wrong), "1.2: not yet. Mind the sign."),
         (max, "1.2: not yet. TypeError: "),
         (lambda x: None, "1.2: not yet. Mind the sign."),
+        (lambda x: math.nan, "1.2: not yet. ValueError: it returns nan"),
+        (lambda x: (-2, torch.tensor(math.nan)), "1.2: not yet. ValueError: it returns nan"),
     ],
 )
 def test_a_check_says_what_is_to_be_said_and_never_raises(capsys, answer, line):
@@ -69,6 +72,33 @@ def test_an_error_in_an_answer_is_shown_with_its_line(capsys):
     assert "TypeError: can only concatenate str" in (out := capsys.readouterr().out) and "what it returned" in out
 
 
+def test_a_check_that_lacks_its_cells_does_not_blame_the_answer(capsys):
+    exec(compile("def uses(answer): return mixture(answer)", "the check's cell", "exec"), elsewhere := {})
+    for answer in (right, unfinished):
+        assert check("1.2", answer, elsewhere["uses"], HINTS, otherwise=abs) is abs
+        said = capsys.readouterr().out
+        assert said.startswith("1.2: not checked. name 'mixture' is not defined: run the cells above this one first.")
+    check("1.2", wrong, is_minus, HINTS)
+    assert HINTS[0] in capsys.readouterr().out, "that was no attempt"
+
+
+def test_an_answer_may_not_change_what_it_is_given(capsys):
+    def in_place(x):
+        x *= -1
+        return x
+
+    check("1.2", in_place, lambda answer: close(answer(torch.tensor(2.0)), -2.0))
+    assert "ValueError: it changes one of its inputs in place" in capsys.readouterr().out
+    check("1.2", lambda x: x * -1, lambda answer: close(answer(torch.tensor(2.0)), -2.0))
+    assert "right" in capsys.readouterr().out
+
+
+def test_close_asks_for_the_shape_and_not_for_the_dtype():
+    assert close(torch.ones(3), torch.ones(3, dtype=torch.float64)) and close([1.0, 1.0], torch.ones(2))
+    assert close(1, torch.tensor([1.0])) and close(1.05, 1.0, atol=0.1) and close(110.0, 100.0, rtol=0.1)
+    assert not close(torch.ones(1, 3), torch.ones(3)) and not close(1.2, 1.0, atol=0.1) and not close(math.nan, 1.0)
+
+
 def test_the_second_hint_is_for_a_second_different_attempt(capsys):
     def hint(answer, name="1.2"):
         check(name, answer, is_minus, HINTS)
@@ -77,6 +107,9 @@ def test_the_second_hint_is_for_a_second_different_attempt(capsys):
     assert [hint(wrong), hint(wrong), hint(unfinished)[:8]] == [HINTS[0], HINTS[0], "1.2: not"]
     exec(compile("\n\n\ndef wrong(x):  # a comment\n    return x", "another cell", "exec"), same := {})
     assert hint(same["wrong"]) == HINTS[0], "the same code elsewhere is no other attempt"
+    exec(compile("def wrong(x):\n    'A docstring.'\n    return x", "a third cell", "exec"), same)
+    assert hint(same["wrong"]) == HINTS[0], "nor is another docstring"
+    assert hint(lambda x: math.prood(x)).endswith(HINTS[0]), "nor is a misspelt function"
     assert hint(lambda x: minus(x)).endswith(HINTS[0]), "nor is a name that is not there"  # noqa: F821
     assert hint(wrong_again) == hint(wrong) == HINTS[1]
     assert hint(wrong_again, "1.3") == HINTS[0], "another exercise"
@@ -144,11 +177,13 @@ def test_a_check_that_is_stopped_leaves_what_the_notebook_needs(capsys):
 def test_what_an_answer_sets_in_torch_is_set_back():
     def careless(x):
         torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
         torch.set_grad_enabled(False)
         return -x
 
     check("1.2", careless, is_minus)
     assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
+    assert torch.get_default_device().type == "cpu"
 
 
 def test_random_numbers_are_drawn_apart():

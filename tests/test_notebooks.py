@@ -30,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "notebooks"))
 import student_copies  # noqa: E402
 from renew_results import only_results  # noqa: E402
+from slips import SLIPS  # noqa: E402
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ABSOLUTE_PATH = re.compile(r"(?:^|[\s\"'(=])(?:/\w[\w.+-]*/[\w.+-]|[A-Za-z]:\\)", re.MULTILINE)
@@ -96,6 +97,23 @@ def answered(notebook):
     return notebook
 
 
+def with_slips(notebook):
+    """The notebook with further cells after each check, which try it on wrong answers."""
+    cells, solutions = [], tagged(notebook, "solution")
+    for cell in notebook.cells:
+        cells.append(cell)
+        if "check" not in cell.metadata.get("tags", []):
+            continue
+        name = cell.metadata.exercise
+        right, call = solutions[name][1].source.rsplit("\ncheck(", 1)
+        for old, new in SLIPS[name]:
+            assert old in right, f"{name}: {old!r} is not in the solution"
+            source = f"{right.replace(old, new)}\ncheck({call}"
+            cells.append(new_code_cell(source, metadata={"slip": f"{name}: {new}"}))
+    notebook.cells = cells
+    return notebook
+
+
 def shown_sources(cell):
     """The source, as it is today, of everything of nano_db that a cell prints by inspect.getsource(name)."""
     names = re.findall(r"getsource\(([\w.]+)\)", cell.source) if cell.cell_type == "code" else []
@@ -141,9 +159,13 @@ def test_it_runs_in_reduced_size_and_its_exercises_hold(path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", notebooks(PATHS[1:], slow=False))
 def test_a_students_copy_with_right_answers_runs_to_its_end_and_uses_them(path, monkeypatch):
+    """Wrong answers are tried in the same run: see slips.py."""
     monkeypatch.setenv("NANO_DB_REDUCED", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    notebook = execute(student_copies.without_solutions(answered(nbformat.read(path, as_version=4))), path.parent)
+    notebook = student_copies.without_solutions(with_slips(answered(nbformat.read(path, as_version=4))))
+    execute(notebook, path.parent)
+    accepted = [text_of(c) for c in code_cells(notebook) if "slip" in c.metadata and ": not yet. " not in text_of(c)]
+    assert accepted == []
     used = 0
     for name, (_, cell) in tagged(notebook, "check").items():
         uses = "otherwise=" in cell.source
@@ -177,19 +199,23 @@ def test_the_copies_for_students_have_no_solutions(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("out", [".", "notebooks", "notebooks/README.md", "tests", "docs"])
-def test_copies_for_students_overwrite_nothing_else(out, monkeypatch, capsys):
+def test_copies_for_students_overwrite_nothing(out, monkeypatch, capsys):
     out = ROOT / out
     monkeypatch.setattr(sys, "argv", ["student_copies.py", "--out", str(out)])
     with pytest.raises(SystemExit) as stopped:
         student_copies.main()
     err = capsys.readouterr().err
-    assert stopped.value.code == 2 and "name another folder" in err and err.count("\n") == 1
+    assert stopped.value.code == 2 and "name a folder that is new or empty" in err and err.count("\n") == 1
 
 
-def test_copies_for_students_may_be_made_again(tmp_path, monkeypatch):
+def test_copies_that_may_hold_answers_are_not_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["student_copies.py", "--out", str(tmp_path)])
     student_copies.main()
-    student_copies.main()
+    copy = tmp_path / PATHS[1].name
+    copy.write_text("answers", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        student_copies.main()
+    assert copy.read_text(encoding="utf-8") == "answers"
 
 
 SETTING_UP = [  # what is around the notebook, whether it is on Colab, the address; what is said, or None
