@@ -23,20 +23,21 @@ def check(name, answer, passed, hints=("",), otherwise=NOT_USED):
     """
     used = otherwise is not NOT_USED
     until = " Until it is right, the notebook uses nano_db's own version." * used
+    instead = otherwise if used else None
     right = False
     with apart():
         try:
             right, fault, counts = bool(passed(guarded(answer))), "", True
         except KeyboardInterrupt:
             print(f"{name}: stopped before it was checked.{until}")
-            return otherwise if used else None
+            return instead
         except (Exception, SystemExit) as error:
             if missing := unwritten(error, answer):
                 print(f"{name}: not answered yet. Write {missing}, and run both cells.{until}")
-                return otherwise if used else None
+                return instead
             if type(error) is NameError and not frames_of(error, answer):  # of the check: it needs other cells
                 print(f"{name}: not checked. {error}: run the cells above this one first.{until}")
-                return otherwise if used else None
+                return instead
             fault = explained(error, answer)
             of_module = isinstance(error, AttributeError) and inspect.ismodule(error.obj)
             counts = not of_module and not isinstance(error, (NameError, SyntaxError))
@@ -48,7 +49,7 @@ def check(name, answer, passed, hints=("",), otherwise=NOT_USED):
         wrong.add(fingerprint(answer))
     hint = hints[min(len(wrong), len(hints)) - 1] if wrong else ""
     print(f"{name}: not yet. {fault}{hint}{until}")
-    return otherwise if used else None
+    return instead
 
 
 @contextmanager

@@ -34,6 +34,7 @@ SLIPS = {
         ("sigma =", "torch.manual_seed(0); sigma ="),
         ("squared_error = (block(x, z, sigma) - y).square().mean(1)", "return block.loss(x, y)"),
         ("edm_weight(sigma, block.head.sigma_data) *", "edm_weight(sigma, block.head.sigma_data)[:, None] *"),
+        ("squared_error).mean()", "squared_error)"),
     ],
     "3.2": [
         (SEED, "seed_from(0, b, step)"),

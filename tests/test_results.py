@@ -617,11 +617,13 @@ def test_what_the_page_of_results_says_of_the_run_to_the_plateau_is_in_the_recor
     (shown,) = re.findall(r"stay ahead of both controls \(([\d.]+) and ([\d.]+)\)", text)
     assert_means(runs, "dit", shown, ("plateau-ensemble", "plateau-shallow"))
     (last,) = (int(step.replace(",", "")) for step in re.findall(r"Up to ([\d,]+) steps blocks are ahead", text))
-    blocks, whole = (
-        {point["step"]: point["edm_loss"] for point in runs[f"dit-plateau-{slug}"][0]["evaluations"]}
-        for slug in ("blocks", "baseline")
-    )
+    blocks, whole = (plateau(runs, slug) for slug in ("blocks", "baseline"))
     assert [step <= last for step in whole] == [blocks[step] < loss for step, loss in whole.items()]
+
+
+def plateau(runs, slug):
+    """{step: held-out EDM loss} of the run to the plateau."""
+    return {point["step"]: point["edm_loss"] for point in runs[f"dit-plateau-{slug}"][0]["evaluations"]}
 
 
 ABLATIONS = [  # (script, a row of a further table, what it is compared with, the sentence with means and p)
@@ -716,10 +718,7 @@ def test_what_notebook_9_says_of_the_run_to_the_plateau_is_in_the_records():
         prose("09_what_does_it_buy"),
     )
     runs = committed_by_name()
-    losses = {
-        slug: {point["step"]: point["edm_loss"] for point in runs[f"dit-plateau-{slug}"][0]["evaluations"]}
-        for slug in summary.MAIN.values()
-    }
+    losses = {slug: plateau(runs, slug) for slug in summary.MAIN.values()}
     first = int(first.replace(",", ""))
     assert [step >= first for step in losses["baseline"]] == [
         loss < losses["blocks"][step] for step, loss in losses["baseline"].items()
