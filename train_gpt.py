@@ -47,12 +47,12 @@ class Settings(Discrete, Blocks, Training):
     clean_weight: float = method(
         0.0, "weight of the loss at z = 0 (recipe nano: 1)", at_least=0, of="blocks", idle=Discrete.other_head
     )
-    predict: str = method("averaged", "by the active block, or all so far (mean)", PREDICT, of="blocks", resumable=True)
+    predict: str = method("averaged", "the active block, or mean of all so far", PREDICT, of="blocks", resumable=True)
     sampling_steps_per_block: int = method(4, "Euler steps of each block, per token", flag=False, resumable=True)
     eval_windows: int = output(256, "test windows to evaluate on (and as many for validation); 0: all", at_least=0)
     export: int = output(0, "held-out texts to continue after their first quarter (texts.jsonl)", at_least=0, once=True)
     prompt: str = output("", "text to continue (default: the first held-out tokens)", once=True, needs="samples")
-    temperature: float = output(0.8, "of the samples; below 1 is more cautious", at_least=0.01, needs="samples export")
+    temperature: float = output(0.8, "below 1: more cautious samples", at_least=0.01, needs="samples export")
     sample_length: int = output(500, "tokens to sample", flag=False)
 
 

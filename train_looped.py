@@ -52,7 +52,7 @@ class Settings(Discrete, Training):
     heads: int = network(4, "attention heads", flag=False)
     head: str = method("posterior", "output head (heads.py)", choices=("posterior", "paper"), of="blocks")
     recurrences: int = method(
-        0, "of the core in training; 0: a random number (Huginn); 1: a plain transformer", at_least=0, of="baseline"
+        0, "of the core, in training; 0: random (Huginn); 1: a plain transformer", at_least=0, of="baseline"
     )
     mean_recurrence: float = method(32.0, "mean of the Poisson rate of further recurrences", flag=False)
     backprop_depth: int = method(8, "how many last recurrences to backpropagate through", at_least=1, of="baseline")
@@ -60,7 +60,7 @@ class Settings(Discrete, Training):
     export: int = output(0, "held-out texts to continue after their first quarter (texts.jsonl)", at_least=0, once=True)
     sampling_steps: int = output(16, "K: Euler steps per token; for the baseline, recurrences", at_least=1)
     prompt: str = output("", "text to continue (default: the first held-out tokens)", once=True, needs="samples")
-    temperature: float = output(0.8, "of the samples; below 1 is more cautious", at_least=0.01, needs="samples export")
+    temperature: float = output(0.8, "below 1: more cautious samples", at_least=0.01, needs="samples export")
     sample_length: int = output(300, "tokens to sample", flag=False)
 
     def of_baseline(self):

@@ -47,7 +47,7 @@ class Settings(Blocks, Training):
     eval_windows: int = output(256, "test windows to evaluate on (and as many for validation); 0: all", at_least=0)
     export: int = output(0, "held-out texts to continue after their first quarter (texts.jsonl)", at_least=0, once=True)
     sampling_steps: int = output(128, "steps from all masked to none", at_least=1, needs="samples export")
-    temperature: float = output(0.6, "of the samples; below 1 is more cautious", at_least=0.01, needs="samples export")
+    temperature: float = output(0.6, "below 1: more cautious samples", at_least=0.01, needs="samples export")
     fill: str = output("", "a text with gaps for the samples to fill", once=True, needs="samples")
     gap: str = output(GAP, "the character that marks a gap in --fill", once=True, needs="fill")
 

@@ -63,7 +63,7 @@ class Settings(Discrete, Blocks, Training):
     clean_weight: float = method(
         0.0, "weight of the loss at z = 0 (recipe nano: 1)", at_least=0, of="blocks", idle=Discrete.other_head
     )
-    predict: str = method("averaged", "by the active block, or all so far (mean)", PREDICT, of="blocks", resumable=True)
+    predict: str = method("averaged", "the active block, or mean of all so far", PREDICT, of="blocks", resumable=True)
     sampling_steps_per_block: int = method(1, "Euler steps of each block", flag=False, resumable=True)
     walks: int = output(8, "walks from noise to average", flag=False)
     samples: int = output(25, "hardest test images to show in samples.png; 0: no picture", at_least=0)

@@ -19,7 +19,7 @@ REPORT_EVERY = 5  # seconds
 def fetch(url, path, checksum, size, algorithm="sha256"):
     """Return `path`, downloaded from `url` if it is not there yet. Either way, its content has this checksum.
 
-    algorithm: of the checksum, any that hashlib has. size: bytes expected; a longer response is cut off. There are
+    algorithm: the checksum's, any that hashlib has. size: bytes expected; a longer response is cut off. There are
     three attempts; each resumes where the last was cut short. Raises UsageError without network or for a wrong file.
     """
     path = Path(path)

@@ -74,9 +74,9 @@ class GPT2Tokenizer:
 @dataclass
 class Text:
     """train, heldout: tokens, in the smallest integers that hold them. Settings may be chosen on the first half of the
-    held-out tokens; scores are reported on the second. characters_per_token: of the held-out text. sha256: of the whole
-    text, and of where it is cut, unless that is after nine tenths. missing: why there is nothing to train or score on,
-    if a run is to generate without the text that it was trained on; then heldout has only its opening.
+    held-out tokens; scores are reported on the second. characters_per_token: the held-out text's. sha256: checksum of
+    the whole text, and of where it is cut, unless that is after nine tenths. missing: why there is nothing to train or
+    score on, if a run is to generate without the text that it was trained on; then heldout has only its opening.
     """
 
     train: torch.Tensor

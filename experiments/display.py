@@ -47,7 +47,7 @@ def moving_line():
 class Progress:
     """range(count), with a line that moves: name, step, loss and seconds left. The loop may set `loss`, a number.
 
-    say: from a moving_line() that several loops share; otherwise the loop has a line of its own.
+    say: a moving_line()'s, if several loops share one; otherwise the loop has a line of its own.
     """
 
     def __init__(self, name, count, unit="step", say=None):

@@ -29,7 +29,7 @@ BATCHES = 3  # shown per block in training
 def scenes_of(folder, word, seed):
     """What to show of a run of train_dit.py: (batches, states, the Partition, sigma_data).
 
-    batches: per block, some of what training_batch() returns; states: of the blocks' walk to the letters of `word`.
+    batches: per block, some of what training_batch() returns; states: the blocks' walk to the letters of `word`.
     """
     if not word:
         raise UsageError("--word is empty: give it letters")

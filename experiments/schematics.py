@@ -110,7 +110,7 @@ def draw_networks():
     back = [(270, 134, "L/B layers,\ncausal\nattention")]  # (height of the middle, height, text)
     around = [(270, 134, "L/B layers,\nbidirectional\nattention")]
     loop = [(216, 36, "prelude"), (270, 40, "core, looped"), (324, 36, "coda")]
-    z, sigma, label, time = ("z, σ", Z), ("σ", Z), ("x", X), ("t", Z)  # what enters from the side, by height
+    z, sigma, label, share = ("z, σ", Z), ("σ", Z), ("x", X), ("α", Z)  # what enters from the side, by height
     for i, (name, given, layers, head, answer, enters, words) in enumerate((
         ("GPT", ("x: the text so far", X), back, "denoising head", "p(next token)", {400: z},
          "Noise enters at the head.\nThe layers read only x,\nand run once per token."),
@@ -118,8 +118,8 @@ def draw_networks():
          "Noise enters at the head.\nThe layers read only x,\nand run once per image."),
         ("DiT", ("z: a noisy image", Z), around, "EDM head", "D: the image", {400: z, 290: sigma, 250: label},
          "The layers read z.\nσ and the class x modulate\nthem, at each step."),
-        ("masked diffusion", ("z: masked text", Z), around, "lm_head", "p(masked letters)", {270: time},
-         "Noise masks letters: z is\nthe text itself. The time t\nmodulates each layer."),
+        ("masked diffusion", ("z: masked text", Z), around, "lm_head", "p(masked letters)", {270: share},
+         "Noise masks letters: z is\nthe text itself. The unmasked\nshare α modulates the layers."),
         ("looped", ("x: the text so far", X), loop, "posterior head", "p(next token)", {400: z, 270: z},
          "z takes the place of the\nstate. One block serves\nall noise levels."),
     )):  # fmt: skip
@@ -146,7 +146,7 @@ def draw_gradients():
     box(ax, 130, 248, 190, 282, "", "black", tint=0.04, style="--")
     box(ax, 566, rows[1], 190, 66, "", "black", tint=0.04, style="--")
     say(ax, 130, 460, "end to end", 12, weight="bold")
-    say(ax, 566, 460, "in blocks: here block 1 is in training", 12, weight="bold")
+    say(ax, 566, 460, "in blocks: here block 1 trains", 12, weight="bold")
     layers = [f"layers {2 * b + 1} and {2 * b + 2}" for b in range(4)]
     stack = [(68, "x: the text so far", X), *((y, text, GREY) for y, text in zip(rows, layers, strict=True))]
     for y, text, colour in (*stack, (420, "loss", Y)):
@@ -190,7 +190,8 @@ def draw_levels(blocks=4):
     left.set_xticks(np.log(ticks), [f"{tick:.2g}" for tick in ticks])
     left.set(xlabel="noise level σ, from pure noise to none", ylabel="density, per unit of ln σ")
     left.set(xlim=np.log([20, 0.05]), ylim=(0, 0.52), yticks=[0, 0.2, 0.4])
-    left.set_title("Each block trains on its own noise levels\n(equal areas: equal shares of the training)", size=11)
+    title = "The GPT's blocks: each has its own noise levels\n(equal areas: equal shares of the training)"
+    left.set_title(title, size=11)
 
     angles = np.arange(5) * 2 * np.pi / 5
     corners = np.stack([np.cos(angles), np.sin(angles)], 1)
@@ -206,7 +207,8 @@ def draw_levels(blocks=4):
     right.set(
         xlim=(-5, 5), ylim=(-3.6, 3.6), aspect="equal", xlabel="first coordinate of z", ylabel="second coordinate of z"
     )
-    right.set_title("Walks: to the mean of the data, then to a point\n(colour: the block that takes the step)", size=11)
+    title = "Toy data (five points): walks to the mean, then\nto a point (colour: the block that takes the step)"
+    right.set_title(title, size=11)
     right.set(xticks=range(-4, 5, 2), yticks=range(-2, 3, 2))
     right.legend(loc="upper right")
     return figure
@@ -241,7 +243,7 @@ def draw_walk(blocks=4):
     ax.plot(shares(few), walks(z[3:4], few), "ko--", ms=5, lw=1.2, label="one of them in 8 sampling steps, 2 per block")
     ax.set(xlim=(-0.02, blocks + 0.02), ylim=(-2.2, 2.2), yticks=[], ylabel="z, over its standard deviation")
     ax.set_xticks(range(blocks + 1), [f"{edge:.2g}" for edge in partition.edges])
-    ax.set_xlabel("noise level σ, with the paper's edges (a block is as wide as its share of the training)")
+    ax.set_xlabel("noise level σ (a block is as wide as its share of the training; grey: how dense z is)")
     ax.legend(loc="upper right")
     return figure
 

@@ -124,7 +124,7 @@ def table(group, found, whole=False):
 
 
 def quality_table(rows, kinds):
-    """kinds: of COLUMNS, besides the run, its command and its quality."""
+    """kinds: names in COLUMNS, besides the run, its command and its quality."""
     first = next(iter(rows))
     metrics = [m for m in QUALITY[first.script] if any(values(records, m[0]) for records in rows.values())]
     quality = [column for _, column, _ in metrics] or ["quality"]

@@ -42,7 +42,7 @@ def patch_positions(shape, patch, width, base=10_000.0):
 
 class ImageStack:
     """blocks: DiffusionBlocks of images given labels, noisiest first, with their Partition; the baseline is a single
-    block. shape: of an image, (C, H, W). null_label: the label for "no class", numbered after the classes.
+    block. shape: an image's, (C, H, W). null_label: the label for "no class", numbered after the classes.
     """
 
     def __init__(self, blocks, partition, shape, null_label):

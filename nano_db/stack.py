@@ -60,7 +60,7 @@ class Stack:
 
 class Ensemble(nn.Module):
     """End-to-end networks, trained independently and used as one; usually there is just one. The answer is the mean
-    of theirs: of D, each an estimate of E[y | z]; or of logits, which after normalisation is the mean of ln p.
+    of their answers: D, each an estimate of E[y | z]; or logits, whose mean is, once normalised, that of ln p.
     """
 
     def __init__(self, networks):

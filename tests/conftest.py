@@ -102,7 +102,7 @@ def real_costs(cli, monkeypatch):
 
 @pytest.fixture
 def small(cli, text_file, monkeypatch):
-    """The same, with the settings and text of a run that takes a second, and with short samples by few calls."""
+    """The same, with the settings and text of a run that takes a second; short samples, few sampling steps."""
     quick = {"sample_length": 5, "sampling_steps_per_block": 1}
     monkeypatch.setitem(train_gpt.PRESETS, "tiny", {**train_gpt.PRESETS["tiny"], **quick})
     return lambda *flags: cli(*SMALL, "--data", text_file, *flags)

@@ -319,7 +319,7 @@ def test_a_text_of_one_character_teaches_nothing(small, tmp_path):
 
 
 def test_a_large_vocabulary_says_its_memory_before_the_training(cli, tmp_path):
-    """20,000 different characters, of which each network has two tables of width 24, four numbers a weight."""
+    """20,000 different characters, of which each network has two tables of width 24, with four numbers per weight."""
     (tmp_path / "a.txt").write_text("".join(chr(0x4E00 + i) for i in range(20_000)) * 2, encoding="utf-8")
     flags = (*QUICK, "--layers", "2", "--blocks", "1", "--samples", "0", "--steps", "1", "--eval-windows", "1")
     for name in ("gpt", "mdm"):

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import train_dit
@@ -80,3 +81,7 @@ def test_bad_flags_get_one_line(cli, tmp_path):
     for flags, message in zip(cases, ("with --run", "--word is empty", "--seed must be"), strict=True):
         code, _, err = cli(*flags, main=hero.main)
         assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_the_readmes_animation_is_small():
+    assert (ROOT / "docs" / "pictures" / "hero.gif").stat().st_size < 1_500_000

@@ -359,7 +359,7 @@ def test_of_few_pictures_frechet_small_is_left_out_and_said(cli, tmp_path):
 
 @pytest.mark.parametrize("main", [train_dit.main, train_vit.main])
 def test_a_run_inside_its_data_is_refused(cli, tmp_path, monkeypatch, main):
-    """What it paints would become a class."""
+    """The pictures that it samples would become a class."""
     monkeypatch.chdir(fill(tmp_path, 4))
     for flags in (("--data", "."), ("--data", tmp_path, "--out", tmp_path / "cat" / "run")):
         code, _, err = cli(*TINY, *flags, main=main)

@@ -158,3 +158,38 @@ def test_local_links_lead_somewhere(page, link):
 def test_pages_are_short_enough_to_be_read():
     lengths = {page: len(page.read_text(encoding="utf-8")) for page in PAGES}
     assert lengths.pop(ROOT / "README.md") <= 8_000 and max(lengths.values()) <= 16_000
+
+
+def test_what_machines_gain_on_paper_is_the_arithmetic_that_the_page_describes():
+    """In closed form: 12 width^2 weights per layer, 2.5 width^2 in a denoising head, two tables of GPT-2's tokens."""
+    width, layers, blocks, table = 768, 12, 4, 50_257 * 768
+    whole = 12 * layers * width**2
+    block = whole // blocks + 2.5 * width**2
+
+    def step(weights):  # seconds: 256 x 256 tokens; the embedding is not multiplied
+        return 6 * (weights + table) * 256 * 256 / 1e14
+
+    def hours(seconds):
+        return 100_000 * seconds / 3600
+
+    def row(bits_per_second):  # data parallel on as many machines as blocks
+        sent = 2 * 4 * (whole + 2 * table) * (blocks - 1) / blocks / (bits_per_second / 8)
+        computed = step(whole) / blocks
+        low, high = hours(max(computed, sent)), hours(computed + sent)
+        return f"| {computed:.2f} + {sent:.2f} to send | {low:.{int(low < 10)}f} to {high:.{int(low < 10)}f} |"
+
+    page = (ROOT / "docs" / "machines.md").read_text(encoding="utf-8")
+    gigabytes = (f"{16 * (weights + 2 * table) / 1e9:.1f} GB" for weights in (whole, block))
+    for line in (
+        f"weights in layers and head | {whole / 1e6:.0f} M | {block / 1e6:.0f} M |",
+        f"weights in embedding and output projection | {2 * table / 1e6:.0f} M | {2 * table / 1e6:.0f} M |",
+        f"AdamW's averages (16 per weight) | {' | '.join(gigabytes)} |",
+        f"| {step(whole):.2f} | {hours(step(whole)):.1f} |",
+        f"10 Gbit/s between them {row(10e9)}",
+        f"the same, 400 Gbit/s {row(400e9)}",
+        f"| 4 x {step(block):.2f} | {hours(4 * step(block)):.0f} |",
+        f"| {step(block):.2f} | **{hours(step(block)):.1f}** |",
+    ):
+        assert line in page
+    share = (block + 2 * table) / (whole + 2 * table)
+    assert f"still holds {share:.0%} of the bytes" in " ".join((ROOT / "docs/gpu.md").read_text("utf-8").split())

@@ -495,19 +495,19 @@ def test_the_numbers_in_the_readmes_text_are_those_of_the_records():
     runs = committed_by_name()
     (shown,) = re.findall(r"in 3 blocks reaches a loss of (\d\.\d+), the whole network (\d\.\d+)", text)
     assert_means(runs, "dit", shown)
-    (shown,) = re.findall(r"after five times the steps the lead is gone \((\d\.\d+) and (\d\.\d+)\)", text)
-    assert_means(runs, "dit", shown, ("plateau-blocks", "plateau-baseline"))
-    pattern = r"reaches (\d\.\d+) bits per character, the whole network and the mean of four shallow GPTs (\d\.\d+)"
+    (shown,) = re.findall(r"with five times the steps the DiT reaches (\d\.\d+), in blocks (\d\.\d+)", text)
+    assert_means(runs, "dit", shown, ("plateau-baseline", "plateau-blocks"))
+    pattern = r"reaches (\d\.\d+) bits per character; the whole network, and the mean of four shallow GPTs, (\d\.\d+)"
     ((blocks, whole),) = re.findall(pattern, text)
     assert_means(runs, "gpt", (blocks, whole, whole), ("blocks", "baseline", "ensemble"))
     (shown,) = re.findall(r"trains the same layers end to end \((\d\.\d+) bits\)", text)
     assert_means(runs, "gpt", [shown], ["baseline"])
     (shown,) = re.findall(r"the GPT in 2 blocks: (\d\.\d+) bits", text)
     assert_means(runs, "gpt", [shown], ["depth-blocks-4"])
-    (shown,) = re.findall(r"lose\*\* as a loop [^:]*: (\d\.\d+) bits; a plain transformer reaches (\d\.\d+)", text)
+    (shown,) = re.findall(r"lose\*\* as a loop [^:]* to a plain transformer: (\d\.\d+) bits against (\d\.\d+)", text)
     assert_means(runs, "looped", shown, ("blocks", "shallow"))
     (shown,) = re.findall(
-        r"(\d+) MiB instead of (\d+) for the GPT\. So does \*checkpointing\* \((\d+); with blocks: (\d+)\)", text
+        r"(\d+) MiB instead of (\d+) for the GPT\. So does \*checkpointing\* \((\d+); with blocks: (\d+)\),", text
     )
     cases = [("blocks", False), ("baseline", False), ("baseline", True), ("blocks", True)]
     for number, (slug, checkpointed) in zip(shown, cases, strict=True):
@@ -539,7 +539,7 @@ def assert_means(runs, script, shown, slugs=("blocks", "baseline")):
 CLAIMS = [  # (script, what blocks are compared with, the sentence that has both means and p, or only p)
     ("dit", "baseline", r"EDM loss ([\d.]+) against ([\d.]+), p = ([\d.]+)"),
     ("vit", "baseline", r"accuracy ([\d.]+) against ([\d.]+), p = ([\d.]+)"),
-    ("looped", "baseline", r"end-to-end baseline \(([\d.]+) bits against ([\d.]+), p = ([\d.]+)"),
+    ("looped", "baseline", r"end-to-end baseline, Huginn \(([\d.]+) bits against ([\d.]+), p = ([\d.]+)"),
     ("mdm", "baseline", r"masked diffusion \(([\d.]+) bits against ([\d.]+), p = ([\d.]+)"),
     ("gpt", "baseline", r"autoregressive transformer \(([\d.]+) against ([\d.]+), p = ([\d.]+)"),
     ("looped", "shallow", r"without a loop reaches ([\d.]+) bits \(p = ([\d.]+)"),
@@ -585,6 +585,25 @@ def test_what_the_page_of_results_says_of_single_seeds_and_of_frechet_small_is_i
     assert f"{difference[3]:.2g}" == p
 
 
+def test_memory_and_time_in_the_text_of_results_are_those_of_the_records():
+    text = one_line(ROOT / "docs" / "results.md")
+    runs = committed_by_name()
+    blocks, whole = (
+        summary.median(runs[name], key, "total") / 2**20
+        for name, key in (("dit-blocks", "memory_bytes"), ("dit-baseline", "checkpointed_bytes"))
+    )
+    assert f"({blocks:.1f} MiB; the whole network, checkpointed, takes {whole:.1f})" in text
+    assert f"(DiT: {whole / blocks - 1:.0%} more)" in text
+    for script in sorted({*SCRIPTS} - {"dit"}):  # the others need less
+        whole = summary.median(runs[f"{script}-baseline"], "checkpointed_bytes", "total")
+        assert whole < summary.median(runs[f"{script}-blocks"], "memory_bytes", "total")
+    huginn = summary.median(runs["looped-baseline"], "seconds_per_step_all_blocks")
+    ratios = [
+        huginn / summary.median(runs[f"looped-{slug}"], "seconds_per_step_all_blocks") for slug in ("blocks", "shallow")
+    ]
+    assert min(ratios) > 6.5 and max(ratios) < 9.5 and "seven to nine times as long" in text
+
+
 def test_what_the_page_of_results_says_of_photographs_is_in_the_records():
     text = one_line(ROOT / "docs" / "results.md")
     runs = committed_by_name()
@@ -606,17 +625,17 @@ def test_the_hours_of_training_are_those_of_the_records():
     results = [record["result"] for records in rows.values() for record in records]
     hours = sum(r["seconds_per_step_all_blocks"] * r["steps"] for r in results) / 3600
     text = one_line(ROOT / "docs" / "results.md")
-    assert re.findall(r"train for (\d+) hours of one core", text) == [f"{hours:.0f}"]
+    assert re.findall(r"Training the five architectures took (\d+) core-hours", text) == [f"{hours:.0f}"]
 
 
 def test_what_the_page_of_results_says_of_the_run_to_the_plateau_is_in_the_records():
     text = one_line(ROOT / "docs" / "results.md")
     runs = committed_by_name()
-    (shown,) = re.findall(r"it reaches (\d\.\d+), blocks reach (\d\.\d+)", text)
+    (shown,) = re.findall(r"it reaches (\d\.\d+), blocks (\d\.\d+)", text)
     assert_means(runs, "dit", shown, ("plateau-baseline", "plateau-blocks"))
     (shown,) = re.findall(r"stay ahead of both controls \(([\d.]+) and ([\d.]+)\)", text)
     assert_means(runs, "dit", shown, ("plateau-ensemble", "plateau-shallow"))
-    (last,) = (int(step.replace(",", "")) for step in re.findall(r"Up to ([\d,]+) steps blocks are ahead", text))
+    (last,) = (int(step.replace(",", "")) for step in re.findall(r"Blocks are ahead up to ([\d,]+) steps", text))
     blocks, whole = (plateau(runs, slug) for slug in ("blocks", "baseline"))
     assert [step <= last for step in whole] == [blocks[step] < loss for step, loss in whole.items()]
 
@@ -638,7 +657,7 @@ ABLATIONS = [  # (script, a row of a further table, what it is compared with, th
         "conversion-nothing",
         r"loss of ([\d.]+), blocks from scratch ([\d.]+) \(p = ([\d.]+)\)",
     ),
-    ("dit", "conversion-started", "conversion-further", r"for as many steps, reaches ([\d.]+) \(p = ([\d.]+)\)"),
+    ("dit", "conversion-started", "conversion-further", r"beats blocks that start from it: ([\d.]+) \(p = ([\d.]+)\)"),
     ("gpt", "depth-blocks-4", "depth-plain-4", r"of a GPT ([\d.]+) bits instead of ([\d.]+) \(p = ([\d.]+)\)"),
 ]
 
@@ -656,7 +675,7 @@ def test_the_numbers_in_the_text_of_ablations_are_those_of_the_records(script, o
         ("vit", "shallow", r"by ([\d.]+) for the ViT \(p = ([\d.]+)\)"),
         ("dit", "shallow", r"by ([\d.]+) for the DiT \(p = ([\d.]+)\)"),
         ("looped", "shallow", r"behind the plain transformer by ([\d.]+) bits \(p = ([\d.]+)\)"),
-        ("looped", "shallow-few", r"after as many steps ahead by ([\d.]+) \(p = ([\d.]+)\)"),
+        ("looped", "shallow-few", r"after as many steps it is ahead by ([\d.]+) \(p = ([\d.]+)\)"),
     ],
 )
 def test_what_the_page_of_ablations_says_of_deep_against_shallow_is_in_the_records(script, other, pattern):
@@ -666,6 +685,11 @@ def test_what_the_page_of_ablations_says_of_deep_against_shallow_is_in_the_recor
     _, better, _, p = summary.difference(runs[f"{script}-baseline"], runs[f"{script}-{other}"], name, column)
     assert re.findall(pattern, text) == [(f"{abs(better):.{decimals}f}", f"{p:.2g}")]
     assert (better < 0) == ("behind" in pattern)
+
+
+def test_what_the_page_of_ablations_says_of_the_preset_is_in_the_records():
+    (shown,) = re.findall(r"scratch reach ([\d.]+) with the preset's", one_line(ROOT / "docs" / "ablations.md"))
+    assert_means(committed_by_name(), "dit", [shown], ["blocks"])
 
 
 def test_what_the_page_of_ablations_says_of_the_clean_term_is_in_the_records():
@@ -682,11 +706,11 @@ def test_what_the_page_of_ablations_says_of_single_options_is_in_the_records():
     text = one_line(ROOT / "docs" / "ablations.md")
     runs = committed_by_name()
     (shown,) = re.findall(
-        r"blocks reach ([\d.]+) bits instead of ([\d.]+), with the paper's noise levels ([\d.]+)\.", text
+        r"nano reaches ([\d.]+) bits instead of ([\d.]+); with the paper's noise levels, ([\d.]+)\.", text
     )
     assert_means(runs, "gpt", shown, ("recipes-active", "blocks", "recipes-noise"))
-    (shown,) = re.findall(r"the network has two streams: ([\d.]+) bits", text)
-    assert_means(runs, "gpt", [shown], ["recipes-head"])
+    (shown,) = re.findall(r"two streams: the GPT's blocks reach ([\d.]+) bits, close to recipe paper's ([\d.]+)", text)
+    assert_means(runs, "gpt", shown, ["recipes-head", "paper"])
     (shown,) = re.findall(r"costs little at our noise levels \(([\d.]+)\)", text)
     assert_means(runs, "gpt", [shown], ["recipes-weight"])
 

@@ -74,14 +74,14 @@ def work_apart(work, options, connection):
             for found in work(options):
                 print(f"\n--- {found}")
                 connection.send(found)
-                if isinstance(found, dict) and is_spoiled(found.get("said", "")):
+                if isinstance(found, dict) and is_unusable(found.get("said", "")):
                     raise RuntimeError("the rest was left out: after a CUDA error a process cannot continue")
         except Exception as error:
             traceback.print_exc()
             connection.send({"passed": False, "said": one_line(error)})
 
 
-def is_spoiled(said):
+def is_unusable(said):
     """Whether CUDA repeats this error on every later call. (A cuBLAS status does not, despite its name.)"""
     return "CUDA error" in said and "CUBLAS_STATUS" not in said
 

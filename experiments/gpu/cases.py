@@ -27,8 +27,8 @@ OF_GLYPHS = ("positions", "pooling")  # settings that differ between glyphs and 
 
 @dataclass(frozen=True)
 class Options:
-    """device: "cuda" or "cpu". preset: of the stages that measure, "gpu" or "tiny". minutes: for all stages. seconds:
-    for this one. out, scratch: folders for what is kept, and for what is not.
+    """device: "cuda" or "cpu". preset: what the measuring stages use, "gpu" or "tiny". minutes: for all stages.
+    seconds: for this one. out, scratch: folders for what is kept, and for what is not.
     """
 
     device: str

@@ -98,7 +98,7 @@ def share_right(scores, images, args):
 
 def report(args, images, metrics, networks, memory, seconds):
     """Write result.json, which compare.py reads, and print it. networks: the trained networks that are
-    kept. memory: of the largest in training (trainer/memory.py). seconds: of one step of each.
+    kept. memory: bytes of the largest in training (trainer/memory.py). seconds: for one step of each.
     """
     result = {"script": "vit", "method": args.method, "blocks": len(networks), "steps": args.steps}  # train_vit's task
     parameters = sum(p.numel() for p in torch.nn.ModuleList(networks).parameters())  # shared ones count once

@@ -81,7 +81,7 @@ def draw_classification(path, images, log_p, labels, metrics, hardest):
 def draw_images(path, states, partition, classes, sigma_data, walks=3, columns=13):
     """samples.png of an image generator: images with their classes, and some walks from noise to image.
 
-    states: of the whole walk (sampler.State), images (B, C, H, W) in [-1, 1], classes in turn. A walk has two rows: the
+    states: the whole walk (sampler.State); images (B, C, H, W) in [-1, 1], classes in turn. A walk has two rows: the
     noisy image z, scaled to the range of a clean one, and D, the active block's estimate of it. The frame has the
     colour of the block.
     """

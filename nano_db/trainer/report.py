@@ -23,7 +23,7 @@ LARGE_VOCABULARY = 2000  # tokens: above this, their memory may surprise a begin
 def report(run, metrics, metric, build, batch, sample, *shared):
     """Write result.json and curves.png, print what training and a sample cost, and list the run's files.
 
-    metrics: the script's own; `metric` is drawn over the rounds. build, batch, sample and shared: of the script.
+    metrics: the script's own; `metric` is drawn over the rounds. build, batch, sample and shared: the script's, too.
     memory_bytes and seconds_per_step are the maximum over networks; seconds_per_step_all_blocks is the sum.
     """
     settings, local = run.settings, replace(run.settings, batch_size=run.batch_size)  # with this process's batch
@@ -58,7 +58,7 @@ def end_to_end(settings):
 
 
 def costs_of(settings, build, batch, sample, *shared):
-    """memory_bytes: of a training step, by part, for the largest network. parameters: of all networks.
+    """memory_bytes: a training step's, by part, for the largest network. parameters: those of all networks.
     one_sample: see cost_of_use.
     """
     counts, context = [], autocast(settings)
