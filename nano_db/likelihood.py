@@ -12,7 +12,7 @@ each block answers for.
 The walk that is meant adds fresh noise at each of infinitely many steps. (`sample_classes` of sampler.py adds none, and
 takes few.) It may stop before sigma = 0: at any level s it may decode, that is draw y from p(y | z, x), and
 -ln p(y | z_s, x) takes the place of the integral below s. Each s gives a bound. We take the one at sigma_min, unless
-another is clearly tighter: if z leaves no doubt but a network is only nearly certain, 1 / sigma^2 turns that into
+another is clearly tighter: if z leaves no doubt but a network is only 90% certain, 1 / sigma^2 turns that into
 thousands of nats.
 The paper reports no likelihood for its language models; this bound makes them comparable.
 """

@@ -60,8 +60,8 @@ def test_a_wrong_posterior_pays_and_the_true_one_reaches_the_entropy():
 
 
 def test_the_bound_decodes_where_it_is_tightest():
-    """An answer that is never surer than 99% would cost thousands of nats at sigma = 0.002, yet hardly any if decoded
-    at a level where z gives the class away.
+    """An answer that is never surer than 99.1% would cost 11 nats more at sigma = 0.002, yet hardly any if decoded at
+    a level where z gives the class away.
     """
     target_embeddings, noise = make_target_embeddings(10, 10), LogNormal()
     y = torch.randint(10, (5000,), generator=torch.Generator().manual_seed(0))
