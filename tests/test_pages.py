@@ -1,6 +1,7 @@
 """README and docs: commands run, or have flags that exist; minutes are those of the records; links lead somewhere."""
 
 import contextlib
+import functools
 import io
 import json
 import re
@@ -88,19 +89,35 @@ def commands():
     return found
 
 
+@functools.cache
+def flags_of(target):
+    return run(target, ["--help"])[1]
+
+
 def test_the_flags_of_every_command_exist():
-    helps, unknown = {}, []
+    unknown = []
     for (target, flags), page in commands().items():
-        known = helps.setdefault(target, run(target, ["--help"])[1])
+        known = flags_of(target)
         for argument in flags:  # `experiments.plan gpt` takes the flags of train_gpt.py as well
             script = (f"train_{argument}.py",)
             if target[0] == "-m" and (ROOT / script[0]).exists():
-                known += helps.setdefault(script, run(script, ["--help"])[1])
+                known += flags_of(script)
         assert "--help" in known, target
         names = [flag.partition("=")[0] for flag in flags if flag.startswith("--")]
         unknown += [(page, *target, name) for name in names if not re.search(rf"(?<!\S){name}(?![\w-])", known)]
     assert not unknown
-    assert len(helps) > 12
+    assert len({target for target, _ in commands()}) > 12
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_flags_that_stand_alone_in_a_text_exist(page):
+    """In any of the commands; others are pip's, torchrun's and fidelity's, and those that a table says are gone."""
+    others = {"--index-url", "--no-deps", "--nproc-per-node", "--gpu", "--cpu"}
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^Some flags of earlier versions.*?(?=^## )", "", text, flags=re.MULTILINE | re.DOTALL)
+    named = {flag for code in re.findall(r"`[^`]*`", text) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)}
+    known = " ".join(flags_of(target) for target, _ in commands())
+    assert {flag for flag in named - others if not re.search(rf"{flag}(?![\w-])", known)} == set()
 
 
 @pytest.mark.slow

@@ -624,6 +624,9 @@ def test_the_hours_of_training_are_those_of_the_records():
     hours = sum(r["seconds_per_step_all_blocks"] * r["steps"] for r in results) / 3600
     text = one_line(ROOT / "docs" / "results.md")
     assert re.findall(r"Training the five architectures took (\d+) core-hours", text) == [f"{hours:.0f}"]
+    three = (rows[f"mdm-{slug}"] for slug in ("baseline", "blocks", "shallow"))
+    seconds = sum(summary.median(records, "seconds_per_step_all_blocks") * 1200 for records in three)
+    assert re.findall(r"once each: 32 core-minutes, (\d+) of them training", text) == [f"{seconds / 60:.0f}"]
 
 
 def test_what_the_page_of_results_says_of_the_run_to_the_plateau_is_in_the_records():
