@@ -98,6 +98,7 @@ def change_something(state, rng):
         node[key] = rng.choice(STRANGE)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using a non-tuple")
 def test_checkpoints_with_sound_checksums_and_strange_content(tmp_path):
     """As a stranger might make them: they go on or are refused, in training and in evaluation."""
@@ -269,6 +270,7 @@ def strange_texts(count):
         yield "".join(rng.choice(letters) for _ in range(rng.choice([0, 1, 5, 15, 16, 17, 300])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("main, flag", [(train_gpt.main, "--prompt"), (train_mdm.main, "--fill")])
 def test_strange_prompts_and_fills(small, cli, text_file, tmp_path, main, flag):
     cli(*SMALL, "--data", text_file, "--out", tmp_path / "run", main=main)  # `small` keeps the samples short

@@ -425,7 +425,7 @@ def test_operations_that_are_not_deterministic_are_named(tmp_path):
     assert works.changing_operations(replace(case(tmp_path), script=script)) == "put_"
 
 
-@pytest.mark.parametrize("name", ["gpt", "dit", "mdm"])
+@pytest.mark.parametrize("name", ["gpt", "dit", pytest.param("mdm", marks=pytest.mark.slow)])
 def test_the_bound_is_compared(tmp_path, monkeypatch, name):
     this = case(tmp_path, name)
     works.train(this.run("whole"), this.script, this.shared)
@@ -603,7 +603,7 @@ def test_a_failure_is_one_line_and_costs_nothing_else(capsys):
     assert "in fails" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["gpt", "dit", pytest.param("looped", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["gpt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dit", "looped"))])
 def test_what_is_planned_is_what_a_true_step_takes(name):
     each = memory.without_data("tiny", name, "cpu").values()
     found = {(m, c): memory.step_held(*each, m, c) for m in ("blocks", "end to end") for c in (False, True)}

@@ -17,7 +17,10 @@ def bound(prior_logits, y, target_embeddings, noise, blocks=3):
 
 
 @pytest.mark.parametrize("noise", [LogNormal(), LogNormal(0.3, 0.8, 0.05, 20.0)])
-@pytest.mark.parametrize("classes, width", [(20, 24), (200, 24)])  # orthonormal rows, and more classes than dimensions
+@pytest.mark.parametrize(
+    "classes, width",  # orthonormal rows, and more classes than dimensions
+    [(20, 24), pytest.param(200, 24, marks=pytest.mark.slow)],
+)
 def test_with_constant_logits_the_bound_is_the_cross_entropy(noise, classes, width):
     """Whatever the data: y need not follow softmax(logits)."""
     generator = torch.Generator().manual_seed(0)

@@ -22,7 +22,7 @@ def run(monkeypatch, *flags):
         pytest.param("vit", ["--glyphs", "150"], marks=pytest.mark.slow),
         pytest.param("dit", [], marks=pytest.mark.slow),
         ("mdm", []),
-        ("gpt", ["--recipe", "paper"]),
+        pytest.param("gpt", ["--recipe", "paper"], marks=pytest.mark.slow),
     ],
 )
 def test_what_is_planned_is_what_a_true_step_takes(monkeypatch, name, more):

@@ -31,7 +31,7 @@ def result_of(folder):
     [
         pytest.param(("--ema", "0.9"), marks=pytest.mark.whole),
         ("--baseline",),
-        ("--baseline", "--ensemble", "2"),
+        pytest.param(("--baseline", "--ensemble", "2"), marks=pytest.mark.slow),
         ("--partition", "uniform", "--layer-split", "1,1,1", "--frechet-images", "0"),
     ],
 )

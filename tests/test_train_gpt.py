@@ -193,8 +193,8 @@ def test_blocks_share_no_trainable_tensor(head, predict):
     [
         pytest.param(("--rounds", "2"), marks=pytest.mark.whole),
         ("--recipe", "paper"),
-        ("--noise", "paper"),
-        ("--head", "posterior", "--predict", "active"),
+        pytest.param(("--noise", "paper"), marks=pytest.mark.slow),
+        pytest.param(("--head", "posterior", "--predict", "active"), marks=pytest.mark.slow),
         ("--baseline", "--layers", "2", "--ensemble", "2"),
     ],
 )
@@ -322,6 +322,7 @@ def test_a_block_that_another_process_finishes_meanwhile_is_left_to_that_process
     assert code == 0 and ends == [0], err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--recipe", "paper"), ("--noise", "paper")], ids=["nano", "paper", "both"])
 def test_the_bound_of_trained_blocks_and_its_shares_are_the_same_in_bfloat16(small, tmp_path, monkeypatch, flags):
     """Also of the whole integral, without the choice of where to decode. The third, our head at the paper's low noise

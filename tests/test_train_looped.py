@@ -241,7 +241,10 @@ def test_cached_and_uncached_answers_agree_and_nothing_leaks(batch, baseline):
 WHOLE = pytest.param((), marks=pytest.mark.whole)
 
 
-@pytest.mark.parametrize("flags", [WHOLE, ("--recipe", "paper"), ("--baseline",), ("--baseline", *PLAIN)])
+RECIPE = pytest.param(("--recipe", "paper"), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("flags", [WHOLE, RECIPE, ("--baseline",), ("--baseline", *PLAIN)])
 def test_a_run_reports_quality_by_sampling_steps_and_resumes(cli, text_file, tmp_path, monkeypatch, flags):
     monkeypatch.setattr(train_looped, "K_VALUES", (1, 3))
     command = (*TINY, "--data", text_file, "--out", tmp_path / "run", *flags)
