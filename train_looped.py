@@ -52,7 +52,7 @@ class Settings(Discrete, Training):
     heads: int = network(4, "attention heads", flag=False)
     head: str = method("posterior", "output head (heads.py)", choices=("posterior", "paper"), of="blocks")
     recurrences: int = method(
-        0, "of the core, in training; 0: random (Huginn); 1: a plain transformer", at_least=0, of="baseline"
+        0, "how often the core runs in training; 0: random (Huginn); 1: no loop", at_least=0, of="baseline"
     )
     mean_recurrence: float = method(32.0, "mean of the Poisson rate of further recurrences", flag=False)
     backprop_depth: int = method(8, "how many last recurrences to backpropagate through", at_least=1, of="baseline")

@@ -249,7 +249,7 @@ def add_photographs(tables):
 
 
 def add_controls(tables, table, script, changes, suffix=""):
-    """End to end, blocks, one shallow network and the mean of B such, with `changes`; `suffix` ends the rows' names."""
+    """End to end, blocks, one shallow network, the mean of B such networks, with `changes`; names end in `suffix`."""
     (B, layers), control = cut(script, tables.scale), shallow(script, tables.scale)
     add = partial(tables.add, table, **changes)
     add("baseline", "end to end" + suffix, baseline=True)
