@@ -502,13 +502,11 @@ def test_the_numbers_in_the_readmes_text_are_those_of_the_records():
     assert_means(runs, "gpt", (blocks, whole, whole), ("blocks", "baseline", "ensemble"))
     (shown,) = re.findall(r"trains the same layers end to end \((\d\.\d+) bits\)", text)
     assert_means(runs, "gpt", [shown], ["baseline"])
-    (shown,) = re.findall(r"the GPT in 2 blocks: (\d\.\d+) bits, in 4: (\d\.\d+)", text)
+    (shown,) = re.findall(r"GPT in 2 blocks: (\d\.\d+) bits, in 4: (\d\.\d+)", text)
     assert_means(runs, "gpt", shown, ["depth-blocks-4", "blocks"])
-    (shown,) = re.findall(r"as a loop [^:]*: (\d\.\d+) bits; [^\d]* (\d\.\d+), the loop end to end (\d\.\d+)", text)
+    (shown,) = re.findall(r"As a loop [^:]*: (\d\.\d+) bits to (\d\.\d+) \(end to end: (\d\.\d+)\)", text)
     assert_means(runs, "looped", shown, ("blocks", "shallow", "baseline"))
-    (shown,) = re.findall(
-        r"(\d+) MiB instead of (\d+) for the GPT\. So does \*checkpointing\* \((\d+); with blocks: (\d+)\),", text
-    )
+    (shown,) = re.findall(r"(\d+) MiB, not (\d+)\. So does \*checkpointing\* \((\d+); with blocks: (\d+)\),", text)
     cases = [("blocks", False), ("baseline", False), ("baseline", True), ("blocks", True)]
     for number, (slug, checkpointed) in zip(shown, cases, strict=True):
         key = "checkpointed_bytes" if checkpointed else "memory_bytes"
