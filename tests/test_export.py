@@ -21,7 +21,12 @@ def exported(folder):
 
 @pytest.mark.parametrize(
     "script, flags",
-    [(train_gpt, ()), (train_gpt, ("--baseline",)), (train_looped, ()), (train_mdm, ("--sampling-steps", "3"))],
+    [
+        (train_gpt, ()),
+        pytest.param(train_gpt, ("--baseline",), marks=pytest.mark.slow),
+        pytest.param(train_looped, (), marks=pytest.mark.slow),
+        (train_mdm, ("--sampling-steps", "3")),
+    ],
     ids=["gpt", "gpt-baseline", "looped", "mdm"],
 )
 def test_held_out_windows_are_written_anew_after_their_first_quarter(cli, text_file, tmp_path, script, flags):

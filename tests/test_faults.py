@@ -165,9 +165,9 @@ def writes_half_and_dies():
     "sabotage",
     [
         writes_half_and_dies,
-        dies(os, "fsync", 5),  # the first is config.json's
-        dies(os, "replace", 5),
-        dies(os, "replace", 5, after=True),
+        pytest.param(dies(os, "fsync", 5), marks=pytest.mark.slow),  # the first is config.json's
+        pytest.param(dies(os, "replace", 5), marks=pytest.mark.slow),
+        pytest.param(dies(os, "replace", 5, after=True), marks=pytest.mark.slow),
         dies(train_gpt, "keep_samples", 2),  # after the second round
     ],
     ids=["half written", "before the flush", "before the rename", "after the rename", "in the evaluation"],
