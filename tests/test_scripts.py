@@ -254,3 +254,10 @@ def test_a_run_of_another_preset_says_so_first(tiny):
     assert tiny(train_gpt, "--samples", "0", "--only", "0")[0] == 0
     code, _, err = tiny(train_gpt, "--samples", "0", "--only", "0", "--preset", "gpu")
     assert code == 2 and "(preset 'tiny' there, 'gpu' here)" in err and err.count("\n") == 1, err
+    assert "resume that run with its own preset (--preset tiny)" in err and "--data" not in err, err
+
+
+def test_of_another_number_of_blocks_the_number_is_told_and_not_the_edges_too(tiny):
+    assert tiny(train_gpt, "--samples", "0", "--only", "0", "--blocks", "3")[0] == 0
+    code, _, err = tiny(train_gpt, "--samples", "0", "--only", "0", "--blocks", "2")
+    assert code == 2 and "(blocks 3 there, 2 here)" in err, err

@@ -297,6 +297,8 @@ class Run:
                     different.append(f"the {path} has changed")
         if preset := checkpoints.differences(there, {"preset": settings.preset}):  # by itself no reason to refuse
             different = preset
+        elif len(different) > 1:  # the edges follow from the others
+            different = [text for text in different if not text.startswith("edges ")]
         holds = f"{self.folder} holds a run with other settings ({'; '.join(different)})"
         if settings.eval_only:
             raise UsageError(f"{holds}: drop these flags, because an evaluation uses the run's own")
@@ -304,7 +306,9 @@ class Run:
         shapes = initial.needed(settings, self.fixed, cut=False)
         if there.get("steps", 0) < settings.steps and not checkpoints.differences(there, shapes):
             ways[0] += f" (to train that run further, add --init-from {self.folder})"
-        if there.get("data_sha256") != self.fixed["data_sha256"]:
+        if preset:
+            ways.append(f"resume that run with its own preset (--preset {there.get('preset')})")
+        elif there.get("data_sha256") != self.fixed["data_sha256"]:
             ways.append(f"resume that run with its own data (--data {there.get('data')})")
         raise UsageError(f"{holds}: {', '.join(ways)}, or delete that folder")
 
