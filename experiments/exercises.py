@@ -16,8 +16,8 @@ NOT_USED = object()
 def check(name, answer, passed, hints=("",), otherwise=NOT_USED):
     """Say whether an answer is right, and return what later cells should use, if they use the answer at all.
 
-    name: its number, like "1.2". answer: a function or a class. passed: answer -> whether it is right; an error in it
-    means that it is not, and is shown. hints: the idea; then nearly the code, for a second, different attempt.
+    name: the exercise, like "1.2". answer: a function or a class. passed: answer -> whether it is right; an error in
+    it means that it is not, and is shown. hints: the idea; then nearly the code, for a second, different attempt.
     otherwise: what later cells use while the answer is not right. An answer is checked in isolation: the random numbers
     it draws and the torch settings it changes do not affect later cells.
     """

@@ -48,6 +48,11 @@ def _namespaces():
         return False
 
 
+def one_line(page):
+    """A page's text without line breaks, which may divide a sentence."""
+    return " ".join(page.read_text(encoding="utf-8").split())
+
+
 def needs_fork():
     """Skip where processes cannot fork."""
     if not hasattr(os, "fork"):

@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, one_line
 
 from nano_db.trainer.plots import plt
 
@@ -90,18 +90,18 @@ def commands():
 
 
 @functools.cache
-def flags_of(target):
+def help_of(target):
     return run(target, ["--help"])[1]
 
 
 def test_the_flags_of_every_command_exist():
     unknown = []
     for (target, flags), page in commands().items():
-        known = flags_of(target)
+        known = help_of(target)
         for argument in flags:  # `experiments.plan gpt` takes the flags of train_gpt.py as well
             script = (f"train_{argument}.py",)
             if target[0] == "-m" and (ROOT / script[0]).exists():
-                known += flags_of(script)
+                known += help_of(script)
         assert "--help" in known, target
         names = [flag.partition("=")[0] for flag in flags if flag.startswith("--")]
         unknown += [(page, *target, name) for name in names if not re.search(rf"(?<!\S){name}(?![\w-])", known)]
@@ -116,7 +116,7 @@ def test_the_flags_that_stand_alone_in_a_text_exist(page):
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"^Some flags of earlier versions.*?(?=^## )", "", text, flags=re.MULTILINE | re.DOTALL)
     named = {flag for code in re.findall(r"`[^`]*`", text) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)}
-    known = " ".join(flags_of(target) for target, _ in commands())
+    known = " ".join(help_of(target) for target, _ in commands())
     assert {flag for flag in named - others if not re.search(rf"{flag}(?![\w-])", known)} == set()
 
 
@@ -157,8 +157,7 @@ def test_minutes_are_those_of_the_records(path, runs):
     """Within a factor of two: computers differ by more. (The README's table of commands is made from the records.)"""
     records = [json.loads(file.read_text()) for file in (ROOT / "results" / "laptop").glob(f"{runs}-s*.json")]
     seconds = [r["result"]["seconds_per_step_all_blocks"] * r["settings"]["steps"] for r in records]
-    text = " ".join((ROOT / path).read_text(encoding="utf-8").split())
-    (claim,) = re.findall(r"(\w+) minutes on one (?:CPU )?core", text)
+    (claim,) = re.findall(r"(\w+) minutes on one (?:CPU )?core", one_line(ROOT / path))
     assert 0.5 < float({"ten": 10, "eight": 8}.get(claim, claim)) / (statistics.median(seconds) / 60) < 2
 
 
@@ -181,7 +180,7 @@ def test_what_machines_gain_on_paper_is_the_arithmetic_that_the_page_describes()
     """In closed form: 12 width^2 weights per layer, 2.5 width^2 in a denoising head, two tables of GPT-2's tokens."""
     width, layers, blocks, table = 768, 12, 4, 50_257 * 768
     whole = 12 * layers * width**2
-    block = whole // blocks + 2.5 * width**2
+    block, thin = (whole / count + 2.5 * width**2 for count in (blocks, layers))  # thin: of one layer
 
     def step(weights):  # seconds: 256 x 256 tokens; the embedding is not multiplied
         return 6 * (weights + table) * 256 * 256 / 1e14
@@ -195,7 +194,10 @@ def test_what_machines_gain_on_paper_is_the_arithmetic_that_the_page_describes()
         low, high = hours(max(computed, sent)), hours(computed + sent)
         return f"| {computed:.2f} + {sent:.2f} to send | {low:.{int(low < 10)}f} to {high:.{int(low < 10)}f} |"
 
-    page = (ROOT / "docs" / "machines.md").read_text(encoding="utf-8")
+    def most(weights):  # machines, until sending takes longer at 400 Gbit/s
+        return int(1 + step(weights) * 400e9 / 8 / (2 * 4 * (weights + 2 * table)))
+
+    page = one_line(ROOT / "docs" / "machines.md")
     gigabytes = (f"{16 * (weights + 2 * table) / 1e9:.1f} GB" for weights in (whole, block))
     for line in (
         f"weights in layers and head | {whole / 1e6:.0f} M | {block / 1e6:.0f} M |",
@@ -206,7 +208,10 @@ def test_what_machines_gain_on_paper_is_the_arithmetic_that_the_page_describes()
         f"the same, 400 Gbit/s {row(400e9)}",
         f"| 4 x {step(block):.2f} | {hours(4 * step(block)):.0f} |",
         f"| {step(block):.2f} | **{hours(step(block)):.1f}** |",
+        f"can use a group of {most(block)} machines",
+        f"without blocks can use {most(whole)}.",
+        f"could use {most(thin)} machines each, {most(thin) * layers} in all",
     ):
         assert line in page
     share = (block + 2 * table) / (whole + 2 * table)
-    assert f"still holds {share:.0%} of the bytes" in " ".join((ROOT / "docs/gpu.md").read_text("utf-8").split())
+    assert f"still holds {share:.0%} of the bytes" in one_line(ROOT / "docs" / "gpu.md")

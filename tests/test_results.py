@@ -8,10 +8,10 @@ import statistics
 import sys
 import time
 from itertools import pairwise
-from pathlib import Path
 from unittest import mock
 
 import pytest
+from conftest import ROOT, one_line
 
 import nano_db
 from data.images import NOISE_LEVELS
@@ -21,7 +21,6 @@ from nano_db.errors import UsageError
 from nano_db.trainer.memory import PARTS
 from nano_db.trainer.settings import read_settings
 
-ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 VIT = ("--preset", "tiny", "--layers", "3", "--steps", "4", "--glyphs", "180", "--samples", "0", "--device", "cpu")
 
@@ -515,11 +514,6 @@ def test_the_numbers_in_the_readmes_text_are_those_of_the_records():
     assert f"{first['metrics']['bits_per_char']:.4f} bits per character (upper bound)" in text
 
 
-def one_line(page):
-    """A page's text without line breaks, which may divide a sentence."""
-    return " ".join(page.read_text(encoding="utf-8").split())
-
-
 def committed_by_name():
     return {experiment.name: records for experiment, records in committed().items()}
 
@@ -688,7 +682,7 @@ def test_what_the_page_of_ablations_says_of_another_processor_is_in_the_records(
     text, runs, changed = one_line(ROOT / "docs" / "ablations.md"), committed_by_name(), {}
     for script in SCRIPTS:
         metric, column, decimals = summary.QUALITY[script][0]
-        decimals = max(decimals, 4 if script == "vit" else 0)
+        decimals = 4 if script == "vit" else decimals
         other = json.loads((ROOT / "results" / "xeon" / f"{script}-blocks-s0.json").read_text())
         blocks = sorted(runs[f"{script}-blocks"], key=lambda record: record["seed"])
         first = blocks[0]["result"]["metrics"][metric]
@@ -704,6 +698,18 @@ def test_what_the_page_of_ablations_says_of_another_processor_is_in_the_records(
         if script == "gpt":
             assert f"another processor got {other['metrics'][metric]:.4f} and" in one_line(README)
     assert list(changed) == [("gpt", "baseline")] and changed["gpt", "baseline"] in text
+
+
+def test_which_runs_of_the_main_comparison_are_another_processors_is_what_the_page_of_ablations_says():
+    runs = committed_by_name()
+    elsewhere = {
+        (name, record["seed"])
+        for name in (f"{script}-{slug}" for script in SCRIPTS for slug in summary.MAIN.values())
+        for record in runs.get(name, [])
+        if record["machine"]["cpu"] != "AMD EPYC"  # the README's and the page's word for all the others
+    }
+    means = {(f"{script}-ensemble", seed) for script in ("vit", "dit", "mdm", "gpt") for seed in (1, 2)}
+    assert elsewhere == means | {("looped-shallow", seed) for seed in range(3)}
 
 
 def test_what_the_page_of_ablations_says_of_the_preset_is_in_the_records():

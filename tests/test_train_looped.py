@@ -239,8 +239,6 @@ def test_cached_and_uncached_answers_agree_and_nothing_leaks(batch, baseline):
 
 
 WHOLE = pytest.param((), marks=pytest.mark.whole)
-
-
 RECIPE = pytest.param(("--recipe", "paper"), marks=pytest.mark.slow)
 
 

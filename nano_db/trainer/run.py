@@ -295,10 +295,9 @@ class Run:
                 different.remove(told[0])
                 if not any(text.startswith(f"{path} ") for text in different):
                     different.append(f"the {path} has changed")
+        different = [text for text in different if not text.startswith("edges ")] or different  # others move them
         if preset := checkpoints.differences(there, {"preset": settings.preset}):  # by itself no reason to refuse
             different = preset
-        elif len(different) > 1:  # the edges follow from the others
-            different = [text for text in different if not text.startswith("edges ")]
         holds = f"{self.folder} holds a run with other settings ({'; '.join(different)})"
         if settings.eval_only:
             raise UsageError(f"{holds}: drop these flags, because an evaluation uses the run's own")
